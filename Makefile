@@ -1,0 +1,26 @@
+# Thin: each target is the command that you could type. Targets make their own environment in .venv.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0  # the version that the tests ran with; on the contest's image use TORCH=torch
+
+.PHONY: demo test lint clean
+
+.venv/ready: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet $(TORCH)
+	.venv/bin/python -m pip install --quiet -r requirements.txt -r requirements-dev.txt
+	touch $@
+
+demo: .venv/ready
+	.venv/bin/python data/prepare.py demo
+	VARIANT=demo RUN_ID=demo OUTPUT_DIR=demo .venv/bin/python train_gpt.py
+	.venv/bin/python tools/plot.py demo/logs/demo.txt -o demo/curve.png
+
+test: .venv/ready
+	.venv/bin/python -m ruff check .
+	.venv/bin/python -m pytest
+
+lint: .venv/ready
+	.venv/bin/python -m ruff check .
+
+clean:
+	rm -rf .venv demo

@@ -1,0 +1,86 @@
+"""A tiny dataset with a real tokenizer, and runs of the script in a subprocess."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_gpt as t
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "data"))
+import prepare  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def documents():
+    """A few hundred kB of English: Python's own language reference, by topic."""
+    from pydoc_data.topics import topics
+
+    return [topics[name] for name in sorted(topics)][:40]
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory, documents):
+    """The environment that points at a tokenizer of 384 pieces and at shards of both splits."""
+    root = tmp_path_factory.mktemp("data")
+    model = root / "tiny.model"
+    prepare.train_tokenizer(documents, 384, model)
+    prepare.write_dataset(root / "tiny", model, documents[:1], documents[1:], workers=1)
+    return dict(DATA_PATH=str(root / "tiny"), TOKENIZER_PATH=str(model), VOCAB_SIZE="384")
+
+
+@pytest.fixture
+def env(dataset, tmp_path):
+    """The smallest run: the smoke variant over the tiny dataset, all output in a folder of its own."""
+    return dict(dataset, VARIANT="smoke", OUTPUT_DIR=str(tmp_path), VAL_MAX_TOKENS="700", RUN_ID="test")
+
+
+@pytest.fixture
+def cfg(env):
+    return t.Config.from_env(env)
+
+
+@pytest.fixture
+def log(cfg):
+    log = t.Log(cfg, t.Ranks())
+    log.active = False
+    return log
+
+
+def make_model(cfg, seed=0):
+    """A model with every parameter away from its special initial value, so that no term of the maths is hidden by a zero."""
+    model = t.GPT(cfg)
+    model.init_weights(cfg)
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn(p.shape, generator=draw))
+    return model
+
+
+def run(env, *args, processes=1, script=ROOT / "train_gpt.py", check=True, cwd=None):
+    """Run the script with only `env` set; returns the finished process."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    clean = {k: v for k, v in os.environ.items() if k.lower() not in t.Config.__dataclass_fields__}
+    done = subprocess.run([*launcher, str(script), *args], env=clean | {"OMP_NUM_THREADS": "1"} | env, cwd=cwd,
+                          capture_output=True, text=True, timeout=240)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def finals(text):
+    """The exact val_bpb of each final stage of a log."""
+    return {line.split("_exact")[0]: float(line.rsplit(":", 1)[1]) for line in text.splitlines() if "_exact val_loss" in line}
+
+
+def write_json_lines(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")

@@ -1,0 +1,132 @@
+import dataclasses
+import hashlib
+import json
+
+import pytest
+import torch
+import zstandard
+from conftest import make_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import train_gpt as t
+
+
+@pytest.fixture
+def model(cfg):
+    return make_model(cfg)
+
+
+@pytest.fixture
+def artifact(model, cfg, log):
+    t.save_artifact(model, cfg, t.Ranks(), log)
+    return cfg.artifact_path
+
+
+def sealed(header, raw=b"", body=None):
+    """A well-formed file around any header and tensor bytes."""
+    text = json.dumps(header).encode()
+    packed = zstandard.ZstdCompressor().compress(len(text).to_bytes(4, "little") + text + raw if body is None else body)
+    return b"PGLF" + (1).to_bytes(4, "little") + hashlib.sha256(packed).digest() + packed
+
+
+def test_tensors_come_back_exactly(cfg):
+    tensors = {"a": torch.randn(3, 5), "b.codes": torch.randint(-31, 32, (4, 6)).to(torch.int8), "b.steps": torch.rand(4).half(),
+               "scalar": torch.tensor(2.5), "none": torch.zeros(0, 3)}
+    header, back = t.unpack(t.pack(tensors, cfg, level=3))
+    assert back.keys() == tensors.keys() and all(torch.equal(back[n], w) and back[n].dtype == w.dtype for n, w in tensors.items())
+    assert header["tokenizer_sha256"] == hashlib.sha256(open(cfg.tokenizer_path, "rb").read()).hexdigest()
+
+
+def test_the_file_alone_restores_the_model_and_its_settings(model, cfg, artifact, env):
+    paths = {k: v for k, v in env.items() if k in ("DATA_PATH", "TOKENIZER_PATH")}
+    loaded, weights = t.load_artifact(artifact, paths)
+    assert loaded.group("model", "evaluation") == cfg.group("model", "evaluation") and loaded.variant == "smoke"
+    assert not list(artifact.parent.glob("final_model.int6.ptz?*"))
+    rebuilt = t.load_model(loaded, weights, t.Ranks())
+    expected = t.dequantize(t.quantize(dict(model.named_parameters()), t.code_bits(model, cfg), cfg))
+    assert all(torch.equal(p, expected[n]) and p.requires_grad for n, p in rebuilt.named_parameters())
+    torch.testing.assert_close(rebuilt.cos, model.cos, rtol=0, atol=0)
+
+
+def test_packing_is_deterministic(model, cfg, artifact, log):
+    first = artifact.read_bytes()
+    t.save_artifact(model, cfg, t.Ranks(), log)
+    assert artifact.read_bytes() == first
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda b: b[: len(b) // 2], "cut or damaged"), (lambda b: b[:20], "cut or damaged"), (lambda b: b"", "not an artifact"),
+    (lambda b: b[:-9] + bytes([b[-9] ^ 4]) + b[-8:], "cut or damaged"), (lambda b: b"PK\x03\x04" + b[4:], "not an artifact"),
+    (lambda b: b[:4] + (2).to_bytes(4, "little") + b[8:], "format 2, not 1"),
+])
+def test_a_damaged_file_is_told_in_one_line(artifact, env, damage, words):
+    artifact.write_bytes(damage(artifact.read_bytes()))
+    with pytest.raises(t.InputError, match=words) as caught:
+        t.load_artifact(artifact, env)
+    assert str(artifact) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("header", [
+    {}, [], {"tensors": [["a", "int8", [2**50]]]}, {"tensors": [["a", "int8", [-4]]]}, {"tensors": [["a", "object", [1]]]},
+    {"tensors": [["a", "int8"]]}, {"tensors": [["a", "int8", ["x"]]]}, {"tensors": 7}, {"tensors": [], "settings": 3},
+    {"tensors": [], "settings": {"NUM_LAYERS": 4}}, {"tensors": [], "settings": {"NUM_LAYERS": "4"}, "tokenizer_sha256": "0"},
+])
+def test_a_malicious_header_is_refused_without_allocating_what_it_claims(tmp_path, env, header):
+    path = tmp_path / "x.ptz"
+    path.write_bytes(sealed(header))
+    with pytest.raises(t.InputError):
+        t.load_artifact(path, env)
+
+
+def test_a_declared_size_of_terabytes_is_not_allocated(tmp_path):
+    packed = bytes.fromhex("28b52ffde0") + (2**42).to_bytes(8, "little") + b"\x01\x00\x00"
+    assert zstandard.get_frame_parameters(packed).content_size == 2**42
+    with pytest.raises(t.InputError, match="too large"):
+        t.unpack(b"PGLF" + (1).to_bytes(4, "little") + hashlib.sha256(packed).digest() + packed)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_random_bytes_behind_a_valid_seal_end_in_clean_errors(data):
+    body = data.draw(st.binary(max_size=200))
+    with pytest.raises(t.InputError):
+        t.unpack(sealed(None, body=body))
+
+
+def test_weights_of_another_shape_do_not_load(cfg, model):
+    weights = dict(model.named_parameters())
+    with pytest.raises(t.InputError, match="do not fit its settings"):
+        t.load_model(dataclasses.replace(cfg, mlp_mult=2.0), weights, t.Ranks())
+    weights.pop("skip_weights")
+    with pytest.raises(t.InputError, match="skip_weights"):
+        t.load_model(cfg, weights, t.Ranks())
+
+
+def test_settings_that_the_artifact_fixes_cannot_be_overridden(artifact, env):
+    assert t.load_artifact(artifact, env | {"EVAL_STRIDE": "16"})[0].eval_stride == 16
+    with pytest.raises(t.InputError, match="MODEL_DIM is fixed by the artifact"):
+        t.load_artifact(artifact, env | {"MODEL_DIM": "64"})
+
+
+def test_another_tokenizer_is_refused(artifact, env, tmp_path):
+    other = tmp_path / "other.model"
+    other.write_bytes(b"x")
+    with pytest.raises(t.InputError, match="not the tokenizer it was trained with"):
+        t.load_artifact(artifact, env | {"TOKENIZER_PATH": str(other)})
+
+
+def test_over_the_cap_is_an_error_that_names_the_bytes_and_keeps_the_old_file(model, cfg, artifact, env, log):
+    before = artifact.read_bytes()
+    size = len(before) + (code := len(open(t.__file__, "rb").read()))
+    with pytest.raises(t.InputError, match=f"code \\+ model = {size} bytes, 1 over"):
+        t.save_artifact(model, dataclasses.replace(cfg, max_artifact_bytes=size - 1), t.Ranks(), log)
+    assert artifact.read_bytes() == before and code > 10_000
+    t.save_artifact(model, dataclasses.replace(cfg, max_artifact_bytes=size), t.Ranks(), log)
+    with pytest.raises(t.InputError, match="over MAX_ARTIFACT_BYTES"):
+        t.load_artifact(artifact, env | {"MAX_ARTIFACT_BYTES": str(size - 1)})
+
+
+def test_nothing_is_written_where_nothing_can_be(tmp_path):
+    with pytest.raises(t.InputError, match="cannot write"):
+        t.write_file(tmp_path / "no" / "such" / "folder", b"x")

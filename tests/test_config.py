@@ -1,0 +1,84 @@
+import dataclasses
+
+import pytest
+from conftest import run
+from hypothesis import given
+from hypothesis import strategies as st
+
+import train_gpt as t
+
+
+def test_the_environment_beats_the_variant_which_beats_the_default():
+    assert t.Config.from_env({}).num_layers == 11
+    assert t.Config.from_env({"VARIANT": "smoke"}).num_layers == 4
+    assert t.Config.from_env({"VARIANT": "smoke", "NUM_LAYERS": "6", "VE_LAYERS": "5"}).num_layers == 6
+
+
+@pytest.mark.parametrize("typo, option", [("EMA_DECY", "EMA_DECAY"), ("MATRX_LR", "MATRIX_LR"), ("NUM_LAYER", "NUM_LAYERS")])
+def test_a_near_miss_of_a_name_is_an_error_that_suggests_the_right_one(typo, option):
+    with pytest.raises(t.InputError, match=f"{typo}.*did you mean {option}"):
+        t.Config.from_env({typo: "1"})
+
+
+def test_names_of_other_programs_pass():
+    others = "OMP_NUM_THREADS PATH HOME RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT NCCL_DEBUG CUDA_VISIBLE_DEVICES".split()
+    others += "LOCAL_WORLD_SIZE GROUP_RANK TORCHELASTIC_RUN_ID PYTHONPATH HF_HOME DATA_DIR TERM LANG TMPDIR SHELL USER".split()
+    assert t.Config.from_env(dict.fromkeys(others, "1")) == t.Config()
+
+
+@pytest.mark.parametrize("name, text, words", [
+    ("SEED", "one", "SEED='one' is not valid"), ("SEED", "-1", r"SEED=-1 must lie in \[0, inf\]"),
+    ("MATRIX_LR", "nan", "not valid"), ("EVAL_ONLY", "yes", "takes 0 or 1"), ("AVERAGING", "emma", "one of ema, swa, last"),
+    ("VARIANT", "crad", "one of card"), ("VE_LAYERS", "9,x", "not valid"), ("VE_LAYERS", "9,11", "NUM_LAYERS=11"),
+    ("NUM_HEADS", "7", "MODEL_DIM=512 NUM_HEADS=7"), ("TRAIN_BATCH_TOKENS", "1000", "TRAIN_SEQ_LEN=2048"),
+    ("ROPE_DIMS", "15", "ROPE_DIMS=15"), ("EMBED_BITS", "9", "2 to 8, or 16"), ("CLIP_SHARES", "0.5,0", "CLIP_SHARES"),
+    ("CLIP_SHARES", "", "CLIP_SHARES"), ("EVAL_STRIDE", "100", "EVAL_STRIDE=100"), ("TTT_CHUNK_TOKENS", "3000", "TTT_CHUNK_TOKENS"),
+])
+def test_a_bad_value_is_one_line_that_names_it(name, text, words):
+    with pytest.raises(t.InputError, match=words) as caught:
+        t.Config.from_env({name: text})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("variant", t.VARIANTS)
+def test_settings_survive_the_trip_through_the_environment(variant):
+    cfg = t.Config.from_env({"VARIANT": variant})
+    assert t.Config.from_env(t.as_env(cfg.group())) == cfg
+
+
+@given(st.floats(0, 1e6, allow_nan=False), st.lists(st.integers(0, 10), max_size=4), st.booleans())
+def test_any_number_survives_it_exactly(rate, layers, smear):
+    cfg = t.Config(matrix_lr=rate, ve_layers=tuple(layers), smear_gate=smear)
+    assert t.Config.from_env(t.as_env(cfg.group())) == cfg
+
+
+def test_the_configuration_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        t.Config().seed = 2
+
+
+def test_help_lists_every_option_once_with_its_meaning():
+    text = t.usage()
+    for f in dataclasses.fields(t.Config):
+        (line,) = [line for line in text.splitlines() if line.strip().startswith(f"{f.name.upper()}=")]
+        assert f.metadata["help"] in line
+
+
+def card_parameters_by_hand():
+    """components.md 4.18 and 4.10, for the 455 family that `card` belongs to: sizes written out, nothing read from the model."""
+    block = 2 * 512 + 2 * 512 + 8 + 512 * 512 + 2 * 256 * 512 + 512 * 512 + 2 * 512 * 1536
+    bigram = 2048 * 128 + 512 * 128 + 1
+    value_embedding = 1024 * 128 + 256 * 128 + 1 + 2
+    return 1024 * 512 + 11 * block + 5 * 512 + 512 + bigram + value_embedding
+
+
+def test_describe_prints_the_exact_count_at_full_size_without_data(tmp_path):
+    done = run({}, "--describe", cwd=tmp_path)
+    assert card_parameters_by_hand() == 26_993_756
+    assert done.stdout.splitlines()[-1] == "model_params:26993756"
+    assert "MATRIX_LR=0.025" in done.stdout and not list(tmp_path.iterdir())
+
+
+def test_an_unknown_argument_is_refused(tmp_path):
+    done = run({}, "--descrbe", check=False, cwd=tmp_path)
+    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1 and "--descrbe" in done.stderr

@@ -1,0 +1,121 @@
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import train_gpt as t
+
+
+def write_shard(path, tokens, magic=20240520, version=1, count=None):
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, version, len(tokens) if count is None else count
+    path.write_bytes(header.tobytes() + np.asarray(tokens, "<u2").tobytes())
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda p: p.write_bytes(b""), "not a token shard"), (lambda p: write_shard(p, [1, 2], magic=7), "not a token shard"),
+    (lambda p: write_shard(p, [1, 2], version=2), "not a token shard"), (lambda p: write_shard(p, []), "cut or empty"),
+    (lambda p: write_shard(p, [1, 2], count=3), "names 3 tokens"), (lambda p: write_shard(p, [1, 2], count=1), "cut or empty"),
+])
+def test_a_damaged_shard_is_named(tmp_path, damage, words):
+    path = tmp_path / "fineweb_train_000000.bin"
+    damage(path)
+    with pytest.raises(t.InputError, match=words) as caught:
+        t.read_shard(path)
+    assert str(path) in str(caught.value)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(0, 100), st.integers(1, 60))
+def test_the_stream_is_the_shards_repeated_for_ever(tmp_path_factory, sizes, start, count):
+    folder, tokens = tmp_path_factory.mktemp("shards"), np.arange(sum(sizes))
+    paths = []
+    for i, part in enumerate(np.split(tokens, np.cumsum(sizes)[:-1])):
+        paths.append(folder / f"fineweb_train_{i:06d}.bin")
+        write_shard(paths[-1], part)
+    expected = np.tile(tokens, 200)[start : start + count]
+    np.testing.assert_array_equal(t.TokenStream(paths, 100).read(start, count), expected)
+
+
+def test_a_token_outside_the_vocabulary_is_an_error_that_names_the_shard(tmp_path):
+    path = tmp_path / "fineweb_train_000000.bin"
+    write_shard(path, [1, 5, 300])
+    with pytest.raises(t.InputError, match="token 300, but VOCAB_SIZE=300"):
+        t.TokenStream([path], 300).read(0, 3)
+
+
+def test_a_sidecar_of_byte_counts_is_not_read_as_tokens(tmp_path):
+    for name in ("fineweb_val_000001.bin", "fineweb_val_bytes_000000.bin", "fineweb_val_000000.bin"):
+        write_shard(tmp_path / name, [1])
+    found = t.find_shards(t.Config(data_path=str(tmp_path)), "val")
+    assert [p.name for p in found] == ["fineweb_val_000000.bin", "fineweb_val_000001.bin"]
+
+
+def test_a_missing_folder_names_the_commands_that_make_one():
+    with pytest.raises(t.InputError, match="prepare.py demo.*prepare.py tokenize"):
+        t.find_shards(t.Config(data_path="/nowhere"), "train")
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_together_read_the_batch_of_one_rank(cfg, world):
+    stream = t.TokenStream(t.find_shards(cfg, "train"), cfg.vocab_size)
+    one = t.Batches(stream, cfg, t.Ranks())
+    many = [t.Batches(stream, cfg, t.Ranks(rank, world)) for rank in range(world)]
+    for _ in range(3):
+        ids, targets = next(one)
+        shares = [next(batches) for batches in many]
+        assert torch.equal(ids.flatten(0, 1), torch.cat([x.flatten(0, 1) for x, _ in shares]))
+        assert torch.equal(targets.flatten(0, 1), torch.cat([y.flatten(0, 1) for _, y in shares]))
+        flat = torch.cat((ids.flatten(), targets.flatten()[-1:]))
+        assert torch.equal(flat[1:], targets.flatten())
+
+
+def test_micro_batches_hold_at_most_the_tokens_asked_for(cfg):
+    batches = t.Batches(t.TokenStream(t.find_shards(cfg, "train"), cfg.vocab_size), cfg, t.Ranks())
+    assert next(batches)[0].shape == (cfg.train_batch_tokens // cfg.micro_batch_tokens, 4, 32)
+
+
+def test_a_batch_that_does_not_divide_among_ranks_is_an_error(cfg):
+    with pytest.raises(t.InputError, match="8 rows do not divide by 3 ranks"):
+        t.Batches(t.TokenStream(t.find_shards(cfg, "train"), cfg.vocab_size), cfg, t.Ranks(0, 3))
+
+
+def test_a_tokenizer_of_another_size_is_an_error(cfg):
+    with pytest.raises(t.InputError, match="has 384 pieces, but VOCAB_SIZE=385"):
+        t.load_tokenizer(t.Config(tokenizer_path=cfg.tokenizer_path, vocab_size=385))
+
+
+def counted_bytes(cfg, ids):
+    ids = torch.tensor([t.BOS, *ids])
+    return int(t.load_byte_table(cfg, torch.device("cpu")).count(ids[:-1], ids[1:]).sum())
+
+
+def test_bytes_of_the_validation_split_are_those_of_its_decoded_text(cfg):
+    sp = sentencepiece.SentencePieceProcessor(model_file=cfg.tokenizer_path)
+    stream = np.concatenate([t.read_shard(p) for p in t.find_shards(cfg, "val")])
+    ids = stream.astype(int).tolist()
+    text = sp.decode([i for i in ids if i != t.BOS])
+    table = t.load_byte_table(cfg, torch.device("cpu"))
+    assert int(table.count(torch.tensor(ids[:-1]), torch.tensor(ids[1:])).sum()) == len(text.encode())
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text(st.one_of(st.characters(codec="utf-8", exclude_characters="\u2581"), st.sampled_from(" \t\n\u0301\u200d🦜漢é")), max_size=40))
+def test_bytes_of_any_text_are_those_of_its_decoded_text(dataset, text):
+    cfg = t.Config.from_env(dataset)
+    sp = sentencepiece.SentencePieceProcessor(model_file=cfg.tokenizer_path)
+    ids = sp.encode(text)
+    assert counted_bytes(cfg, ids) == len(sp.decode(ids).encode())
+
+
+def test_the_byte_rule_on_single_pieces(cfg):
+    sp = sentencepiece.SentencePieceProcessor(model_file=cfg.tokenizer_path)
+    byte = sp.piece_to_id("<0xE2>")
+    space = next(i for i in range(384) if sp.id_to_piece(i).startswith("\u2581") and len(sp.id_to_piece(i)) > 1)
+    letters = len(sp.id_to_piece(space)) - 1
+    assert counted_bytes(cfg, [byte]) == 1
+    assert counted_bytes(cfg, [space]) == letters  # after a boundary its space is not counted
+    assert counted_bytes(cfg, [byte, space]) == 1 + letters + 1
+    assert counted_bytes(cfg, [0, 2, 3]) == 0  # pad, end and unknown

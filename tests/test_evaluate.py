@@ -1,0 +1,100 @@
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import train_gpt as t
+
+
+@settings(max_examples=200, deadline=None)
+@given(total=st.integers(1, 400), stride=st.sampled_from([1, 2, 4, 8, 16, 32]), chunk=st.sampled_from([32, 64, 96, 1000]))
+def test_every_target_is_scored_exactly_once_with_all_the_context_there_is(total, stride, chunk):
+    scored = []
+    for low in range(0, total, chunk):
+        for w in t.score_windows(low, min(low + chunk, total), 32, stride):
+            assert low <= w.score_from < w.end <= min(low + chunk, total) and w.end - w.start == min(32, w.end)
+            assert w.score_from == 0 or w.end - w.score_from <= stride
+            scored += range(w.score_from, w.end)
+    assert scored == list(range(total))
+
+
+def scorer_of(cfg, log, **changes):
+    return t.Scorer(dataclasses.replace(cfg, **changes), t.Ranks(), log)
+
+
+def audited(scorer, forward, tmp_path, adapt=None, **how):
+    path = tmp_path / "audit.npz"
+    scorer.cfg = dataclasses.replace(scorer.cfg, audit=str(path))
+    score = scorer.evaluate(forward, **{"stride": scorer.cfg.eval_stride, "chunk_tokens": scorer.cfg.ttt_chunk_tokens, **how}, adapt=adapt)
+    with np.load(path) as file:
+        return score, dict(file)
+
+
+def test_sliding_scores_are_those_of_one_window_at_a_time(cfg, log, tmp_path):
+    model, scorer = make_model(cfg), scorer_of(cfg, log)
+    score, audit = audited(scorer, model, tmp_path)
+    tokens, expected = scorer.tokens, []
+    for position in range(len(tokens) - 1):
+        end = 32 if position < 32 else min((position // 8 + 1) * 8, (position // 256 + 1) * 256, len(tokens) - 1)
+        start = end - 32
+        logits = model.logits(model.hidden(tokens[None, start:end]))[0, position - start]
+        expected.append(float(F.cross_entropy(logits.detach().double(), tokens[position + 1])))
+    np.testing.assert_allclose(audit["nll"], expected, atol=1e-4)
+    assert score.loss == pytest.approx(np.mean(expected), abs=1e-5)
+    assert score.bpb == pytest.approx(sum(expected) / math.log(2) / audit["bytes"].sum(), abs=1e-5)
+    assert audit["chunk"].tolist() == [i // 256 for i in range(len(tokens) - 1)]
+
+
+def test_any_stride_agrees_for_a_model_without_context(cfg, log):
+    table = torch.randn(cfg.vocab_size, cfg.vocab_size)
+
+    def bigram(ids, targets):
+        return F.cross_entropy(table[ids][:, -targets.size(1) :].flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+
+    scorer = scorer_of(cfg, log)
+    losses = [scorer.evaluate(bigram, stride, chunk).loss for stride, chunk in ((32, 32), (8, 256), (16, 64), (32, 10_000), (1, 256))]
+    assert losses == pytest.approx([losses[0]] * len(losses), abs=1e-7)
+
+
+def test_more_context_helps_nobody_if_weights_are_random_but_is_used(cfg, log):
+    scorer, model = scorer_of(cfg, log), make_model(cfg)
+    assert scorer.plain(model).loss != scorer.sliding(model).loss
+
+
+@pytest.mark.parametrize("targets", [1, 5, 31, 32, 33, 255, 257])
+def test_streams_of_any_length_work(cfg, log, tmp_path, targets):
+    scorer = scorer_of(cfg, log, val_max_tokens=targets)
+    score, audit = audited(scorer, make_model(cfg), tmp_path)
+    assert len(audit["nll"]) == targets and math.isfinite(score.loss) and (audit["nll"] > 0).all()
+
+
+def test_the_batch_size_changes_nothing(cfg, log):
+    model = make_model(cfg)
+    losses = [scorer_of(cfg, log, eval_batch_seqs=n).sliding(model).loss for n in (1, 3, 32)]
+    assert losses == pytest.approx([losses[0]] * 3, abs=1e-6)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_share_the_windows_without_loss(cfg, log, world):
+    parts = []
+    for rank in range(world):
+        scorer = scorer_of(cfg, log)
+        scorer.ranks = t.Ranks(rank, world)
+        for low in range(0, 700, 256):
+            parts += [w for batch in scorer.batches(t.score_windows(low, min(low + 256, 700), 32, 8), 32) for w in batch]
+    assert sorted(i for w in parts for i in range(w.score_from, w.end)) == list(range(700))
+
+
+def test_the_reported_bits_per_byte_follow_the_contests_formula(cfg, log):
+    scorer = scorer_of(cfg, log)
+
+    def constant(ids, targets):
+        return torch.full(targets.shape, 2.0)
+
+    assert scorer.plain(constant).bpb == pytest.approx(2.0 * 700 / math.log(2) / int(scorer.bytes.sum()))

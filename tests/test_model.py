@@ -1,0 +1,254 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_model
+
+import train_gpt as t
+
+
+def ids_of(cfg, rows=2, length=24, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    ids = torch.randint(2, cfg.vocab_size, (rows, length), generator=draw)
+    ids[:, 0] = ids[0, 9] = t.BOS
+    return ids
+
+
+def reference_losses(model, cfg, ids, targets):
+    """components.md section 4 in float64, position by position and head by head; shares no code with the model."""
+    p = {name: w.detach().double().numpy() for name, w in model.named_parameters()}
+    heads, groups, width = cfg.num_heads, cfg.num_heads // cfg.num_kv_heads, cfg.model_dim // cfg.num_heads
+    rotated = cfg.rope_dims
+
+    def rms(x):
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1.1920929e-07)
+
+    def rope(x, position):
+        out = x.copy()
+        for j in range(rotated // 2):
+            angle = position * cfg.rope_base ** (-2 * j / rotated)
+            a, b = x[j], x[j + rotated // 2]
+            out[j], out[j + rotated // 2] = a * np.cos(angle) + b * np.sin(angle), -a * np.sin(angle) + b * np.cos(angle)
+        return out
+
+    def attention(x, i, extra):
+        w = {k: p[f"blocks.{i}.attn.{k}"] for k in ("c_q.weight", "c_k.weight", "c_v.weight", "proj.weight", "q_gain")}
+        q, k, v = x @ w["c_q.weight"].T, x @ w["c_k.weight"].T, x @ w["c_v.weight"].T + extra
+        out = np.zeros_like(q)
+        for h in range(heads):
+            own, kv = slice(h * width, h * width + width), slice(h // groups * width, h // groups * width + width)
+            qh = np.stack([rope(rms(row), pos) * w["q_gain"][h] for pos, row in enumerate(q[:, own])])
+            kh = np.stack([rope(rms(row), pos) for pos, row in enumerate(k[:, kv])])
+            for pos in range(len(x)):
+                score = qh[pos] @ kh[: pos + 1].T / np.sqrt(width)
+                share = np.exp(score - score.max())
+                y = share / share.sum() @ v[: pos + 1, kv]
+                if i >= cfg.num_layers - cfg.xsa_last_n:
+                    direction = v[pos, kv] / np.linalg.norm(v[pos, kv])
+                    y = y - (y @ direction) * direction
+                out[pos, own] = y
+        return out @ w["proj.weight"].T
+
+    losses = []
+    for row, wanted in zip(ids.tolist(), targets.tolist()):
+        x = []
+        for pos, token in enumerate(row):
+            first = pos == 0 or token == t.BOS
+            bucket = cfg.bigram_vocab_size - 1 if first else (36313 * token ^ 27191 * row[pos - 1]) % (cfg.bigram_vocab_size - 1)
+            x.append(rms(p["tok_emb.weight"][token] + p["bigram.scale"] * (p["bigram.proj.weight"] @ p["bigram.embed.weight"][bucket])))
+        gate = 1 / (1 + np.exp(-p["smear.gate"]))
+        x = np.stack([v if pos == 0 or row[pos] == t.BOS else (1 - gate) * v + gate * x[pos - 1] for pos, v in enumerate(x)])
+        shared = p["value_embed.scale"] * (p["value_embed.embed.weight"][row] @ p["value_embed.proj.weight"].T)
+        x0, kept = x, []
+        for i in range(cfg.num_layers):
+            if i >= cfg.num_layers // 2 and kept:
+                x = x + p["skip_weights"][i - cfg.num_layers // 2] * kept.pop()
+            mix, scale = p[f"blocks.{i}.resid_mix"], 1 / np.sqrt(i + 1)
+            x = mix[0] * x + mix[1] * x0
+            extra = p[f"value_embed.layer_scales.{i}"] * shared if i in cfg.ve_layers else 0.0
+            x = x + p[f"blocks.{i}.attn_scale"] * attention(rms(x) * scale, i, extra)
+            u = rms(x) * scale @ p[f"blocks.{i}.mlp.fc.weight"].T
+            u = np.where(u > 0, u, 0.5 * u) ** 2
+            x = x + p[f"blocks.{i}.mlp_scale"] * (u @ p[f"blocks.{i}.mlp.proj.weight"].T)
+            if i < cfg.num_layers // 2:
+                kept.append(x)
+        logits = 30 * np.tanh(rms(x) @ p["tok_emb.weight"].T / 30)
+        shifted = logits - logits.max(-1, keepdims=True)
+        log_z = np.log(np.exp(shifted).sum(-1))
+        losses.append([z - s[w] for z, s, w in zip(log_z, shifted, wanted)])
+    return np.array(losses)
+
+
+@pytest.mark.parametrize("layers, value_layers", [(4, (2, 3)), (5, (0, 4))])
+def test_the_loss_is_that_of_a_float64_reference(cfg, layers, value_layers):
+    cfg = dataclasses.replace(cfg, num_layers=layers, ve_layers=value_layers)
+    model, ids = make_model(cfg), ids_of(cfg)
+    targets = ids_of(cfg, seed=1)
+    expected = reference_losses(model, cfg, ids, targets)
+    assert np.abs(model(ids, targets).detach().numpy() - expected).max() < 2e-4
+    assert np.abs(model.double()(ids, targets).detach().numpy() - expected).max() < 2e-3  # activations stay fp32
+
+
+def test_a_changed_token_changes_no_earlier_logit(cfg):
+    model, ids = make_model(cfg), ids_of(cfg, rows=1)
+    base = model.logits(model.hidden(ids))
+    for position in (1, 9, 15, 23):
+        changed = ids.clone()
+        changed[0, position] = 2 + (ids[0, position] + 5) % (cfg.vocab_size - 2)
+        logits = model.logits(model.hidden(changed))
+        assert torch.equal(logits[0, :position], base[0, :position])
+        assert not torch.equal(logits[0, position], base[0, position])
+
+
+def test_the_head_on_the_last_rows_gives_the_losses_of_the_last_rows(cfg):
+    model, ids, targets = make_model(cfg), ids_of(cfg), ids_of(cfg, seed=1)
+    torch.testing.assert_close(model(ids, targets[:, -5:]), model(ids, targets)[:, -5:], rtol=1e-5, atol=1e-5)
+
+
+def test_rotary_tables_are_exact_and_have_as_many_rows_as_positions():
+    cos, sin = t.rotary_tables(2048, 16, 10_000.0)
+    rows = torch.cat((cos, sin), -1).flatten(1)
+    assert cos.dtype == torch.float32 and len(torch.unique(rows, dim=0)) == 2048
+    angles = np.outer(np.arange(2048), 10_000.0 ** (-np.arange(0, 16, 2) / 16))
+    assert np.abs(cos[:, 0].numpy() - np.cos(angles)).max() < 1e-7 and np.abs(sin[:, 0].numpy() - np.sin(angles)).max() < 1e-7
+    model = t.GPT(t.Config(num_layers=1, ve_layers=(), xsa_last_n=0), dtype=torch.bfloat16)
+    assert len(torch.unique(torch.cat((model.cos, model.sin), -1).flatten(1), dim=0)) == 2048
+
+
+def test_rotation_keeps_lengths_and_depends_on_distance_alone():
+    cos, sin = t.rotary_tables(64, 8, 10_000.0)
+    x = torch.randn(1, 1, 1, 8).expand(1, 64, 1, 8)
+    q, k = t.rotate(x, cos, sin)[0, :, 0], t.rotate(x.flip(-1), cos, sin)[0, :, 0]
+    torch.testing.assert_close(q.norm(dim=-1), x[0, :, 0].norm(dim=-1))
+    products = q @ k.T
+    torch.testing.assert_close(products[10:, 10:], products[:-10, :-10], rtol=1e-4, atol=1e-4)
+
+
+def test_an_exclusive_head_is_orthogonal_to_its_tokens_value():
+    y, v = torch.randn(2, 7, 4, 8), torch.randn(2, 7, 2, 8)
+    out = t.exclude_own_value(y, v)
+    assert (out * v.repeat_interleave(2, dim=2)).sum(-1).abs().max() < 1e-5
+    torch.testing.assert_close(t.exclude_own_value(out, v), out)
+
+
+@pytest.mark.parametrize("buckets, expected", [
+    (2048, [2047, 1887, 144, 1150, 523]), (4096, [4095, 3892, 33, 289, 3919]), (1536, [1535, 892, 218, 1044, 989])])
+def test_bigram_buckets_are_the_published_ones(buckets, expected):
+    bigram = t.BigramHashEmbedding(buckets, 4, 8)
+    assert bigram.bucket(torch.tensor([[1, 5, 9, 1023, 700]])).tolist() == [expected]
+    assert bigram.bucket(torch.tensor([[7, 5, 9, t.BOS, 700]]))[0, [0, 3]].tolist() == [buckets - 1] * 2
+
+
+def test_smear_gate_and_bigram_do_not_see_the_document_before(cfg):
+    model, ids = make_model(cfg), ids_of(cfg, rows=1)
+    changed = ids.clone()
+    changed[0, 8] = 2 + (ids[0, 8] + 1) % (cfg.vocab_size - 2)  # the token before a BOS
+    x = torch.randn(1, 24, cfg.model_dim)
+    y = x.clone()
+    y[0, 8] += 1
+    assert torch.equal(model.smear(x, ids)[0, 9:], model.smear(y, ids)[0, 9:])
+    assert not torch.equal(model.smear(x, ids)[0, 8], model.smear(y, ids)[0, 8])
+    assert torch.equal(model.bigram(ids)[0, 9:], model.bigram(changed)[0, 9:])
+
+
+def losses(cfg, model):
+    return model(ids_of(cfg), ids_of(cfg, seed=1))
+
+
+def transplanted(cfg, **changes):
+    """The losses of a model under changed settings that has, by name, the weights of `make_model(cfg)`."""
+    changed = dataclasses.replace(cfg, **changes)
+    model = t.GPT(changed)
+    model.load_state_dict(make_model(cfg).state_dict(), strict=False)
+    return losses(changed, model)
+
+
+def test_neutral_values_leave_the_maths_bit_identical(cfg, monkeypatch):
+    """ROPE_DIMS = head width is plain RoPE; slope 0 is ReLU squared; power 0, XSA 0 and eval length = train length do nothing."""
+    assert torch.equal(transplanted(cfg, rope_dims=0), transplanted(cfg, rope_dims=cfg.head_dim))
+    assert torch.equal(transplanted(cfg, eval_seq_len=0), transplanted(cfg, eval_seq_len=cfg.train_seq_len))
+    flat = transplanted(cfg, ln_scale_power=0.0, mlp_negative_slope=0.0, xsa_last_n=0)
+    monkeypatch.setattr(t.MLP, "forward", lambda self, x: self.proj(F.relu(self.fc(x)).square()))
+    monkeypatch.setattr(t, "exclude_own_value", None)
+    unscaled = t.Block.__init__
+
+    def without_scale(self, *args):
+        unscaled(self, *args)
+        self.input_scale = 1.0
+
+    monkeypatch.setattr(t.Block, "__init__", without_scale)
+    assert torch.equal(transplanted(cfg, xsa_last_n=0), flat)
+
+
+@pytest.mark.parametrize("off, zeroed", [
+    (dict(bigram_vocab_size=0), "bigram.scale"), (dict(ve_layers=()), "value_embed.scale"), (dict(smear_gate=False), "smear.gate")])
+def test_a_part_that_is_off_equals_one_that_contributes_nothing(cfg, off, zeroed):
+    model = make_model(cfg)
+    with torch.no_grad():
+        model.get_parameter(zeroed).fill_(-1e9 if zeroed == "smear.gate" else 0.0)
+    changed = dataclasses.replace(cfg, **off)
+    without = t.GPT(changed)
+    without.load_state_dict(model.state_dict(), strict=False)
+    assert torch.equal(losses(cfg, model), losses(changed, without))
+    assert not torch.equal(losses(cfg, make_model(cfg)), losses(changed, without))
+
+
+def test_every_parameter_is_initialized_and_the_seed_decides_it(cfg):
+    models = []
+    for seed in (1, 1, 2):
+        model = t.GPT(cfg)
+        for p in model.parameters():
+            torch.nn.init.constant_(p, float("nan"))
+        model.init_weights(dataclasses.replace(cfg, seed=seed))
+        models.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert models[0].isfinite().all()
+    assert torch.equal(models[0], models[1]) and not torch.equal(models[0], models[2])
+
+
+def test_initial_weights_are_the_published_ones(cfg):
+    cfg = dataclasses.replace(cfg, model_dim=64, num_heads=4, rope_dims=16)
+    model = t.GPT(cfg)
+    model.init_weights(cfg)
+    p = dict(model.named_parameters())
+    eye = torch.eye(64)
+    torch.testing.assert_close(p["blocks.1.attn.c_q.weight"] @ p["blocks.1.attn.c_q.weight"].T, eye, atol=1e-5, rtol=0)
+    torch.testing.assert_close(p["blocks.1.mlp.fc.weight"].T @ p["blocks.1.mlp.fc.weight"], eye, atol=1e-5, rtol=0)
+    singular = torch.linalg.svdvals(p["bigram.proj.weight"])
+    torch.testing.assert_close(singular, torch.full_like(singular, 1 / np.sqrt(2 * cfg.num_layers)))
+    assert abs(p["tok_emb.weight"].std() / 0.005 - 1) < 0.05 and abs(p["value_embed.embed.weight"].std() / 0.01 - 1) < 0.1
+    for name in ("blocks.0.attn.proj.weight", "blocks.0.mlp.proj.weight", "bigram.embed.weight", "smear.gate"):
+        assert not p[name].any()
+    assert (p["blocks.0.attn.q_gain"] == 1.5).all() and p["bigram.scale"] == 0.05 and p["value_embed.scale"] == 0.1
+    assert torch.equal(p["blocks.2.resid_mix"], torch.stack((torch.ones(64), torch.zeros(64))))
+    assert (p["skip_weights"] == 1).all() and (p["value_embed.layer_scales.2"] == 1).all()
+
+
+def test_the_first_loss_is_that_of_a_uniform_guess():
+    cfg = t.Config.from_env({"VARIANT": "smoke"})
+    model = t.GPT(cfg)
+    model.init_weights(cfg)
+    ids = torch.randint(2, 1024, (8, 32), generator=torch.Generator().manual_seed(0))
+    assert abs(model(ids, (ids + 7) % 1024).mean() - np.log(1024)) < 0.01
+
+
+def test_roles_divide_the_parameters(cfg):
+    roles = t.parameter_roles(t.GPT(cfg))
+    assert {name for name, role in roles.items() if role == "table"} == {"tok_emb.weight", "bigram.embed.weight", "value_embed.embed.weight"}
+    matrices = [name for name, role in roles.items() if role == "matrix"]
+    assert len(matrices) == 6 * cfg.num_layers + 2 and all(name.endswith(".weight") for name in matrices)
+    assert roles["blocks.0.resid_mix"] == roles["skip_weights"] == roles["blocks.0.attn.q_gain"] == "scalar"
+
+
+def test_bf16_activations_stay_close_to_fp32(cfg):
+    model, half = make_model(cfg), t.GPT(cfg, dtype=torch.bfloat16)
+    half.load_state_dict(model.state_dict())
+    assert (losses(cfg, model).mean() - losses(cfg, half).mean()).abs() < 0.1
+
+
+def test_a_kernel_asked_for_by_name_must_be_there():
+    assert t.choose_attention(t.Config(), torch.device("cpu"))[0] == "sdpa"
+    for name in ("fa3", "fa2"):
+        with pytest.raises(t.InputError, match=f"ATTENTION={name} needs"):
+            t.choose_attention(t.Config(attention=name), torch.device("cpu"))

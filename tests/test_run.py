@@ -1,0 +1,138 @@
+"""Whole runs, as a user starts them."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, finals, run
+
+import train_gpt as t
+
+STEP = re.compile(r"^step:\d+/\d+ train_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d{2}ms$", re.M)
+VAL = re.compile(r"^step:\d+/\d+ val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} eval_time:\d+ms train_time:\d+ms$", re.M)
+
+
+@pytest.fixture(scope="module")
+def finished(dataset, tmp_path_factory):
+    """A complete smoke run: its environment, its folder, its output."""
+    folder = tmp_path_factory.mktemp("run")
+    env = dict(dataset, VARIANT="smoke", OUTPUT_DIR=str(folder), VAL_MAX_TOKENS="700", RUN_ID="test")
+    return env, folder, run(env).stdout
+
+
+def test_a_run_passes_every_stage_and_ends_in_the_table(finished):
+    _, folder, out = finished
+    assert len(STEP.findall(out)) >= 10 and len(VAL.findall(out)) == 1
+    for words in ("source:train_gpt.py sha256:", "overrides: VARIANT=smoke", "model_params:", "warmup_step:1/1 late_qat:1", "late_qat:enabled",
+                  "averaging:ema updates:20", "DIAGNOSTIC post_ema val_loss:", "Serialized model int6+zstd-22: ", "Code size: ",
+                  "Total submission size int6+zstd-22: ", "total_eval_time:", "bytes_per_token:"):
+        assert words in out, words
+    stages = finals(out)
+    assert list(stages) == ["final_int6_roundtrip", "final_int6_sliding_window", "legal_ttt"]
+    table = out[out.index("stage   ") :].splitlines()
+    assert [row.split()[0] for row in table[1:6]] == ["raw", "averaged", *stages]
+    assert all(f"{stages[row.split()[0]]:.4f}" in row for row in table[3:6])
+    assert (folder / "logs" / "test.txt").read_text() == out
+
+
+def test_sizes_in_the_log_are_those_on_disk(finished):
+    _, folder, out = finished
+    model, code = (folder / "final_model.int6.ptz").stat().st_size, (ROOT / "train_gpt.py").stat().st_size
+    assert f"int6+zstd-22: {model} bytes" in out and f"Code size: {code} bytes" in out
+    assert f"Total submission size int6+zstd-22: {model + code} bytes" in out
+
+
+def test_an_artifact_can_be_scored_again_in_a_fresh_process_without_training_data(finished, tmp_path):
+    env, folder, out = finished
+    only_val = tmp_path / "val"
+    only_val.mkdir()
+    for path in t.find_shards(t.Config.from_env(env), "val"):
+        (only_val / path.name).symlink_to(path)
+    again = run({"EVAL_ONLY": "1", "ARTIFACT": str(folder / "final_model.int6.ptz"), "DATA_PATH": str(only_val),
+                 "TOKENIZER_PATH": env["TOKENIZER_PATH"], "OUTPUT_DIR": str(tmp_path)}, cwd=tmp_path).stdout
+    assert finals(again) == finals(out) and not list(tmp_path.glob("final_model*"))
+
+
+def test_the_same_seed_gives_the_same_losses_and_two_processes_agree(finished, tmp_path):
+    env, folder, out = finished
+    losses = re.findall(r"train_loss:[\d.]+", out)
+    again = run(env | {"OUTPUT_DIR": str(tmp_path)})
+    assert re.findall(r"train_loss:[\d.]+", again.stdout) == losses and finals(again.stdout) == finals(out)
+    assert (tmp_path / "final_model.int6.ptz").read_bytes() == (folder / "final_model.int6.ptz").read_bytes()
+    two = run(env | {"OUTPUT_DIR": str(tmp_path)}, processes=2)
+    assert re.findall(r"train_loss:[\d.]+", two.stdout) == losses
+    assert finals(two.stdout) == pytest.approx(finals(out), abs=2e-3)
+    assert two.stdout.count("model_params:") == 1
+
+
+def cut_shard(env, tmp_path):
+    return {"DATA_PATH": str(copied(env, tmp_path, lambda b: b[:-100]))}
+
+
+def foreign_token(env, tmp_path):
+    return {"DATA_PATH": str(copied(env, tmp_path, lambda b: b[:2000] + b"\xff\xff" + b[2002:]))}
+
+
+def copied(env, tmp_path, change):
+    """A copy of the dataset in which the first training shard has been changed."""
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for path in (p for split in ("train", "val") for p in t.find_shards(t.Config.from_env(env), split)):
+        (folder / path.name).write_bytes(change(path.read_bytes()) if "train_000000" in path.name else path.read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("wrong, words", [
+    (lambda e, p: {"MATRX_LR": "1"}, "did you mean MATRIX_LR"), (lambda e, p: {"DATA_PATH": str(p / "none")}, "prepare.py demo"),
+    (cut_shard, "fineweb_train_000000.bin is cut"), (foreign_token, "holds token 65535, but VOCAB_SIZE=384"),
+    (lambda e, p: {"VOCAB_SIZE": "385"}, "has 384 pieces"), (lambda e, p: {"TOKENIZER_PATH": __file__}, "not a SentencePiece model"),
+    (lambda e, p: {"TRAIN_BATCH_TOKENS": "100"}, "multiple of TRAIN_SEQ_LEN"), (lambda e, p: {"OUTPUT_DIR": "/proc/none"}, "cannot write"),
+    (lambda e, p: {"EVAL_ONLY": "1", "ARTIFACT": str(p / "none")}, "cannot read the artifact"),
+    (lambda e, p: {"MAX_ARTIFACT_BYTES": "1000", "ITERATIONS": "1"}, "over MAX_ARTIFACT_BYTES=1000"),
+    (lambda e, p: {"MATRIX_LR": "1e30", "TIED_EMBED_LR": "1e30", "SCALAR_LR": "1e30", "WARMUP_STEPS": "0"}, "at step [23]; lower MATRIX_LR"),
+])
+def test_bad_input_ends_in_one_line_and_overwrites_nothing(env, tmp_path, wrong, words):
+    kept = tmp_path / "final_model.int6.ptz"
+    kept.write_bytes(b"an earlier model")
+    done = run(env | wrong(env, tmp_path), check=False)
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode != 0 and len(lines) == 1 and re.search(words, lines[0]), done.stderr
+    assert kept.read_bytes() == b"an earlier model"
+
+
+def test_a_divergence_keeps_the_average_which_can_be_scored(env, tmp_path):
+    done = run(env | {"MATRIX_LR": "1e30", "TIED_EMBED_LR": "1e30", "SCALAR_LR": "1e30", "WARMUP_STEPS": "0"}, check=False)
+    assert "checkpoint:" in done.stdout
+    average = t.unpack((tmp_path / "final_model.average.ptz").read_bytes())[1]
+    assert average["tok_emb.weight"].shape == (384, 32)
+
+
+def test_ctrl_c_keeps_the_average(env, tmp_path):
+    settings = env | {"ITERATIONS": "100000", "MAX_WALLCLOCK_SECONDS": "0", "OMP_NUM_THREADS": "1", "VAL_LOSS_EVERY": "0"}
+    process = subprocess.Popen([sys.executable, str(ROOT / "train_gpt.py")], env=os.environ | settings, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "logs" / "test.txt"
+    for _ in range(600):
+        if log.is_file() and "step:10/" in log.read_text():
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and not err.strip() and "checkpoint:" in out
+    scored = run({k: v for k, v in env.items() if k != "VARIANT"} | {"EVAL_ONLY": "1", "ARTIFACT": str(tmp_path / "final_model.average.ptz")})
+    assert "legal_ttt_exact" in scored.stdout
+
+
+def test_the_audit_file_recomputes_the_score(finished, tmp_path):
+    import numpy as np
+
+    env, folder, out = finished
+    path = tmp_path / "audit.npz"
+    run(env | {"EVAL_ONLY": "1", "ARTIFACT": str(folder / "final_model.int6.ptz"), "AUDIT": str(path), "OUTPUT_DIR": str(tmp_path)})
+    with np.load(path) as audit:
+        assert audit["nll"].dtype == np.float64 and len(audit["nll"]) == 700
+        assert audit["nll"].sum() / np.log(2) / audit["bytes"].sum() == pytest.approx(finals(out)["legal_ttt"], abs=1e-8)

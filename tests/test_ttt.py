@@ -1,0 +1,125 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_model
+from test_evaluate import audited, scorer_of
+
+import train_gpt as t
+
+
+def adapted(cfg, log, tmp_path, tokens=None, vocab_size=384, **changes):
+    """(score, audit) of a run with test-time training from fixed weights over the validation stream or `tokens`."""
+    cfg = dataclasses.replace(cfg, ttt_lr=0.05, **changes)
+    model, scorer = make_model(dataclasses.replace(cfg, vocab_size=vocab_size)), scorer_of(cfg, log)
+    if tokens is not None:
+        scorer.tokens = tokens
+        scorer.bytes = torch.ones(len(tokens) - 1, dtype=torch.int64)
+    adapt = t.Adaptation(model, model, cfg, t.Ranks()) if cfg.ttt_epochs else None
+    return *audited(scorer, model, tmp_path, adapt=adapt), model
+
+
+def stream_of(cfg, log):
+    return scorer_of(cfg, log).tokens
+
+
+def test_a_rate_of_zero_and_no_epochs_reproduce_the_sliding_score_bit_for_bit(cfg, log, tmp_path):
+    plain = adapted(cfg, log, tmp_path, ttt_epochs=0)[1]["nll"]
+    cold = dataclasses.replace(cfg, ttt_lr=0.0)
+    model, scorer = make_model(cold), scorer_of(cold, log)
+    frozen = audited(scorer, model, tmp_path, adapt=t.Adaptation(model, model, cold, t.Ranks()))[1]["nll"]
+    assert np.array_equal(frozen, plain)
+    warm = adapted(cfg, log, tmp_path)[1]["nll"]
+    assert np.array_equal(warm[:256], plain[:256]) and not np.array_equal(warm[256:512], plain[256:512])
+
+
+def test_a_changed_future_changes_no_earlier_score(cfg, log, tmp_path):
+    tokens = stream_of(cfg, log)
+    base = adapted(cfg, log, tmp_path)[1]["nll"]
+    draw = np.random.default_rng(0)
+    for position in [*draw.integers(2, 700, 6), 256, 512]:
+        changed = tokens.clone()
+        changed[position] = 2 + (changed[position] + 7) % (cfg.vocab_size - 2)
+        after = adapted(cfg, log, tmp_path, tokens=changed)[1]["nll"]
+        assert np.array_equal(after[: position - 1], base[: position - 1])
+        assert after[position - 1] != base[position - 1]
+
+
+def test_a_shorter_stream_has_the_same_scores(cfg, log, tmp_path):
+    base = adapted(cfg, log, tmp_path)[1]["nll"]
+    for targets in (256, 400, 512):
+        short = adapted(cfg, log, tmp_path, val_max_tokens=targets)[1]["nll"]
+        assert np.array_equal(short[: targets // 8 * 8 - 8], base[: targets // 8 * 8 - 8])
+
+
+@pytest.mark.parametrize("position", [40, 256, 257, 511, 512, 600])
+def test_the_scores_of_all_tokens_at_a_position_are_one_distribution(cfg, log, tmp_path, position):
+    """The strongest test of legality: it fails if a target, or anything after it, had a part in its own prediction."""
+    tokens, total = stream_of(cfg, log)[: position + 1] % 24, 0.0
+    for token in range(24):
+        changed = tokens.clone()
+        changed[-1] = token
+        total += np.exp(-adapted(cfg, log, tmp_path, tokens=changed, vocab_size=24, ttt_epochs=1)[1]["nll"][-1])
+    assert abs(total - 1) < 1e-5
+
+
+def test_only_scored_targets_are_trained_on_and_never_the_last_chunk(cfg, log, monkeypatch):
+    cfg = dataclasses.replace(cfg, val_max_tokens=700)
+    model, scorer = make_model(cfg), scorer_of(cfg, log)
+    adapt, trained, scored = t.Adaptation(model, model, cfg, t.Ranks()), [], set()
+    inner = adapt.step
+    monkeypatch.setattr(adapt, "step", lambda ids, targets: (trained.append(targets.flatten()), inner(ids, targets)))
+    for chunk in scorer.chunks(model, cfg.eval_stride, cfg.ttt_chunk_tokens):
+        scored.add(chunk.index)
+        assert chunk.last == (chunk.index == 2)
+        if not chunk.last:
+            before = len(trained)
+            adapt(chunk)
+            seen = torch.cat(trained[before:]).view(cfg.ttt_epochs, -1)
+            assert all(torch.equal(row, chunk.targets) for row in seen)
+    state = [p.detach().clone() for p in model.parameters()]
+    scorer.sliding(model)
+    assert all(torch.equal(a, b) for a, b in zip(state, model.parameters()))
+
+
+def test_the_state_after_the_last_chunk_is_the_state_before_it(cfg, log, tmp_path):
+    two_chunks = adapted(cfg, log, tmp_path, val_max_tokens=512)[2]
+    with_a_tail = adapted(cfg, log, tmp_path, val_max_tokens=300)[2]
+    assert all(torch.equal(a, b) for a, b in zip(two_chunks.parameters(), with_a_tail.parameters()))
+
+
+def test_it_learns_a_stream_that_repeats(cfg, log, tmp_path):
+    cfg = dataclasses.replace(cfg, val_max_tokens=0)
+    tokens = torch.tensor([t.BOS, 20, 21, 22, 23, 24, 25, 26] * 320)
+    model_losses = []
+    for epochs in (0, 3):
+        model = t.GPT(cfg)
+        model.init_weights(cfg)
+        run = dataclasses.replace(cfg, ttt_epochs=epochs, ttt_lr=0.1)
+        scorer = scorer_of(run, log)
+        scorer.tokens, scorer.bytes = tokens, torch.ones(len(tokens) - 1, dtype=torch.int64)
+        model_losses.append(scorer.sliding(model, t.Adaptation(model, model, run, t.Ranks()) if epochs else None).loss)
+    assert model_losses[1] < model_losses[0] - 0.5
+
+
+@pytest.mark.parametrize("rows, world", [(8, 2), (8, 3), (1, 4), (5, 2)])
+def test_ranks_together_take_the_gradient_of_one(cfg, rows, world):
+    """Each rank's gradient times 1/world, summed, is the gradient of the whole batch: padding has weight zero."""
+    ids = torch.randint(2, cfg.vocab_size, (rows, 32), generator=torch.Generator().manual_seed(0))
+    targets = ids.roll(-1, 1)
+    gradients = []
+    for size in (1, world):
+        total = 0
+        for rank in range(size):
+            model = make_model(cfg)
+            ranks = t.Ranks(rank, size)
+            adapt = t.Adaptation(model, model, dataclasses.replace(cfg, ttt_grad_clip=0.0), t.Ranks())
+            object.__setattr__(ranks, "mean_", lambda tensors: None)
+            adapt.ranks = ranks
+            adapt.optimizer.step = lambda: None
+            adapt.optimizer.zero_grad = lambda: None
+            adapt.step(ids, targets)
+            total = total + torch.cat([p.grad.flatten() for p in model.parameters()]) / size
+        gradients.append(total)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
