@@ -22,17 +22,17 @@ import copy
 import difflib
 import hashlib
 import importlib
+import importlib.util
 import json
 import math
 import os
 import statistics
 import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import Field, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -46,11 +46,14 @@ from torch import Tensor, nn
 
 BOS = 1  # the contest's id for "a document begins"
 
-# --------------------------------------------------------------------------------
+# ----------------------------------------
 # Configuration: every option, its default, its meaning. SEED=42 in the environment sets `seed`.
 
 class InputError(ValueError):
     """A mistake of the user's, told in one line: what, where, what to do."""
+
+class Unusable(InputError):
+    """What all ranks find together after work that is worth keeping: a loss that is no number, a file over the cap."""
 
 def knob(default: Any, help: str, low: float = 0, high: float = math.inf, choices: tuple = (), group: str = "") -> Any:
     """A Config field: its help, the closed range or the choices of each value; `group` opens a section of --help."""
@@ -61,7 +64,7 @@ class Config:
     """Every setting of a run, frozen. Raises InputError that names the variable when a value is out of its range."""
 
     variant: str = knob("card", "row of settings to start from; see VARIANTS", group="run")
-    seed: int = knob(1337, "seeds the weights; the order of the data is fixed")
+    seed: int = knob(1337, "seeds the weights; the order of the data is fixed", high=2**63)
     run_id: str = knob("", "names the log; empty: variant, seed and time")
     output_dir: str = knob(".", "folder of the artifact, the checkpoint and logs/")
     eval_only: bool = knob(False, "score the file ARTIFACT and do nothing else")
@@ -76,11 +79,11 @@ class Config:
     tokenizer_path: str = knob("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model of the shards")
     vocab_size: int = knob(1024, "pieces of the tokenizer", low=8, high=65536)
     train_batch_tokens: int = knob(786_432, "tokens a step over all ranks", low=1)
-    train_seq_len: int = knob(2048, "tokens a training sequence", low=2)
+    train_seq_len: int = knob(2048, "tokens a training sequence", low=2, high=2**20)
     micro_batch_tokens: int = knob(98_304, "most tokens a forward pass of one rank; the rest accumulates", low=1)
 
-    num_layers: int = knob(11, "blocks; the first half feeds U-Net skips to the second", low=1, group="model")
-    model_dim: int = knob(512, "width of the residual stream", low=8)
+    num_layers: int = knob(11, "blocks; the first half feeds skips to the second", low=2, high=1000, group="model")
+    model_dim: int = knob(512, "width of the residual stream", low=8, high=65536)
     num_heads: int = knob(8, "query heads", low=1)
     num_kv_heads: int = knob(4, "key/value heads", low=1)
     mlp_mult: float = knob(3.0, "MLP width / MODEL_DIM", low=0.01)
@@ -123,7 +126,7 @@ class Config:
     swa_start_scale: float = knob(0.2, "SWA starts when the rate falls below this share", high=2)
     late_qat_threshold: float = knob(0.15, "fake-quantize below this share of the rate; 2 always", high=2)
     train_log_every: int = knob(500, "steps between train_loss lines", low=1)
-    val_loss_every: int = knob(0, "steps between validations, off the clock; 0 reads no validation token")
+    val_loss_every: int = knob(0, "steps between validations, off the clock; 0 is none before the end")
 
     matrix_bits: int = knob(6, "code width of matrices", low=2, high=8, group="quantization")
     embed_bits: int = knob(8, "code width of tables; 16 keeps fp16", low=2, high=16)
@@ -131,7 +134,7 @@ class Config:
     step_floor: float = knob(1.0, "least step, as a share of 1/(highest code); 0 is none")
     zstd_level: int = knob(22, "zstd effort", low=1, high=22)
 
-    eval_seq_len: int = knob(0, "tokens a scoring window; 0 is TRAIN_SEQ_LEN", group="evaluation")
+    eval_seq_len: int = knob(0, "tokens a scoring window; 0 is TRAIN_SEQ_LEN", high=2**20, group="evaluation")
     eval_stride: int = knob(64, "targets that a window scores after the first", low=1)
     eval_batch_seqs: int = knob(32, "windows a forward pass of one rank", low=1)
     val_max_tokens: int = knob(0, "score only the first N targets; 0 is all, as a record must")
@@ -223,13 +226,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
         train_seq_len=256, train_batch_tokens=2048, micro_batch_tokens=2048, warmup_steps=1, max_wallclock_seconds=120,
         warmdown_iters=0, warmdown_frac=0.5, matrix_lr=0.03, scalar_lr=0.02, tied_embed_lr=0.03, muon_momentum=0.95,
         muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=100, ema_decay=0.97, train_log_every=20,
-        eval_stride=128, ttt_epochs=1, ttt_chunk_tokens=4096, ttt_lr=0.01),
+        step_floor=0.0, eval_stride=128, ttt_epochs=1, ttt_chunk_tokens=4096, ttt_lr=0.01),
     "smoke": dict(
         data_path="./data/datasets/smoke", tokenizer_path="./data/tokenizers/smoke.model", dtype="fp32",
         num_layers=4, model_dim=32, num_heads=4, num_kv_heads=2, rope_dims=4, xsa_last_n=2, ve_layers=(2, 3),
         bigram_vocab_size=64, bigram_dim=8, ve_dim=8, train_seq_len=32, train_batch_tokens=256, micro_batch_tokens=128,
         iterations=20, max_wallclock_seconds=60, warmup_steps=1, warmdown_iters=10, muon_momentum_warmup_steps=10,
-        ema_decay=0.8, train_log_every=5, val_loss_every=10, eval_stride=8, ttt_chunk_tokens=256, ttt_lr=0.02),
+        ema_decay=0.8, train_log_every=5, val_loss_every=10, step_floor=0.0, eval_stride=8, ttt_chunk_tokens=256,
+        ttt_lr=0.02),
 }
 
 def parse(kind: Any, name: str, text: str) -> Any:
@@ -266,7 +270,7 @@ def as_env(values: Mapping[str, Any]) -> dict[str, str]:
 
     return {name.upper(): text(value) for name, value in values.items()}
 
-# --------------------------------------------------------------------------------
+# ----------------------------------------
 # Ranks, clock, log: the only places that know of processes, devices and time.
 
 @dataclass(frozen=True)
@@ -282,7 +286,7 @@ class Ranks:
         return self.rank == 0
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """Add `tensor` over all ranks, in place. All ranks have it before any returns to the host's next collective."""
+        """Add `tensor` over all ranks, in place."""
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
@@ -324,7 +328,8 @@ class Ranks:
         dist.broadcast(told, src=0)
         return told.tolist()
 
-    def barrier(self) -> None:
+    def wait_for_main(self) -> None:
+        """Return once the main rank has come here: what it wrote before is whole."""
         self.agree(0.0)
 
     def share(self, items: list) -> list:
@@ -333,11 +338,11 @@ class Ranks:
         return items[n * self.rank // self.world : n * (self.rank + 1) // self.world]
 
     def memory(self) -> str:
-        """The peak of device memory so far, as a log entry; empty on a CPU."""
+        """The peak of device memory so far, as a log line; empty on a CPU."""
         if self.device.type != "cuda":
             return ""
         used, held = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-        return f"peak memory allocated: {used >> 20} MiB reserved: {held >> 20} MiB"
+        return f"\npeak memory allocated: {used >> 20} MiB reserved: {held >> 20} MiB"
 
     def compile(self, fn: Callable) -> Callable:
         """`fn` as one static graph on CUDA; `fn` itself on a CPU, where compiling costs more than it returns."""
@@ -351,7 +356,7 @@ def launch(env: Mapping[str, str]) -> Iterator[Ranks]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-        torch.backends.cuda.enable_math_sdp(False)  # an unsupported shape must fail, not crawl
+        torch._dynamo.config.recompile_limit = 64  # training, scoring and adapting share one forward, in several shapes
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
@@ -415,6 +420,12 @@ class Log:
         name = cfg.run_id or f"{cfg.variant}_seed{cfg.seed}_{'eval_' if cfg.eval_only else ''}{stamp}"
         self.path = Path(cfg.output_dir) / "logs" / f"{name}.txt"
         self.active = ranks.is_main
+        for package in ("numpy", "sentencepiece", "tqdm", "zstandard"):
+            if importlib.util.find_spec(package) is None:
+                raise InputError(f"the package {package} is missing; pip install -r requirements.txt")
+        for file in (cfg.artifact_path, Path(cfg.audit)):
+            if self.active and not file.parent.is_dir() and file.parent != Path(cfg.output_dir):
+                raise InputError(f"there is no folder {file.parent} to hold {file.name}")
         if self.active:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -429,7 +440,7 @@ class Log:
                 file.write(text + "\n")
 
     def header(self, cfg: Config, ranks: Ranks, overrides: list[str]) -> None:
-        """What ran where: source, versions, device, and every setting that differs from the defaults."""
+        """What ran where: source, versions, device, and the settings that the environment gave."""
         source = Path(__file__).read_bytes()
         on_gpu = ranks.device.type == "cuda"
         device = torch.cuda.get_device_name(ranks.device) if on_gpu else f"cpu x{torch.get_num_threads()}"
@@ -437,12 +448,13 @@ class Log:
         self(f"python:{sys.version.split()[0]} torch:{torch.__version__} device:{device} world_size:{ranks.world}")
         self(f"variant:{cfg.variant} seed:{cfg.seed} overrides: {' '.join(overrides) or 'none'}")
 
-def progress_bar(items: list, label: str, log: Log) -> Any:
-    """`items` under a progress bar when a person watches, bare otherwise."""
-    tqdm = importlib.import_module("tqdm").tqdm
-    return tqdm(items, desc=label, leave=False, disable=not (log.active and sys.stderr.isatty()))
+def progress_bar(label: str, total: float, log: Log) -> Any:
+    """A progress bar with the time left when a person watches; silent otherwise."""
+    shape = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+    hidden = not (log.active and sys.stderr.isatty())
+    return importlib.import_module("tqdm").tqdm(desc=label, total=total, bar_format=shape, leave=False, disable=hidden)
 
-# --------------------------------------------------------------------------------
+# ----------------------------------------
 # Data: shards -> one endless stream -> batches that do not depend on the number of ranks; bytes of each token.
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
@@ -565,7 +577,7 @@ def load_tokenizer(cfg: Config) -> Any:
         raise InputError(f"TOKENIZER_PATH={path} has {sp.vocab_size()} pieces, but VOCAB_SIZE={cfg.vocab_size}")
     return sp
 
-# --------------------------------------------------------------------------------
+# ----------------------------------------
 # Model: token ids -> loss of each target.
 # B sequences, T tokens, D model width, H query heads, K key/value heads, C head width, V vocabulary.
 
@@ -596,8 +608,9 @@ def compute_dtype(cfg: Config, device: torch.device) -> torch.dtype:
 
 def choose_attention(cfg: Config, device: torch.device) -> tuple[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
     """(name, causal attention). A kernel that is asked for by name must be there; `auto` takes the best that is."""
-    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-    kernels = dict(fa3=("flash_attn_interface", hopper), fa2=("flash_attn", device.type == "cuda"))
+    flash = device.type == "cuda" and compute_dtype(cfg, device) == torch.bfloat16
+    hopper = flash and torch.cuda.get_device_capability(device)[0] == 9
+    kernels = dict(fa3=("flash_attn_interface", hopper), fa2=("flash_attn", flash))
     for name in (n for n in kernels if cfg.attention in ("auto", n)):
         module, runs_here = kernels[name]
         try:
@@ -797,7 +810,7 @@ def parameter_roles(model: nn.Module) -> dict[str, str]:
     owners = {name: model.get_submodule(name.rpartition(".")[0]) for name, _ in model.named_parameters()}
     return {name: kinds.get(type(owner), "scalar") for name, owner in owners.items()}
 
-# --------------------------------------------------------------------------------
+# ----------------------------------------
 # Optimizer: gradients -> weights. Muon for matrices, sharded over ranks; AdamW for tables and scalars.
 
 def orthogonalize(g: Tensor, steps: int) -> Tensor:
@@ -886,19 +899,22 @@ class Optimizers:
             optimizer.state.clear()
             optimizer.load_state_dict(state)
 
-# --------------------------------------------------------------------------------
+# ----------------------------------------
 # Schedules: pure functions of progress.
+
+def share_done(step: int, elapsed: float, cfg: Config) -> float:
+    """How much of the run is behind, by steps or by the clock, whichever is further."""
+    return max(step / cfg.iterations, elapsed / (cfg.max_wallclock_seconds or math.inf))
 
 def lr_scale(step: int, elapsed: float, step_seconds: float, cfg: Config) -> float:
     """Share of the peak learning rate at `step` after `elapsed` seconds: 1, then linear to 0 over the warmdown.
 
     The run ends at ITERATIONS or at the clock's limit, whichever comes first at `step_seconds` a step.
     """
-    clock = cfg.max_wallclock_seconds or math.inf
-    steps_left = min(cfg.iterations - step, (clock - elapsed) / max(step_seconds, 1e-9))
-    share_left = 1 - max(step / cfg.iterations, elapsed / clock)
+    seconds_left = (cfg.max_wallclock_seconds or math.inf) - elapsed
+    steps_left = min(cfg.iterations - step, seconds_left / max(step_seconds, 1e-9))
     by_steps = steps_left / cfg.warmdown_iters if cfg.warmdown_iters else 1.0
-    by_share = share_left / cfg.warmdown_frac if cfg.warmdown_frac else 1.0
+    by_share = (1 - share_done(step, elapsed, cfg)) / cfg.warmdown_frac if cfg.warmdown_frac else 1.0
     return min(1.0, max(0.0, min(by_steps, by_share)))
 
 def out_of_time(elapsed: float, step_seconds: float, cfg: Config) -> bool:
@@ -916,7 +932,7 @@ def average_weight(step: int, scale: float, averaged: int, cfg: Config) -> float
         return 1 / (averaged + 1) if scale < cfg.swa_start_scale and step % cfg.swa_every == 0 else 0.0
     return 1 - cfg.ema_decay if cfg.averaging == "ema" else 1.0
 
-# --------------------------------------------------------------------------------
+# ----------------------------------------
 # Averaging: EMA and SWA are one recurrence, in fp32.
 
 class Average:
@@ -933,7 +949,7 @@ class Average:
             torch._foreach_lerp_(list(self.values.values()), [p.float() for p in self.source.values()], weight)
             self.count += 1
 
-# --------------------------------------------------------------------------------
+# ----------------------------------------
 # Quantization: weights -> integer codes and a step a row. Late QAT and the export share one function, hence one grid.
 
 def quantize_rows(w: Tensor, bits: int, cfg: Config) -> tuple[Tensor, Tensor]:
@@ -959,26 +975,28 @@ def dequantize_rows(codes: Tensor, steps: Tensor) -> Tensor:
     return codes.float() * steps.float()[:, None]
 
 def code_bits(model: nn.Module, cfg: Config) -> dict[str, int]:
-    """Code width of every parameter by name; 16 means that it is stored as fp16."""
-    widths = dict(matrix=cfg.matrix_bits, table=cfg.embed_bits, scalar=16)
-    return {name: widths[role] for name, role in parameter_roles(model).items()}
+    """Code width of every parameter by name; 16 is fp16: gains, and the small projections of hash and value tables."""
+    widths = dict(matrix=cfg.matrix_bits, table=cfg.embed_bits)
+    return {name: widths[role] if role == "table" or role == "matrix" and name.startswith("blocks.") else 16
+            for name, role in parameter_roles(model).items()}
 
-def fake_quantized(model: GPT, cfg: Config) -> Callable[[Tensor, Tensor], Tensor]:
-    """The model's forward with matrices on their export grid; gradients pass straight through (arXiv:1308.3432).
+@contextmanager
+def on_export_grid(model: GPT, cfg: Config) -> Iterator[None]:
+    """Inside, the blocks' matrices stand on their export grid; gradients pass straight through (arXiv:1308.3432).
 
-    A function of its own, hence a graph of its own: no flag that a compiled graph may or may not see.
+    The graph is the one of plain training, so nothing can be recompiled, or be switched off by a compiler.
     """
-    roles = parameter_roles(model)
-    matrices = {name: p for name, p in model.named_parameters() if roles[name] == "matrix"}
-
-    def on_grid(p: Tensor) -> Tensor:
-        w = p.detach()
-        return p + (dequantize_rows(*quantize_rows(w, cfg.matrix_bits, cfg)) - w)
-
-    def forward(ids: Tensor, targets: Tensor) -> Tensor:
-        return torch.func.functional_call(model, {n: on_grid(p) for n, p in matrices.items()}, (ids, targets))
-
-    return forward
+    params, bits = dict(model.blocks.named_parameters(prefix="blocks")), code_bits(model, cfg)
+    exact = {name: p.detach().clone() for name, p in params.items() if bits[name] < 16}
+    try:
+        with torch.no_grad():
+            for name, w in exact.items():
+                params[name].copy_(dequantize_rows(*quantize_rows(w, bits[name], cfg)))
+        yield
+    finally:
+        with torch.no_grad():
+            for name, w in exact.items():
+                params[name].copy_(w)
 
 def quantize(weights: Mapping[str, Tensor], bits: Mapping[str, int], cfg: Config) -> dict[str, Tensor]:
     """The tensors of an artifact: `name.codes` and `name.steps` of coded weights, `name` in fp16 of the rest."""
@@ -996,12 +1014,15 @@ def dequantize(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, t in tensors.items():
         base, _, kind = name.rpartition(".")
         if kind == "codes":
-            weights[base] = dequantize_rows(t, tensors[f"{base}.steps"])
+            steps = tensors[f"{base}.steps"]
+            if t.ndim != 2 or steps.shape != t.shape[:1]:
+                raise InputError(f"{base} has codes {list(t.shape)} but steps {list(steps.shape)}")
+            weights[base] = dequantize_rows(t, steps)
         elif kind != "steps":
             weights[name] = t.float()
     return weights
 
-# --------------------------------------------------------------------------------
+# ----------------------------------------
 # Artifact: tensors and settings <-> one checked file that cannot run code.
 # magic, format (uint32), sha256 of the rest | zstd of: length (uint32), JSON header, raw little-endian tensors
 
@@ -1046,26 +1067,25 @@ def unpack(blob: bytes) -> tuple[dict, dict[str, Tensor]]:
             tensors[name], start = torch.from_numpy(array.astype(dtype)), start + array.nbytes
         if start != len(body):
             raise ValueError("length")
-    except (zstandard.ZstdError, ValueError, KeyError, TypeError) as error:
+    except (zstandard.ZstdError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
         raise InputError(f"its contents do not fit its header ({error})") from None
     return header, tensors
 
 def write_file(path: Path, blob: bytes) -> None:
     """Write all of `blob` or nothing: an interrupted write leaves the old file."""
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-            file.write(blob)
-        Path(file.name).replace(path)
+        part = path.with_name(f"{path.name}.part")
+        part.write_bytes(blob)
+        part.replace(path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from None
 
-def save_average(trainer: Trainer, log: Log) -> Path:
+def save_average(average: Average, cfg: Config, log: Log) -> None:
     """Write the averaged weights, fp32, beside the artifact; EVAL_ONLY=1 and a higher MAX_ARTIFACT_BYTES score them."""
-    path = Path(trainer.cfg.output_dir) / "final_model.average.ptz"
-    if trainer.ranks.is_main:
-        write_file(path, pack({name: v.cpu() for name, v in trainer.average.values.items()}, trainer.cfg, level=3))
-        log(f"checkpoint:{path} averaging:{trainer.cfg.averaging} updates:{trainer.average.count}")
-    return path
+    path = Path(cfg.output_dir) / "final_model.average.ptz"
+    if log.active and average.count:
+        write_file(path, pack({name: v.cpu() for name, v in average.values.items()}, cfg, level=3))
+        log(f"checkpoint:{path} averaging:{cfg.averaging} updates:{average.count}")
 
 def save_artifact(model: GPT, cfg: Config, ranks: Ranks, log: Log) -> None:
     """Quantize and pack the model's weights and write them; refuses a file that is over the cap with the code."""
@@ -1077,9 +1097,9 @@ def save_artifact(model: GPT, cfg: Config, ranks: Ranks, log: Log) -> None:
     log(f"Code size: {code} bytes")
     log(f"Total submission size {kind}: {total} bytes")
     if (excess := total - cfg.max_artifact_bytes) > 0:
-        raise InputError(f"code + model = {total} bytes, {excess} over MAX_ARTIFACT_BYTES={cfg.max_artifact_bytes}, so "
-                         f"{cfg.artifact_path} was not written; at {8 * len(blob) / count:.2f} bits a weight it fits "
-                         f"with {excess * count // len(blob)} weights less, a larger MUON_WD or fewer MATRIX_BITS")
+        raise Unusable(f"code + model = {total} bytes, {excess} over MAX_ARTIFACT_BYTES={cfg.max_artifact_bytes}, so "
+                       f"{cfg.artifact_path} was not written; at {8 * len(blob) / count:.2f} bits a weight it fits "
+                       f"with {excess * count // len(blob)} weights less, a larger MUON_WD or fewer MATRIX_BITS")
     if ranks.is_main:
         write_file(cfg.artifact_path, blob)
 
@@ -1102,24 +1122,21 @@ def load_artifact(path: Path, env: Mapping[str, str]) -> tuple[Config, dict[str,
         if hashlib.sha256(Path(cfg.tokenizer_path).read_bytes()).hexdigest() != header["tokenizer_sha256"]:
             raise InputError(f"TOKENIZER_PATH={cfg.tokenizer_path} is not the tokenizer it was trained with")
         return cfg, dequantize(tensors)
-    except (InputError, OSError, KeyError, TypeError, AttributeError) as error:
+    except (InputError, OSError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"artifact {path}: {error}") from None
 
 def load_model(cfg: Config, weights: Mapping[str, Tensor], ranks: Ranks) -> GPT:
     """A model with these weights, on the device; built without memory, so that no header can make it allocate."""
-    with torch.device("meta"):
-        model = GPT(cfg, choose_attention(cfg, ranks.device)[1], compute_dtype(cfg, ranks.device))
     try:
+        with torch.device("meta"):
+            model = GPT(cfg, choose_attention(cfg, ranks.device)[1], compute_dtype(cfg, ranks.device))
         model.load_state_dict(dict(weights), assign=True)
     except RuntimeError as error:
-        raise InputError(f"the artifact's tensors do not fit its settings:{str(error).splitlines()[1]}") from None
+        raise InputError(f"the artifact's tensors do not fit its settings: {' '.join(str(error).split())}") from None
     return model.to(ranks.device).requires_grad_()
 
-# --------------------------------------------------------------------------------
+# ----------------------------------------
 # Training: batches -> averaged weights, inside the wallclock budget.
-
-class Diverged(InputError):
-    """The training loss is no longer a number."""
 
 class Trainer:
     """What an optimizer step reads and writes. Warm-up, training and tests call the same `step`."""
@@ -1127,19 +1144,20 @@ class Trainer:
     def __init__(self, model: GPT, batches: Batches, cfg: Config, ranks: Ranks):
         self.model, self.batches, self.cfg, self.ranks = model, batches, cfg, ranks
         self.optimizers, self.average = Optimizers(model, ranks, cfg), Average(model)
-        self.forward = {False: ranks.compile(model), True: ranks.compile(fake_quantized(model, cfg))}
+        self.forward = ranks.compile(model)
 
     def step(self, scale: float, momentum: float, qat: bool) -> Reading:
         """One optimizer step at `scale` times the peak rates; reads the loss of the global batch, before the step."""
         ids, targets = next(self.batches)
         loss = torch.zeros((), device=self.ranks.device)
-        for x, y in zip(ids, targets):
-            part = self.forward[qat](x, y).mean() / len(ids)
-            part.backward()
-            loss += part.detach()
-        self.optimizers.step(scale, momentum)
+        with on_export_grid(self.model, self.cfg) if qat else nullcontext():
+            for x, y in zip(ids, targets):
+                part = self.forward(x, y).mean() / len(ids)
+                part.backward()
+                loss += part.detach()
+        norm_before = self.optimizers.step(scale, momentum)
         self.model.zero_grad(set_to_none=True)
-        return Reading(self.ranks.sum_(loss) / self.ranks.world)
+        return Reading(self.ranks.sum_(loss) / self.ranks.world + 0 * norm_before)  # a broken gradient shows too
 
     def state(self) -> tuple:
         """A copy of all that a step changes: weights, optimizers, position in the data."""
@@ -1152,59 +1170,57 @@ class Trainer:
         self.batches.seek(position)
 
     def warm_up(self, log: Log) -> float:
-        """Run every graph that training will use, then undo all of it; returns the seconds of the last plain step."""
-        before, seconds = self.state(), 1e-9
+        """Run the steps that training will run, then undo them; returns the seconds of one, 0 if unknown."""
+        before, seconds = self.state(), 0.0
         for qat in (True, False) if self.cfg.late_qat_threshold else (False,):
             for i in range(self.cfg.warmup_steps):
                 begin = time.perf_counter()
                 self.step(1.0, self.cfg.muon_momentum, qat).value()
-                seconds = time.perf_counter() - begin
+                seconds = time.perf_counter() - begin if i else 0.0  # the first one compiles
                 log(f"warmup_step:{i + 1}/{self.cfg.warmup_steps} late_qat:{int(qat)}")
         self.restore(before)
         return seconds
 
 class Progress:
-    """Reports steps as their losses arrive, one step late so that the device is never idle. Raises Diverged on NaN."""
+    """Reports steps as their losses arrive, one step late so that the device is never idle. Raises Unusable on NaN."""
 
     def __init__(self, clock: Clock, cfg: Config, log: Log):
-        self.clock, self.cfg, self.log, self.step = clock, cfg, log, 0
-        self.reading: Reading | None = None
+        self.clock, self.cfg, self.log = clock, cfg, log
+        self.waiting: tuple[int, float, Reading] | None = None
 
-    def add(self, step: int, reading: Reading | None) -> None:
+    def add(self, step: int, reading: Reading) -> None:
         """Report the step that waits; let `step` wait."""
-        if self.reading is not None:
-            self.report(self.reading.value())
-            self.clock.lap()
-        self.step, self.reading = step, reading
+        self.report()
+        self.clock.lap()
+        self.waiting = step, self.clock.seconds(), reading
 
-    def report(self, loss: float) -> None:
+    def report(self) -> None:
+        if self.waiting is None:
+            return
+        step, seconds, reading = self.waiting
+        loss = reading.value()
         if not math.isfinite(loss):
-            raise Diverged(f"the loss is {loss} at step {self.step}; lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR")
-        if self.step <= 10 or self.step % self.cfg.train_log_every == 0:
-            self.log(f"step:{self.step}/{self.cfg.iterations} train_loss:{loss:.4f} {self.times()}")
+            raise Unusable(f"the loss is {loss} at step {step}; lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR")
+        if step <= 10 or step % self.cfg.train_log_every == 0:
+            self.log(f"step:{step}/{self.cfg.iterations} train_loss:{loss:.4f} {timing(step, seconds)}")
 
-    def times(self) -> str:
-        milliseconds = 1000 * self.clock.seconds()
-        return f"train_time:{milliseconds:.0f}ms step_avg:{milliseconds / self.step:.2f}ms"
-
-    def finish(self) -> None:
-        last = self.step
-        self.add(last, None)
-        self.clock.synchronize()
-        self.log(f"stopping: step:{last}/{self.cfg.iterations} {self.times()}")
+def timing(step: int, seconds: float) -> str:
+    return f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / step:.2f}ms"
 
 def train(trainer: Trainer, validate: Callable[[], Score], log: Log) -> None:
     """Train until ITERATIONS or just before the clock's limit. The averaged weights are in `trainer.average`."""
     cfg, average, qat = trainer.cfg, trainer.average, False
     clock = Clock(trainer.ranks.device, trainer.warm_up(log))
-    progress = Progress(clock, cfg, log)
+    progress, bar = Progress(clock, cfg, log), progress_bar("training", 1.0, log)
     for step in range(cfg.iterations):
         elapsed, step_seconds = trainer.ranks.agree(clock.seconds(), clock.step_seconds)
+        bar.update(share_done(step, elapsed, cfg) - bar.n)
         if step and out_of_time(elapsed, step_seconds, cfg):
+            log(f"stopping_early: wallclock_cap {timing(step, elapsed)} step:{step}/{cfg.iterations}")
             break
         if step and cfg.val_loss_every and step % cfg.val_loss_every == 0:
             with clock.paused():
-                log(f"step:{step}/{cfg.iterations} {validate()} train_time:{1000 * elapsed:.0f}ms")
+                log(f"step:{step}/{cfg.iterations} {validate()} {timing(step, elapsed)}")
         scale = lr_scale(step, elapsed, step_seconds, cfg)
         if not qat and scale < cfg.late_qat_threshold:
             qat = True
@@ -1212,34 +1228,25 @@ def train(trainer: Trainer, validate: Callable[[], Score], log: Log) -> None:
         progress.add(step + 1, trainer.step(scale, muon_momentum(step, cfg), qat))
         average.update(average_weight(step + 1, scale, average.count, cfg))
         if cfg.checkpoint_every and (step + 1) % cfg.checkpoint_every == 0:
-            save_average(trainer, log)
-    progress.finish()
+            save_average(trainer.average, cfg, log)
+    progress.report()
+    clock.synchronize()
+    bar.close()
+    log(f"training ended: step:{progress.waiting[0]}/{cfg.iterations} {timing(progress.waiting[0], clock.seconds())}")
     if not average.count:
         average.update(1.0)
         log(f"averaging: {cfg.averaging} took no snapshot, so the last weights stand in")
-    log(f"averaging:{cfg.averaging} updates:{average.count} {trainer.ranks.memory()}")
+    log(f"averaging:{cfg.averaging} updates:{average.count}{trainer.ranks.memory()}")
 
-# --------------------------------------------------------------------------------
+# ----------------------------------------
 # Evaluation: stream and model -> chunks whose scores are final -> bits per byte. Only the Scorer holds the stream.
 
-class Window(NamedTuple):
-    """Inputs start .. end - 1; of their targets start + 1 .. end, those from score_from + 1 on count."""
+def score_windows(low: int, high: int, seq_len: int, stride: int) -> list[tuple[int, int]]:
+    """(first target, how many) of windows that score [low, high) once; they score the last targets of their seq_len.
 
-    start: int
-    score_from: int
-    end: int
-
-def score_windows(low: int, high: int, seq_len: int, stride: int) -> list[Window]:
-    """Windows that score every target in [low, high) exactly once, each with as much context as seq_len allows.
-
-    The stream's first window scores all its targets; each later one scores the next `stride`.
+    The stream's first window scores all its targets, later ones `stride`; where the stream ends moves no window.
     """
-    windows = []
-    while low < high:
-        end = min(low + stride if low else seq_len, high)
-        windows.append(Window(max(end - seq_len, 0), low, end))
-        low = end
-    return windows
+    return [(0, seq_len)] * (low == 0) + [(first, stride) for first in range(low or seq_len, high, stride)]
 
 class ScoredChunk(NamedTuple):
     """A stretch of the stream after its score was committed on every rank: all that an adapter ever sees."""
@@ -1273,36 +1280,37 @@ class Scorer:
         self.cfg, self.ranks, self.log = cfg, ranks, log
 
     @torch.no_grad()
-    def losses(self, forward: Callable, windows: list[Window]) -> Tensor:
-        """Losses (len(windows), most targets that one scores) of windows of one length; a row's own come last."""
-        starts = torch.tensor([w.start for w in windows], device=self.tokens.device)
-        length, scored = windows[0].end - windows[0].start, max(w.end - w.score_from for w in windows)
-        tokens = self.tokens[starts[:, None] + torch.arange(length + 1, device=self.tokens.device)]
-        return forward(tokens[:, :-1], tokens[:, length + 1 - scored :])
+    def losses(self, forward: Callable, firsts: list[int], count: int) -> Tensor:
+        """Losses (len(firsts), count) of the `count` targets from each of `firsts`, each row with a full window."""
+        span = torch.arange(count - self.cfg.window, count + 1)
+        index = (torch.tensor(firsts)[:, None] + span).clamp(max=len(self.tokens) - 1)  # the clamp hides behind causality
+        tokens = self.tokens[index.to(self.tokens.device)]
+        return forward(tokens[:, :-1], tokens[:, -count:])
 
-    def batches(self, windows: list[Window], per_chunk: int) -> Iterator[list[Window]]:
-        """This rank's windows in batches of one size. On CUDA the last is filled up, so that one graph serves all."""
+    def batches(self, windows: list[tuple[int, int]], per_chunk: int) -> Iterator[list[tuple[int, int]]]:
+        """This rank's windows in batches. On CUDA a short one is filled up with its last, so that one graph serves."""
         mine = self.ranks.share(windows)
-        if mine and mine[0].score_from == 0:
+        if mine and mine[0][0] == 0:
             yield [mine.pop(0)]
         size = min(self.cfg.eval_batch_seqs, -(-per_chunk // self.ranks.world))
-        if mine and self.ranks.device.type == "cuda":
-            mine += mine[-1:] * (-len(mine) % size)
         for i in range(0, len(mine), size):
-            yield mine[i : i + size]
+            batch = mine[i : i + size]
+            yield batch + batch[-1:] * (size - len(batch)) * (self.ranks.device.type == "cuda")
 
     def chunks(self, forward: Callable, stride: int, chunk_tokens: int) -> Iterator[ScoredChunk]:
         """Score the stream chunk by chunk. The sum that commits a chunk is the barrier before anyone trains on it."""
-        total = len(self.tokens) - 1
-        for index, low in enumerate(progress_bar(list(range(0, total, chunk_tokens)), "scoring", self.log)):
+        total, bar = len(self.tokens) - 1, progress_bar("scoring", len(self.tokens) - 1, self.log)
+        for index, low in enumerate(range(0, total, chunk_tokens)):
             high = min(low + chunk_tokens, total)
             nll = torch.zeros(high - low, dtype=torch.float64, device=self.tokens.device)
-            windows = score_windows(low, high, self.cfg.window, stride)
-            for batch in self.batches(windows, -(-chunk_tokens // stride)):
-                for window, row in zip(batch, self.losses(forward, batch)):
-                    nll[window.score_from - low : window.end - low] = row[window.score_from - window.end :]
+            for batch in self.batches(score_windows(low, high, self.cfg.window, stride), chunk_tokens // stride):
+                first, last = batch[0][0], min(sum(batch[-1]), high)
+                rows = self.losses(forward, [w[0] for w in batch], batch[0][1])
+                nll[first - low : last - low] = rows.flatten()[: last - first]
             inputs, targets = self.tokens[low:high], self.tokens[low + 1 : high + 1]
             yield ScoredChunk(index, inputs, targets, self.ranks.sum_(nll), last=high == total)
+            bar.update(high - low)
+        bar.close()
 
     def evaluate(self, forward: Callable, stride: int, chunk_tokens: int, adapt: Callable | None = None) -> Score:
         """One pass over the stream. `adapt`, if any, gets each chunk but the last after its score is final."""
@@ -1326,7 +1334,7 @@ class Scorer:
         """Windows EVAL_STRIDE apart, so that almost every target sees a full context; the score that counts."""
         return self.evaluate(forward, self.cfg.eval_stride, self.cfg.ttt_chunk_tokens, adapt)
 
-# --------------------------------------------------------------------------------
+# ----------------------------------------
 # Test-time training: scored chunks -> better weights for the next ones.
 
 class Adaptation:
@@ -1340,24 +1348,24 @@ class Adaptation:
         self.optimizer = torch.optim.SGD(self.params, lr=cfg.ttt_lr, momentum=cfg.ttt_momentum)
 
     def __call__(self, chunk: ScoredChunk) -> None:
-        ids, targets = (t.view(-1, self.cfg.window) for t in (chunk.inputs, chunk.targets))
         for _ in range(self.cfg.ttt_epochs):
-            for batch in torch.arange(len(ids)).split(self.cfg.ttt_batch_seqs):
-                self.step(ids[batch], targets[batch])
+            for rows in torch.arange(len(chunk.inputs) // self.cfg.window).split(self.cfg.ttt_batch_seqs):
+                self.step(chunk, rows)
 
-    def step(self, ids: Tensor, targets: Tensor) -> None:
-        """One SGD step on the mean loss of ids (B, T), the same for any number of ranks."""
-        rank, world = self.ranks.rank, self.ranks.world
-        rows = torch.arange(len(ids) + -len(ids) % world, device=ids.device).chunk(world)[rank]
-        weight = (rows < len(ids)) * (world / len(ids))
-        rows = rows.clamp(max=len(ids) - 1)
-        (self.forward(ids[rows], targets[rows]).mean(1) * weight).sum().backward()
+    def step(self, chunk: ScoredChunk, rows: Tensor) -> None:
+        """One SGD step on the mean loss of these sequences of a scored chunk, the same for any number of ranks."""
+        count, world = len(rows), self.ranks.world
+        mine = torch.arange(count + -count % world).chunk(world)[self.ranks.rank]
+        weight = ((mine < count) * (world / count)).to(chunk.inputs.device)
+        rows = rows[mine.clamp(max=count - 1)]
+        ids, targets = (t.view(-1, self.cfg.window)[rows] for t in (chunk.inputs, chunk.targets))
+        (self.forward(ids, targets).mean(1) * weight).sum().backward()
         self.ranks.mean_([p.grad for p in self.params])
         nn.utils.clip_grad_norm_(self.params, self.cfg.ttt_grad_clip or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-# --------------------------------------------------------------------------------
+# ----------------------------------------
 # Report and main.
 
 def run_training(cfg: Config, ranks: Ranks, log: Log) -> dict[str, Score]:
@@ -1372,17 +1380,21 @@ def run_training(cfg: Config, ranks: Ranks, log: Log) -> dict[str, Score]:
     log(f"model_params:{sum(p.numel() for p in model.parameters())} attention:{name} dtype:{dtype} "
         f"grad_accum_steps:{trainer.batches.micro_steps}")
     try:
-        train(trainer, lambda: scorer.plain(trainer.forward[False]), log)
-        scores = {"raw": scorer.plain(trainer.forward[False])}
-        log(f"raw {scores['raw']}")
+        train(trainer, lambda: scorer.plain(trainer.forward), log)
+        raw = copy.deepcopy(model.state_dict())
         model.load_state_dict(trainer.average.values)
-        scores["averaged"] = scorer.plain(trainer.forward[False])
-        log(f"DIAGNOSTIC post_{cfg.averaging} {scores['averaged']}")
         save_artifact(model, cfg, ranks, log)
-    except (InputError, KeyboardInterrupt):
-        save_average(trainer, log)
+    except (InputError, KeyboardInterrupt) as error:
+        save_average(trainer.average, cfg, log)
+        if isinstance(error, Unusable):
+            ranks.wait_for_main()
         raise
-    ranks.barrier()
+    ranks.wait_for_main()
+    scores = {"averaged": scorer.plain(trainer.forward)}
+    model.load_state_dict(raw)
+    scores = {"raw": scorer.plain(trainer.forward), **scores}
+    log(f"DIAGNOSTIC raw {scores['raw']}")
+    log(f"DIAGNOSTIC post_{cfg.averaging} {scores['averaged']}")
     return scores
 
 def run_evaluation(env: Mapping[str, str], path: Path, ranks: Ranks, log: Log) -> dict[str, Score]:
@@ -1391,6 +1403,8 @@ def run_evaluation(env: Mapping[str, str], path: Path, ranks: Ranks, log: Log) -
     cfg, weights = load_artifact(path, env)
     model = load_model(cfg, weights, ranks)
     scorer, forward, scores = Scorer(cfg, ranks, log), ranks.compile(model), {}
+    log(f"artifact:{path} variant:{cfg.variant} seed:{cfg.seed} attention:{choose_attention(cfg, ranks.device)[0]} "
+        f"dtype:{model.dtype} stride:{cfg.eval_stride} eval_seq_len:{cfg.window} ttt_chunk:{cfg.ttt_chunk_tokens}")
     adapt = Adaptation(model, forward, cfg, ranks)
     stages = {f"final_int{cfg.matrix_bits}_roundtrip": lambda: scorer.plain(forward),
               f"final_int{cfg.matrix_bits}_sliding_window": lambda: scorer.sliding(forward)}
@@ -1398,9 +1412,9 @@ def run_evaluation(env: Mapping[str, str], path: Path, ranks: Ranks, log: Log) -
         stages["legal_ttt"] = lambda: scorer.sliding(forward, adapt)
     for name, stage in stages.items():
         scores[name] = score = stage()
-        log(f"{name} {score} stride:{cfg.eval_stride} eval_seq_len:{cfg.window}")
+        log(f"{name} {score}")
         log(f"{name}_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
-    log(f"total_eval_time:{1000 * (time.perf_counter() - begin):.0f}ms {ranks.memory()}")
+    log(f"total_eval_time:{1000 * (time.perf_counter() - begin):.0f}ms{ranks.memory()}")
     count, size = len(scorer.bytes), int(scorer.bytes.sum())
     log(f"bytes_per_token:{size / count:.6f} targets:{count} bytes:{size}")
     return scores
@@ -1413,11 +1427,13 @@ def describe(cfg: Config) -> str:
                       f"model_params:{sum(p.numel() for p in model.parameters())}"])
 
 def report(scores: Mapping[str, Score], path: Path) -> str:
-    """The closing table: stage, loss in nats a token, bits a byte, seconds; then what was written."""
-    rows = [f"{name:28s} {s.loss:9.4f} {s.bpb:9.4f} {s.seconds:9.1f}" for name, s in scores.items()]
+    """The closing table: stage, loss in nats a token, bits a byte, bytes of code + model, seconds."""
     code, model = Path(__file__).stat().st_size, path.stat().st_size
-    return "\n".join([f"{'stage':28s} {'val_loss':>9s} {'val_bpb':>9s} {'seconds':>9s}", *rows,
-                      f"bytes: code {code} + model {model} = {code + model}"])
+    size = {name: str(code + model) for name in scores if name not in ("raw", "averaged")}
+    rows = [(n, f"{s.loss:.4f}", f"{s.bpb:.4f}", size.get(n, "-"), f"{s.seconds:.1f}") for n, s in scores.items()]
+    lines = [f"{n:28s} {loss:>9s} {bpb:>9s} {size:>11s} {seconds:>9s}" for n, loss, bpb, size, seconds
+             in [("stage", "val_loss", "val_bpb", "bytes", "seconds"), *rows]]
+    return "\n".join([*lines, f"code {code} + model {model} = {code + model} bytes"])
 
 def main(argv: list[str], env: Mapping[str, str]) -> None:
     """Configuration, then training, then an evaluation that reads only what was written, then the table."""

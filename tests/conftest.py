@@ -71,7 +71,7 @@ def run(env, *args, processes=1, script=ROOT / "train_gpt.py", check=True, cwd=N
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     clean = {k: v for k, v in os.environ.items() if k.lower() not in t.Config.__dataclass_fields__}
-    done = subprocess.run([*launcher, str(script), *args], env=clean | {"OMP_NUM_THREADS": "1"} | env, cwd=cwd,
+    done = subprocess.run([*launcher, str(script), *args], env=clean | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | env, cwd=cwd,
                           capture_output=True, text=True, timeout=240)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done

@@ -69,7 +69,7 @@ def test_a_damaged_file_is_told_in_one_line(artifact, env, damage, words):
 
 @pytest.mark.parametrize("header", [
     {}, [], {"tensors": [["a", "int8", [2**50]]]}, {"tensors": [["a", "int8", [-4]]]}, {"tensors": [["a", "object", [1]]]},
-    {"tensors": [["a", "int8"]]}, {"tensors": [["a", "int8", ["x"]]]}, {"tensors": 7}, {"tensors": [], "settings": 3},
+    {"tensors": [["a", "int8", [2**70]]]}, {"tensors": [["a", "int8"]]}, {"tensors": [["a", "int8", ["x"]]]}, {"tensors": 7}, {"tensors": [], "settings": 3},
     {"tensors": [], "settings": {"NUM_LAYERS": 4}}, {"tensors": [], "settings": {"NUM_LAYERS": "4"}, "tokenizer_sha256": "0"},
 ])
 def test_a_malicious_header_is_refused_without_allocating_what_it_claims(tmp_path, env, header):
@@ -77,6 +77,28 @@ def test_a_malicious_header_is_refused_without_allocating_what_it_claims(tmp_pat
     path.write_bytes(sealed(header))
     with pytest.raises(t.InputError):
         t.load_artifact(path, env)
+
+
+@pytest.mark.parametrize("change", [{"NUM_LAYERS": "1000000000"}, {"MODEL_DIM": "1000000000000"}, {"TRAIN_SEQ_LEN": "10000000000"},
+                                    {"OUTPUT_DIR": "/tmp"}, {"MODEL_DIM": "65536", "NUM_HEADS": "1", "NUM_KV_HEADS": "1"}])
+def test_settings_of_a_malicious_header_build_nothing(cfg, tmp_path, env, change):
+    path, env = tmp_path / "x.ptz", {k: v for k, v in env.items() if k != "VARIANT"}
+    digest = hashlib.sha256(open(cfg.tokenizer_path, "rb").read()).hexdigest()
+    path.write_bytes(sealed({"settings": t.artifact_settings(cfg) | change, "tensors": [], "tokenizer_sha256": digest}))
+    with pytest.raises(t.InputError):
+        t.load_model(*t.load_artifact(path, env), t.Ranks())
+
+
+@pytest.mark.parametrize("codes, steps", [((1000,), (1000, 1)), ((4, 4), (3,)), ((4, 4), (4, 4)), ((), ())])
+def test_codes_and_steps_that_do_not_match_are_refused(codes, steps):
+    with pytest.raises(t.InputError, match="codes"):
+        t.dequantize({"a.codes": torch.zeros(codes, dtype=torch.int8), "a.steps": torch.ones(steps).half()})
+
+
+def test_deeply_nested_json_is_refused():
+    text = b"[" * 100_000
+    with pytest.raises(t.InputError):
+        t.unpack(sealed(None, body=len(text).to_bytes(4, "little") + text))
 
 
 def test_a_declared_size_of_terabytes_is_not_allocated(tmp_path):

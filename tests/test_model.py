@@ -3,6 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from conftest import make_model
 
@@ -113,7 +114,7 @@ def test_rotary_tables_are_exact_and_have_as_many_rows_as_positions():
     assert cos.dtype == torch.float32 and len(torch.unique(rows, dim=0)) == 2048
     angles = np.outer(np.arange(2048), 10_000.0 ** (-np.arange(0, 16, 2) / 16))
     assert np.abs(cos[:, 0].numpy() - np.cos(angles)).max() < 1e-7 and np.abs(sin[:, 0].numpy() - np.sin(angles)).max() < 1e-7
-    model = t.GPT(t.Config(num_layers=1, ve_layers=(), xsa_last_n=0), dtype=torch.bfloat16)
+    model = t.GPT(t.Config(num_layers=2, ve_layers=(), xsa_last_n=0), dtype=torch.bfloat16)
     assert len(torch.unique(torch.cat((model.cos, model.sin), -1).flatten(1), dim=0)) == 2048
 
 
@@ -252,3 +253,17 @@ def test_a_kernel_asked_for_by_name_must_be_there():
     for name in ("fa3", "fa2"):
         with pytest.raises(t.InputError, match=f"ATTENTION={name} needs"):
             t.choose_attention(t.Config(attention=name), torch.device("cpu"))
+
+
+def test_the_forward_is_one_graph_that_late_qat_does_not_recompile(cfg):
+    """What CUDA compiles has no graph break, and late QAT uses the same graph. Backend eager: no compiler needed."""
+    model, ids, targets = make_model(cfg), ids_of(cfg), ids_of(cfg, seed=1)
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(model, dynamic=False, fullgraph=True, backend=counter)
+    for wanted in (targets, targets[:, -8:]):
+        torch.testing.assert_close(compiled(ids, wanted), model(ids, wanted))
+    assert counter.frame_count == 2
+    with t.on_export_grid(model, cfg):
+        compiled(ids, targets).mean().backward()
+        torch.testing.assert_close(compiled(ids, targets), model(ids, targets))
+    assert counter.frame_count == 2 and all(p.grad is not None for p in model.parameters())

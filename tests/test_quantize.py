@@ -6,7 +6,6 @@ import torch
 from conftest import make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_model import ids_of
 
 import train_gpt as t
 
@@ -82,47 +81,59 @@ def test_what_is_coded_and_how_wide(cfg):
     assert {n: w.shape for n, w in exported(model, cfg).items()} == {n: w.shape for n, w in weights.items()}
 
 
-def test_late_qat_trains_on_exactly_the_export_grid(cfg):
+def matrices_of(weights):
+    """The names that late QAT rounds: the blocks' matrices, and nothing else that is coded."""
+    return {n for n in weights if n.startswith("blocks.") and n.endswith(".weight")}
+
+
+def test_late_qat_stands_on_exactly_the_export_grid_and_comes_back(cfg):
     model = make_model(cfg)
-    ids, targets = ids_of(cfg), ids_of(cfg, seed=1)
-    matrices = {n: w for n, w in exported(model, cfg).items() if t.parameter_roles(model)[n] == "matrix"}
-    rounded = t.GPT(cfg)
-    rounded.load_state_dict({**model.state_dict(), **matrices})
-    torch.testing.assert_close(t.fake_quantized(model, cfg)(ids, targets), rounded(ids, targets), rtol=1e-5, atol=1e-5)
+    before, export = {n: p.clone() for n, p in model.state_dict().items()}, exported(model, cfg)
+    with t.on_export_grid(model, cfg):
+        inside = {n: p.clone() for n, p in model.state_dict().items()}
+    for name, w in inside.items():
+        assert torch.equal(w, export[name] if name in matrices_of(before) else before[name]), name
+    assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
+    assert len(matrices_of(before)) == 6 * cfg.num_layers
 
 
-def test_late_qat_changes_the_loss_and_lets_gradients_through(cfg):
-    cfg = dataclasses.replace(cfg, matrix_bits=4)
+def test_late_qat_comes_back_after_an_error(cfg):
     model = make_model(cfg)
-    ids, targets = ids_of(cfg), ids_of(cfg, seed=1)
-    plain, rounded = model(ids, targets).mean(), t.fake_quantized(model, cfg)(ids, targets).mean()
-    assert abs(plain - rounded) > 1e-3
-    rounded.backward()
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
-    assert model(ids, targets).mean() == plain  # the weights themselves were not touched
+    before = model.blocks[0].mlp.fc.weight.detach().clone()
+    with pytest.raises(KeyError), t.on_export_grid(model, cfg):
+        raise KeyError
+    assert torch.equal(model.blocks[0].mlp.fc.weight, before)
 
 
-def test_a_straight_through_gradient_is_that_of_the_rounded_weights(cfg):
-    model = make_model(cfg)
-    ids, targets = ids_of(cfg), ids_of(cfg, seed=1)
-    t.fake_quantized(model, cfg)(ids, targets).mean().backward()
-    roles, export = t.parameter_roles(model), exported(model, cfg)
-    rounded = t.GPT(cfg)
-    rounded.load_state_dict({n: export[n] if roles[n] == "matrix" else p for n, p in model.state_dict().items()})
-    rounded(ids, targets).mean().backward()
-    for (name, p), q in zip(model.named_parameters(), rounded.parameters()):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-6, msg=name)
-
-
-@pytest.mark.parametrize("threshold, changes", [(0.0, False), (2.0, True)])
-def test_a_threshold_of_zero_never_quantizes_and_of_two_always_does(cfg, log, threshold, changes):
+def test_a_step_with_late_qat_uses_the_gradient_of_the_rounded_weights(cfg, log):
     from test_optimizer import trainer_of
 
-    def loss_of(late_qat_threshold):
-        trainer = trainer_of(dataclasses.replace(cfg, iterations=3, warmup_steps=0, matrix_bits=3, late_qat_threshold=late_qat_threshold))
-        calls = []
-        trainer.forward = {q: lambda x, y, q=q, f=f: calls.append(q) or f(x, y) for q, f in trainer.forward.items()}
-        t.train(trainer, None, log)
-        return set(calls)
+    cfg = dataclasses.replace(cfg, matrix_bits=3, micro_batch_tokens=cfg.train_batch_tokens)
+    gradients, losses = [], []
+    for qat in (False, True):
+        trainer = trainer_of(cfg)
+        trainer.model.load_state_dict(make_model(cfg).state_dict())
+        trainer.optimizers.step = lambda *_, trainer=trainer: gradients.append([p.grad.clone() for p in trainer.model.parameters()]) or 0.0
+        losses.append(trainer.step(1.0, 0.9, qat).value())
+        assert all(torch.equal(p, q) for p, q in zip(trainer.model.parameters(), make_model(cfg).parameters()))
+    trainer = trainer_of(cfg)
+    export = exported(make_model(cfg), cfg)
+    rounded = t.GPT(cfg)
+    rounded.load_state_dict({n: export[n] if n in matrices_of(export) else p for n, p in make_model(cfg).state_dict().items()})
+    ids, targets = next(trainer.batches)
+    loss = rounded(ids[0], targets[0]).mean()
+    loss.backward()
+    assert losses[1] == pytest.approx(float(loss.detach()), rel=1e-6) and abs(losses[0] - losses[1]) > 1e-3
+    for got, p in zip(gradients[1], rounded.parameters()):
+        torch.testing.assert_close(got, p.grad, rtol=1e-4, atol=1e-7)
 
-    assert loss_of(threshold) == {changes}
+
+@pytest.mark.parametrize("threshold, on", [(0.0, []), (2.0, [True, True, True]), (0.5, [False, False, True])])
+def test_late_qat_is_on_below_its_threshold(cfg, log, threshold, on):
+    from test_optimizer import trainer_of
+
+    trainer = trainer_of(dataclasses.replace(cfg, iterations=3, warmdown_iters=3, warmup_steps=0, late_qat_threshold=threshold))
+    used, step = [], trainer.step
+    trainer.step = lambda scale, momentum, qat: used.append(qat) or step(scale, momentum, qat)
+    t.train(trainer, None, log)
+    assert used == (on or [False] * 3)

@@ -1,0 +1,61 @@
+"""README, submission.json and the logs agree; every command in the README is one that exists."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+from conftest import ROOT, finals
+
+import train_gpt as t
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [line.split("#")[0].strip() for line in README.splitlines() if line.startswith("    ")]
+
+
+def test_it_is_short_and_starts_with_commands():
+    lines = README.splitlines()
+    assert len(lines) <= 130
+    assert next(i for i, line in enumerate(lines, 1) if line.startswith("    make demo")) <= 25
+
+
+def test_every_setting_in_a_command_is_an_option_with_a_valid_value():
+    options = {f.name.upper() for f in dataclasses.fields(t.Config)}
+    assert len(COMMANDS) >= 6
+    for command in COMMANDS:
+        given = dict(re.findall(r"\b([A-Z][A-Z0-9_]+)=(\S+)", command))
+        assert set(given) <= options | {"TORCH"}, command
+        t.Config.from_env({k: v for k, v in given.items() if k in options})
+
+
+def test_every_file_and_target_of_a_command_exists():
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
+    for command in COMMANDS:
+        for script in re.findall(r"[\w/]+\.py\b", command):
+            assert (ROOT / script).is_file(), script
+        if made := re.match(r"make (\w+)", command):
+            assert made[1] in targets
+
+
+@pytest.mark.parametrize("page", ["README.md", "data/README.md", "logs/README.md"])
+def test_every_link_leads_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text(encoding="utf-8")):
+        assert target.startswith("http") or ((ROOT / page).parent / target).exists(), target
+
+
+def test_every_variant_is_in_the_table():
+    assert set(re.findall(r"^\| `(\w+)`", README, re.M)) >= set(t.VARIANTS)
+
+
+def test_the_submission_is_what_its_log_says():
+    submission = json.loads((ROOT / "submission.json").read_text())
+    log = (ROOT / submission["log"]).read_text()
+    assert submission["val_bpb"] == finals(log)["legal_ttt"]
+    assert submission["bytes_total"] == int(re.search(r"Total submission size \S+ (\d+) bytes", log)[1])
+
+
+def test_every_score_in_the_readme_is_in_a_log():
+    logs = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "logs").glob("*.txt"))
+    known = {f"{float(x):.4f}" for x in re.findall(r"val_bpb:([\d.]+)", logs)}
+    scores = re.findall(r"\b[12]\.\d{4}\b", README)
+    assert scores and set(scores) <= known, set(scores) - known
