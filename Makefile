@@ -12,7 +12,8 @@ TORCH ?= torch==2.13.0  # the version that the tests ran with; on the contest's 
 
 demo: .venv/ready
 	.venv/bin/python data/prepare.py demo
-	VARIANT=demo RUN_ID=demo OUTPUT_DIR=demo .venv/bin/python train_gpt.py
+	rm -f demo/logs/demo.txt
+	VARIANT=demo RUN_ID=demo OUTPUT_DIR=demo VAL_LOSS_EVERY=50 .venv/bin/python train_gpt.py
 	.venv/bin/python tools/plot.py demo/logs/demo.txt -o demo/curve.png
 
 test: .venv/ready

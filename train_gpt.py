@@ -1,19 +1,12 @@
 """A complete Parameter Golf entry: train, quantize, pack, reload and score an 11-layer U-Net GPT in one readable file.
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py          # the contest: 8xH100, 600 s + 600 s
-    torchrun --standalone --nproc_per_node=1 train_gpt.py          # one GPU: the same global batch by accumulation
     VARIANT=demo python train_gpt.py                               # no GPU: the same code, every stage, in minutes
     EVAL_ONLY=1 ARTIFACT=final_model.int6.ptz python train_gpt.py  # score an artifact again, from its bytes alone
     python train_gpt.py --help | --describe                        # every option | the resolved run, without data
 
-What the data does on its way through the sections below:
-
-    shards -> batches -> GPT (bf16 on GPUs) -> Muon + AdamW under a wallclock budget -> average (EMA or SWA, fp32)
-    -> int6 codes on the grid that late QAT trained for -> JSON header + raw tensors, zstd -> one file
-    -> [only that file, the tokenizer and the validation shards from here on]
-    -> plain score -> sliding-window score -> score-first test-time training -> report
-
-Options are numbers with a neutral value and come from the environment; a VARIANT is a row of them.
+shards -> batches -> GPT -> Muon + AdamW under a wallclock budget -> average -> int6 codes -> JSON header + tensors
+-> zstd: one file -> [from here only that file, the tokenizer and the validation shards] -> score -> score-first TTT
 """
 
 from __future__ import annotations
@@ -21,7 +14,7 @@ from __future__ import annotations
 import copy
 import difflib
 import hashlib
-import importlib
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -45,6 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 BOS = 1  # the contest's id for "a document begins"
+PACKAGES = ("numpy", "sentencepiece", "tqdm", "zstandard")
 
 # ----------------------------------------
 # Configuration: every option, its default, its meaning. SEED=42 in the environment sets `seed`.
@@ -210,7 +204,6 @@ class Config:
         return Path(self.artifact) if self.artifact else Path(self.output_dir) / "final_model.int6.ptz"
 
 def option_groups() -> list[tuple[str, list[Field]]]:
-    """The options by group, in order."""
     groups: list[tuple[str, list[Field]]] = []
     for f in fields(Config):
         if f.metadata["group"]:
@@ -252,7 +245,7 @@ def parse(kind: Any, name: str, text: str) -> Any:
         raise InputError(f"{name}={text!r} is not valid; it takes {wanted}") from None
 
 def usage() -> str:
-    """What --help prints: every option with its default and meaning, by group."""
+    """What --help prints."""
     lines = ["usage: [NAME=value ...] [torchrun ... | python] train_gpt.py [--help | --describe]", "",
              f"VARIANT is one of {', '.join(VARIANTS)}. Precedence: default < variant < environment."]
     for group, members in option_groups():
@@ -379,7 +372,6 @@ class Clock:
         return time.perf_counter() - self.start - self.skipped
 
     def lap(self) -> None:
-        """A step has ended."""
         now = time.perf_counter()
         self.laps.append(now - self.last)
         self.last = now
@@ -420,7 +412,7 @@ class Log:
         name = cfg.run_id or f"{cfg.variant}_seed{cfg.seed}_{'eval_' if cfg.eval_only else ''}{stamp}"
         self.path = Path(cfg.output_dir) / "logs" / f"{name}.txt"
         self.active = ranks.is_main
-        for package in ("numpy", "sentencepiece", "tqdm", "zstandard"):
+        for package in PACKAGES:
             if importlib.util.find_spec(package) is None:
                 raise InputError(f"the package {package} is missing; pip install -r requirements.txt")
         for file in (cfg.artifact_path, Path(cfg.audit)):
@@ -435,7 +427,10 @@ class Log:
 
     def __call__(self, text: str) -> None:
         if self.active:
-            print(text, flush=True)
+            from tqdm import tqdm
+
+            tqdm.write(text)  # above a progress bar, where there is one
+            sys.stdout.flush()
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(text + "\n")
 
@@ -445,14 +440,18 @@ class Log:
         on_gpu = ranks.device.type == "cuda"
         device = torch.cuda.get_device_name(ranks.device) if on_gpu else f"cpu x{torch.get_num_threads()}"
         self(f"source:{Path(__file__).name} sha256:{hashlib.sha256(source).hexdigest()} bytes:{len(source)}")
-        self(f"python:{sys.version.split()[0]} torch:{torch.__version__} device:{device} world_size:{ranks.world}")
+        self(f"python:{sys.version.split()[0]} torch:{torch.__version__} "
+             + " ".join(f"{package}:{importlib.metadata.version(package)}" for package in PACKAGES))
+        self(f"device:{device} world_size:{ranks.world}")
         self(f"variant:{cfg.variant} seed:{cfg.seed} overrides: {' '.join(overrides) or 'none'}")
 
 def progress_bar(label: str, total: float, log: Log) -> Any:
     """A progress bar with the time left when a person watches; silent otherwise."""
+    from tqdm import tqdm
+
     shape = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
     hidden = not (log.active and sys.stderr.isatty())
-    return importlib.import_module("tqdm").tqdm(desc=label, total=total, bar_format=shape, leave=False, disable=hidden)
+    return tqdm(desc=label, total=total, bar_format=shape, leave=False, disable=hidden)
 
 # ----------------------------------------
 # Data: shards -> one endless stream -> batches that do not depend on the number of ranks; bytes of each token.
@@ -523,7 +522,6 @@ class Batches:
         self.seek(0)
 
     def seek(self, step: int) -> None:
-        """Make `step` the next batch."""
         self.step = step
         self.pending = self.reader.submit(self.load, step)
 
@@ -566,11 +564,13 @@ def load_byte_table(cfg: Config, device: torch.device) -> ByteTable:
 
 def load_tokenizer(cfg: Config) -> Any:
     """The SentencePiece model at TOKENIZER_PATH, checked against VOCAB_SIZE."""
+    from sentencepiece import SentencePieceProcessor
+
     path = Path(cfg.tokenizer_path)
     if not path.is_file():
         raise InputError(f"no tokenizer at TOKENIZER_PATH={path}; `python data/prepare.py demo` makes one")
     try:
-        sp = importlib.import_module("sentencepiece").SentencePieceProcessor(model_file=str(path))
+        sp = SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError):
         raise InputError(f"TOKENIZER_PATH={path} is not a SentencePiece model") from None
     if sp.vocab_size() != cfg.vocab_size:
@@ -891,7 +891,6 @@ class Optimizers:
         return norm_before
 
     def state_dict(self) -> list[dict]:
-        """A copy of the state of both."""
         return [copy.deepcopy(optimizer.state_dict()) for optimizer in (self.muon, self.adam)]
 
     def load_state_dict(self, states: list[dict]) -> None:
@@ -922,7 +921,6 @@ def out_of_time(elapsed: float, step_seconds: float, cfg: Config) -> bool:
     return 0 < cfg.max_wallclock_seconds < elapsed + 2 * step_seconds
 
 def muon_momentum(step: int, cfg: Config) -> float:
-    """Linear from its start to MUON_MOMENTUM over the warm-up."""
     share = min(1.0, step / cfg.muon_momentum_warmup_steps) if cfg.muon_momentum_warmup_steps else 1.0
     return (1 - share) * cfg.muon_momentum_warmup_start + share * cfg.muon_momentum
 
@@ -986,17 +984,19 @@ def on_export_grid(model: GPT, cfg: Config) -> Iterator[None]:
 
     The graph is the one of plain training, so nothing can be recompiled, or be switched off by a compiler.
     """
-    params, bits = dict(model.blocks.named_parameters(prefix="blocks")), code_bits(model, cfg)
-    exact = {name: p.detach().clone() for name, p in params.items() if bits[name] < 16}
+    bits = code_bits(model, cfg)
+    matrices = [p for name, p in model.blocks.named_parameters(prefix="blocks") if bits[name] < 16]
+    exact = [p.detach().clone() for p in matrices]
     try:
         with torch.no_grad():
-            for name, w in exact.items():
-                params[name].copy_(dequantize_rows(*quantize_rows(w, bits[name], cfg)))
+            for cols in {p.size(1) for p in matrices}:  # rows are rounded one by one: all of one length go together
+                alike = [p for p in matrices if p.size(1) == cols]
+                rounded = dequantize_rows(*quantize_rows(torch.cat(alike), cfg.matrix_bits, cfg))
+                torch._foreach_copy_(alike, rounded.split([len(p) for p in alike]))
         yield
     finally:
         with torch.no_grad():
-            for name, w in exact.items():
-                params[name].copy_(w)
+            torch._foreach_copy_(matrices, exact)
 
 def quantize(weights: Mapping[str, Tensor], bits: Mapping[str, int], cfg: Config) -> dict[str, Tensor]:
     """The tensors of an artifact: `name.codes` and `name.steps` of coded weights, `name` in fp16 of the rest."""
@@ -1009,7 +1009,6 @@ def quantize(weights: Mapping[str, Tensor], bits: Mapping[str, int], cfg: Config
     return {name: t.cpu().contiguous() for name, t in tensors.items()}
 
 def dequantize(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """fp32 weights of an artifact's tensors."""
     weights = {}
     for name, t in tensors.items():
         base, _, kind = name.rpartition(".")
@@ -1036,6 +1035,8 @@ def artifact_settings(cfg: Config) -> dict[str, str]:
 
 def pack(tensors: Mapping[str, Tensor], cfg: Config, level: int) -> bytes:
     """The file that holds `tensors`, and the settings and the tokenizer's hash that an evaluator needs."""
+    import zstandard
+
     arrays = {name: tensors[name].numpy() for name in sorted(tensors, key=lambda n: (tensors[n].element_size(), n))}
     header = json.dumps({
         "settings": artifact_settings(cfg),
@@ -1044,12 +1045,14 @@ def pack(tensors: Mapping[str, Tensor], cfg: Config, level: int) -> bytes:
     }, separators=(",", ":")).encode()
     raw = [a.astype(DTYPES[str(a.dtype)]).tobytes() for a in arrays.values()]
     body = b"".join([len(header).to_bytes(4, "little"), header, *raw])
-    packed = importlib.import_module("zstandard").ZstdCompressor(level=level).compress(body)
+    packed = zstandard.ZstdCompressor(level=level).compress(body)
     return b"".join([ARTIFACT_MAGIC, ARTIFACT_FORMAT.to_bytes(4, "little"), hashlib.sha256(packed).digest(), packed])
 
 def unpack(blob: bytes) -> tuple[dict, dict[str, Tensor]]:
     """(header, tensors) of a packed file. Raises InputError when it is foreign, newer, cut or damaged."""
-    zstandard, version = importlib.import_module("zstandard"), int.from_bytes(blob[4:8], "little")
+    import zstandard
+
+    version = int.from_bytes(blob[4:8], "little")
     if blob[:4] != ARTIFACT_MAGIC:
         raise InputError("it is not an artifact of train_gpt.py")
     if version != ARTIFACT_FORMAT:
@@ -1114,7 +1117,7 @@ def load_artifact(path: Path, env: Mapping[str, str]) -> tuple[Config, dict[str,
         if stray := header["settings"].keys() ^ artifact_settings(Config()).keys():
             raise InputError(f"its settings lack or add {', '.join(sorted(stray))}")
         cfg, built = Config.from_env({**header["settings"], **env}), Config.from_env(header["settings"])
-        changed = [k.upper() for k, v in built.group("model").items() if v != getattr(cfg, k)]
+        changed = [k.upper() for k, v in built.group("model").items() if v != vars(cfg)[k]]
         if changed or cfg.vocab_size != built.vocab_size:
             raise InputError(f"{', '.join(changed or ['VOCAB_SIZE'])} is fixed by the artifact; unset it")
         if (total := len(blob) + Path(__file__).stat().st_size) > cfg.max_artifact_bytes:
@@ -1181,37 +1184,27 @@ class Trainer:
         self.restore(before)
         return seconds
 
-class Progress:
-    """Reports steps as their losses arrive, one step late so that the device is never idle. Raises Unusable on NaN."""
-
-    def __init__(self, clock: Clock, cfg: Config, log: Log):
-        self.clock, self.cfg, self.log = clock, cfg, log
-        self.waiting: tuple[int, float, Reading] | None = None
-
-    def add(self, step: int, reading: Reading) -> None:
-        """Report the step that waits; let `step` wait."""
-        self.report()
-        self.clock.lap()
-        self.waiting = step, self.clock.seconds(), reading
-
-    def report(self) -> None:
-        if self.waiting is None:
-            return
-        step, seconds, reading = self.waiting
-        loss = reading.value()
-        if not math.isfinite(loss):
-            raise Unusable(f"the loss is {loss} at step {step}; lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR")
-        if step <= 10 or step % self.cfg.train_log_every == 0:
-            self.log(f"step:{step}/{self.cfg.iterations} train_loss:{loss:.4f} {timing(step, seconds)}")
-
 def timing(step: int, seconds: float) -> str:
     return f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / step:.2f}ms"
 
+def report_step(done: tuple[int, float, Reading] | None, cfg: Config, log: Log) -> None:
+    """Log the first steps and every TRAIN_LOG_EVERY-th; raise Unusable when the loss is no number."""
+    if done is None:
+        return
+    step, seconds, loss = done[0], done[1], done[2].value()
+    if not math.isfinite(loss):
+        raise Unusable(f"the loss is {loss} at step {step}; lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR")
+    if step <= 10 or step % cfg.train_log_every == 0:
+        log(f"step:{step}/{cfg.iterations} train_loss:{loss:.4f} {timing(step, seconds)}")
+
 def train(trainer: Trainer, validate: Callable[[], Score], log: Log) -> None:
-    """Train until ITERATIONS or just before the clock's limit. The averaged weights are in `trainer.average`."""
-    cfg, average, qat = trainer.cfg, trainer.average, False
+    """Train until ITERATIONS or just before the clock's limit; the average is in `trainer.average`.
+
+    A step is reported while the next one runs, so that the device is never idle.
+    """
+    cfg, average, qat, done = trainer.cfg, trainer.average, False, None
     clock = Clock(trainer.ranks.device, trainer.warm_up(log))
-    progress, bar = Progress(clock, cfg, log), progress_bar("training", 1.0, log)
+    bar = progress_bar("training", 1.0, log)
     for step in range(cfg.iterations):
         elapsed, step_seconds = trainer.ranks.agree(clock.seconds(), clock.step_seconds)
         bar.update(share_done(step, elapsed, cfg) - bar.n)
@@ -1225,14 +1218,17 @@ def train(trainer: Trainer, validate: Callable[[], Score], log: Log) -> None:
         if not qat and scale < cfg.late_qat_threshold:
             qat = True
             log(f"late_qat:enabled step:{step} scale:{scale:.4f}")
-        progress.add(step + 1, trainer.step(scale, muon_momentum(step, cfg), qat))
+        reading = trainer.step(scale, muon_momentum(step, cfg), qat)
+        report_step(done, cfg, log)
+        clock.lap()
+        done = step + 1, clock.seconds(), reading
         average.update(average_weight(step + 1, scale, average.count, cfg))
         if cfg.checkpoint_every and (step + 1) % cfg.checkpoint_every == 0:
             save_average(trainer.average, cfg, log)
-    progress.report()
+    report_step(done, cfg, log)
     clock.synchronize()
     bar.close()
-    log(f"training ended: step:{progress.waiting[0]}/{cfg.iterations} {timing(progress.waiting[0], clock.seconds())}")
+    log(f"training ended: step:{done[0]}/{cfg.iterations} {timing(done[0], clock.seconds())}")
     if not average.count:
         average.update(1.0)
         log(f"averaging: {cfg.averaging} took no snapshot, so the last weights stand in")
@@ -1281,10 +1277,13 @@ class Scorer:
 
     @torch.no_grad()
     def losses(self, forward: Callable, firsts: list[int], count: int) -> Tensor:
-        """Losses (len(firsts), count) of the `count` targets from each of `firsts`, each row with a full window."""
-        span = torch.arange(count - self.cfg.window, count + 1)
-        index = (torch.tensor(firsts)[:, None] + span).clamp(max=len(self.tokens) - 1)  # the clamp hides behind causality
-        tokens = self.tokens[index.to(self.tokens.device)]
+        """Losses (len(firsts), count) of the `count` targets from each of `firsts` on, at the end of a full window.
+
+        Where the stream ends earlier, its last token repeats: causality keeps that out of every score that counts.
+        """
+        device, last = self.tokens.device, len(self.tokens) - 1
+        span = torch.arange(count - self.cfg.window, count + 1, device=device)
+        tokens = self.tokens[(torch.tensor(firsts, device=device)[:, None] + span).clamp(max=last)]
         return forward(tokens[:, :-1], tokens[:, -count:])
 
     def batches(self, windows: list[tuple[int, int]], per_chunk: int) -> Iterator[list[tuple[int, int]]]:
