@@ -20,6 +20,7 @@ import multiprocessing
 import os
 import sys
 import sysconfig
+import warnings
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
@@ -156,6 +157,8 @@ def python_documents() -> list[str]:
     Sorted by hash, so that any prefix is a fair sample.
     """
     texts = set()
+    warnings.simplefilter("ignore", SyntaxWarning)
+    warnings.simplefilter("ignore", DeprecationWarning)
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
         if "site-packages" in path.parts:

@@ -1,4 +1,4 @@
-"""Twenty training steps of the smoke variant, ten of them with late QAT; the main rank saves losses and weights. For torchrun."""
+"""Twenty training steps of the smoke variant, then five with late QAT; the main rank saves losses and weights. For torchrun."""
 
 import os
 import sys
@@ -12,6 +12,8 @@ with t.launch(os.environ) as ranks:
     model = t.GPT(cfg)
     model.init_weights(cfg)
     trainer = t.Trainer(model, t.Batches(t.TokenStream(t.find_shards(cfg, "train"), cfg.vocab_size), cfg, ranks), cfg, ranks)
-    losses = [trainer.step(1.0, 0.9, qat=step >= 10).value() for step in range(20)]
+    losses = [trainer.step(1.0, 0.9, qat=False).value() for _ in range(20)]
+    weights = {name: p.detach().clone().numpy() for name, p in model.named_parameters()}
+    late = [trainer.step(1.0, 0.9, qat=True).value() for _ in range(5)]
     if ranks.is_main:
-        np.savez(sys.argv[1], losses=losses, **{name: p.detach().numpy() for name, p in model.named_parameters()})
+        np.savez(sys.argv[1], losses=losses, late=late, **weights)

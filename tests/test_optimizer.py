@@ -166,6 +166,7 @@ def test_one_and_several_processes_take_the_same_steps_and_repeat_them_exactly(e
     again, other = runs[1], runs[2]
     for name, value in runs[0].items():
         assert np.array_equal(value, again[name]), name
-        # Adam divides a gradient by its own size, so rounding in the weights of rare tokens is magnified; the losses agree to 1e-5
-        np.testing.assert_allclose(other[name], value, rtol=0, atol=1e-5 if name == "losses" else 1e-4, err_msg=name)
+        # Adam divides a gradient by its own size and late QAT rounds: both magnify the last bit, which the losses hardly feel
+        tolerance = dict(losses=1e-5, late=1e-3).get(name, 1e-4)
+        np.testing.assert_allclose(other[name], value, rtol=0, atol=tolerance, err_msg=name)
     assert runs[0]["losses"][-1] < runs[0]["losses"][0] - 0.2

@@ -110,8 +110,7 @@ def test_long_splits_are_cut_into_shards(tmp_path, monkeypatch):
 
 def test_python_carries_enough_text_for_the_demo():
     documents = prepare.python_documents()
-    assert documents == prepare.python_documents() and sum(map(len, documents)) > 1_000_000
-    assert len(documents) == len(set(documents))
+    assert sum(map(len, documents)) > 1_000_000 and len(documents) == len(set(documents)) > 300
 
 
 def test_the_manifest_is_json_with_hashes(made):
