@@ -692,7 +692,7 @@ class ValueEmbedding(nn.Module):
         return {int(i): (weight * shared).to(dtype) for i, weight in self.layer_scales.items()}
 
 class CausalSelfAttention(nn.Module):
-    """Grouped-query attention with QK-norm, a gain a head and partial RoPE; `exclusive` heads drop their own value."""
+    """Grouped-query attention: QK-norm, a gain a head, partial RoPE (PR #315); `exclusive` drops a head's own value."""
 
     def __init__(self, cfg: Config, exclusive: bool, attend: Callable[[Tensor, Tensor, Tensor], Tensor]):
         super().__init__()
@@ -722,7 +722,7 @@ class MLP(nn.Module):
         return self.proj(F.leaky_relu(self.fc(x), self.negative_slope).square())
 
 class Block(nn.Module):
-    """Mixes the stream with the embedding x0, then adds attention and MLP, each behind a gain a channel."""
+    """Mixes the stream with the embedding x0, then adds attention and MLP; inputs scaled by depth (PR #315)."""
 
     def __init__(self, cfg: Config, layer: int, attend: Callable[[Tensor, Tensor, Tensor], Tensor]):
         super().__init__()
@@ -982,7 +982,7 @@ def code_bits(model: nn.Module, cfg: Config) -> dict[str, int]:
 def on_export_grid(model: GPT, cfg: Config) -> Iterator[None]:
     """Inside, the blocks' matrices stand on their export grid; gradients pass straight through (arXiv:1308.3432).
 
-    The graph is the one of plain training, so nothing can be recompiled, or be switched off by a compiler.
+    The graph is the one of plain training: switching this on compiles nothing, and no compiler can fold it away.
     """
     bits = code_bits(model, cfg)
     matrices = [p for name, p in model.blocks.named_parameters(prefix="blocks") if bits[name] < 16]
@@ -1389,12 +1389,12 @@ def run_training(cfg: Config, ranks: Ranks, log: Log) -> dict[str, Score]:
             ranks.wait_for_main()
         raise
     ranks.wait_for_main()
-    scores = {"averaged": scorer.plain(trainer.forward)}
+    averaged = scorer.plain(trainer.forward)
     model.load_state_dict(raw)
-    scores = {"raw": scorer.plain(trainer.forward), **scores}
-    log(f"DIAGNOSTIC raw {scores['raw']}")
-    log(f"DIAGNOSTIC post_{cfg.averaging} {scores['averaged']}")
-    return scores
+    before = scorer.plain(trainer.forward)
+    log(f"DIAGNOSTIC raw {before}")
+    log(f"DIAGNOSTIC post_{cfg.averaging} {averaged}")
+    return {"raw": before, "averaged": averaged}
 
 def run_evaluation(env: Mapping[str, str], path: Path, ranks: Ranks, log: Log) -> dict[str, Score]:
     """Score the artifact at `path`, which is all that it knows of the training: plain, sliding, then adapting."""
