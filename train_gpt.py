@@ -19,6 +19,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import statistics
 import sys
 import time
@@ -26,7 +27,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_type_hints
@@ -58,7 +59,7 @@ class Config:
     """Every setting of a run, frozen. Raises InputError that names the variable when a value is out of its range."""
 
     variant: str = knob("card", "row of settings to start from; see VARIANTS", group="run")
-    seed: int = knob(1337, "seeds the weights; the order of the data is fixed", high=2**63)
+    seed: int = knob(1337, "seeds the weights and the order of a shuffled loader", high=2**63)
     run_id: str = knob("", "names the log; empty: variant, seed and time")
     output_dir: str = knob(".", "folder of the artifact, the checkpoint and logs/")
     eval_only: bool = knob(False, "score the file ARTIFACT and do nothing else")
@@ -72,6 +73,7 @@ class Config:
     data_path: str = knob("./data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_*.bin", group="data")
     tokenizer_path: str = knob("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model of the shards")
     vocab_size: int = knob(1024, "pieces of the tokenizer", low=8, high=65536)
+    loader: str = knob("stream", "training rows: one after the other, or shuffled", choices=("stream", "shuffled"))
     train_batch_tokens: int = knob(786_432, "tokens a step over all ranks", low=1)
     train_seq_len: int = knob(2048, "tokens a training sequence", low=2, high=2**20)
     micro_batch_tokens: int = knob(98_304, "most tokens a forward pass of one rank; the rest accumulates", low=1)
@@ -81,19 +83,36 @@ class Config:
     num_heads: int = knob(8, "query heads", low=1)
     num_kv_heads: int = knob(4, "key/value heads", low=1)
     mlp_mult: float = knob(3.0, "MLP width / MODEL_DIM", low=0.01)
-    mlp_negative_slope: float = knob(0.5, "slope of the squared leaky ReLU; 0 is ReLU squared", high=1)
+    activation: str = knob("leaky_relu", "of the MLP, then squared", choices=("leaky_relu", "silu"))
+    mlp_negative_slope: float = knob(0.5, "slope of the leaky ReLU; 0 is ReLU squared", high=1)
+    mlp_affine: bool = knob(False, "learn a scale and a bias after the square (Star-ReLU)")
     rope_base: float = knob(10_000.0, "base of the rotary wavelengths", low=1)
     rope_dims: int = knob(16, "head dims that rotate; 0 rotates all")
     qk_gain_init: float = knob(1.5, "initial gain of each query head after QK-norm")
+    qk_gains: int = knob(1, "gains a query head; 2: one for the dims that rotate, one for the rest", low=1, high=2)
     xsa_last_n: int = knob(4, "last blocks whose heads exclude their own value; 0 is none")
+    value_residual: bool = knob(False, "mix each layer's values with the first layer's")
+    gated_attention: bool = knob(False, "gate each head by a sigmoid of its layer's whole input")
+    attn_gate_dims: int = knob(0, "input channels that gate each head from 0 to 2; 0 is no gate")
     ln_scale_power: float = knob(0.5, "block inputs are scaled by (layer+1)**-power; 0 leaves them")
+    parallel_residual_start: int = knob(-1, "first block whose MLP reads what its attention reads; -1: none", low=-1)
+    skip_gates: bool = knob(False, "blend skips by a learned gate instead of adding them")
+    num_loops: int = knob(0, "more passes over the looped blocks; 0 is no recurrence", high=100)
+    loop_start: int = knob(3, "first looped block")
+    loop_end: int = knob(5, "last looped block")
+    enable_looping_at: float = knob(0.35, "share of the run after which they loop", high=1)
     smear_gate: bool = knob(True, "blend each token's embedding with the one before")
     bigram_vocab_size: int = knob(2048, "buckets of the hashed bigram table; 0 is no table")
     bigram_dim: int = knob(128, "width of the bigram table", low=1)
+    bigram_hash: str = knob("reserved", "xor hash with or without a bucket for 'no bigram', or linear",
+                            choices=("reserved", "xor", "linear"))
+    bigram_scale_init: float = knob(0.05, "initial gain of the bigram embedding; 0 is no gain")
     ve_dim: int = knob(128, "width of the shared value embedding", low=1)
     ve_layers: tuple[int, ...] = knob((9, 10), "layers whose values get a token embedding; none is off")
+    embed_scale: bool = knob(False, "learn a gain for each channel of the embedding")
     logit_softcap: float = knob(30.0, "logits are squashed into +-cap", low=1)
     tied_embed_init_std: float = knob(0.005, "initial spread of the token embedding")
+    init: str = knob("orthogonal", "matrices; default: torch's uniform", choices=("orthogonal", "default"))
 
     iterations: int = knob(20_000, "most optimizer steps", low=1, group="training")
     max_wallclock_seconds: float = knob(600.0, "training ends before this time; 0 is no limit")
@@ -103,11 +122,16 @@ class Config:
     matrix_lr: float = knob(0.025, "Muon: spectral norm of a step on a matrix")
     scalar_lr: float = knob(0.025, "AdamW: gains, gates and mixes")
     tied_embed_lr: float = knob(0.035, "AdamW: embedding tables")
+    decoder_lr_mult: float = knob(1.0, "factor of the rates of the second half of the blocks")
     muon_momentum: float = knob(0.99, "Muon momentum after its warm-up", high=1)
     muon_momentum_warmup_start: float = knob(0.92, "Muon momentum at step 0", high=1)
     muon_momentum_warmup_steps: int = knob(1500, "steps of that warm-up")
+    muon_momentum_warmup_frac: float = knob(0.0, "share of the run that it takes instead; 0: steps", high=1)
+    muon_momentum_cooldown: float = knob(1.0, "it falls back with the rate, until this share is left; 1: stays", high=1)
     muon_backend_steps: int = knob(5, "Newton-Schulz iterations", low=1)
+    muon_row_normalize: bool = knob(False, "scale each row of a step to length 1 before (MuonEq-R)")
     muon_wd: float = knob(0.04, "decoupled weight decay of matrices")
+    muon_wd_mlp: float = knob(-1.0, "the same for the MLP's; -1 is MUON_WD", low=-1)
     embed_wd: float = knob(0.04, "decoupled weight decay of tables")
     adam_wd: float = knob(0.0, "decoupled weight decay of gains, gates and mixes")
     beta1: float = knob(0.9, "AdamW", high=1)
@@ -123,9 +147,18 @@ class Config:
     val_loss_every: int = knob(0, "steps between validations, off the clock; 0 is none before the end")
 
     matrix_bits: int = knob(6, "code width of matrices", low=2, high=8, group="quantization")
-    embed_bits: int = knob(8, "code width of tables; 16 keeps fp16", low=2, high=16)
+    embed_bits: int = knob(8, "code width of the token table; 16 keeps fp16", low=2, high=16)
+    table_bits: int = knob(0, "code width of hash and value tables; 0 is EMBED_BITS", high=16)
     clip_shares: tuple[float, ...] = knob((1.0, 0.95, 0.9, 0.85, 0.8, 0.7), "clips tried, as shares of a row's maximum")
     step_floor: float = knob(1.0, "least step, as a share of 1/(highest code); 0 is none")
+    matrix_clip_sigmas: float = knob(0.0, "clip of matrices in standard deviations of a row; 0: CLIP_SHARES")
+    embed_clip_sigmas: float = knob(0.0, "the same for tables")
+    quantizer: str = knob("rtn", "round to nearest, or GPTQ", choices=("rtn", "gptq"))
+    gptq_calibration_batches: int = knob(8, "training batches whose inputs GPTQ measures, on the clock", low=1)
+    gptq_damping: float = knob(0.01, "added to the Hessian's diagonal, as a share of its mean", low=1e-6)
+    gptq_block: int = knob(128, "columns that GPTQ rounds between two updates of the rest", low=1)
+    prune_share: float = knob(0.0, "share of each matrix, the smallest weights, set to 0", high=0.99)
+    compressor: str = knob("zstd", "of the artifact", choices=("zstd", "lzma", "brotli"))
     zstd_level: int = knob(22, "zstd effort", low=1, high=22)
 
     eval_seq_len: int = knob(0, "tokens a scoring window; 0 is TRAIN_SEQ_LEN", high=2**20, group="evaluation")
@@ -133,41 +166,29 @@ class Config:
     eval_batch_seqs: int = knob(32, "windows a forward pass of one rank", low=1)
     val_max_tokens: int = knob(0, "score only the first N targets; 0 is all, as a record must")
     ttt_epochs: int = knob(3, "passes of test-time training over each scored chunk; 0 is none")
+    ttt_scope: str = knob("stream", "what adapts to what: the model to all before, or a LoRA to each document alone",
+                          choices=("stream", "document"))
     ttt_chunk_tokens: int = knob(32_768, "targets a chunk: scored first, trained on after", low=1)
-    ttt_lr: float = knob(0.002, "SGD rate, the same for every chunk")
-    ttt_momentum: float = knob(0.9, "SGD momentum", high=1)
-    ttt_batch_seqs: int = knob(32, "sequences a step over all ranks", low=1)
+    ttt_params: str = knob("", "regular expression of the parameters that adapt; empty: all")
+    ttt_min_elements: int = knob(0, "smaller parameters do not adapt")
+    ttt_lora_rank: int = knob(0, "adapt q, v and the head by terms of this rank, and nothing else; 0: the weights")
+    ttt_optimizer: str = knob("sgd", "of test-time training", choices=("sgd", "adamw"))
+    ttt_lr: float = knob(0.002, "rate of the first chunk")
+    ttt_cosine_floor: float = knob(1.0, "the rate falls over the chunks to this share; 1: constant", high=1)
+    ttt_momentum: float = knob(0.9, "SGD's momentum, AdamW's first beta", high=1)
+    ttt_nesterov: bool = knob(False, "SGD looks ahead")
+    ttt_beta2: float = knob(0.999, "AdamW's second beta", high=1)
+    ttt_z_loss: float = knob(0.0, "weight of the squared log-partition in its loss")
+    ttt_temperature: float = knob(1.0, "divides the logits that are scored", low=0.1, high=10)
+    ttt_batch_seqs: int = knob(32, "sequences (or documents) a step over all ranks", low=1)
     ttt_grad_clip: float = knob(1.0, "cap on the gradient norm; 0 is none")
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            value, (low, high, choices) = vars(self)[f.name], (f.metadata[k] for k in ("low", "high", "choices"))
+            value = vars(self)[f.name]
             for v in value if isinstance(value, tuple) else (value,):
-                if choices and v not in choices:
-                    raise InputError(f"{f.name.upper()}={v} must be one of {', '.join(choices)}")
-                if not isinstance(v, str) and not low <= v <= high:
-                    raise InputError(f"{f.name.upper()}={v} must lie in [{low:g}, {high:g}]: {f.metadata['help']}")
-        self.check_together()
-
-    def check_together(self) -> None:
-        """Rules that bind several options. Each names its variables, whose values the error adds."""
-        rules = {
-            "MODEL_DIM must be a multiple of NUM_HEADS": self.model_dim % self.num_heads == 0,
-            "NUM_HEADS must be a multiple of NUM_KV_HEADS": self.num_heads % self.num_kv_heads == 0,
-            "MODEL_DIM / NUM_HEADS must be even": self.head_dim % 2 == 0,
-            "ROPE_DIMS must be even, at most MODEL_DIM / NUM_HEADS": self.rope_dims in range(0, self.head_dim + 1, 2),
-            "VE_LAYERS must lie below NUM_LAYERS": all(i < self.num_layers for i in self.ve_layers),
-            "XSA_LAST_N must be at most NUM_LAYERS": self.xsa_last_n <= self.num_layers,
-            "BIGRAM_VOCAB_SIZE must not be 1": self.bigram_vocab_size != 1,
-            "EMBED_BITS must be 2 to 8, or 16": self.embed_bits <= 8 or self.embed_bits == 16,
-            "CLIP_SHARES must lie in (0, 1], one or more": all(0 < c <= 1 for c in self.clip_shares or (0,)),
-            "TRAIN_BATCH_TOKENS must be a multiple of TRAIN_SEQ_LEN": self.train_batch_tokens % self.train_seq_len == 0,
-            "MICRO_BATCH_TOKENS must be at least TRAIN_SEQ_LEN": self.micro_batch_tokens >= self.train_seq_len,
-            "EVAL_STRIDE must divide EVAL_SEQ_LEN or else TRAIN_SEQ_LEN": self.window % self.eval_stride == 0,
-            "TTT_CHUNK_TOKENS must be a multiple of EVAL_SEQ_LEN or else TRAIN_SEQ_LEN":
-                self.ttt_chunk_tokens % self.window == 0,
-        }
-        for text, holds in rules.items():
+                check_value(f, v)
+        for text, holds in (model_rules(self) | run_rules(self)).items():
             if not holds:
                 given = {n: vars(self)[n.lower()] for n in text.replace(",", "").split() if n.lower() in vars(self)}
                 raise InputError(f"{text}; got {' '.join(f'{n}={v}' for n, v in given.items())}")
@@ -179,7 +200,7 @@ class Config:
         for name, text in env.items():
             if name.isupper() and name.lower() in hints:
                 given[name.lower()] = parse(hints[name.lower()], name, text)
-            elif close := difflib.get_close_matches(name, [k.upper() for k in hints], n=1, cutoff=0.88):
+            elif close := difflib.get_close_matches(name, [k.upper() for k in hints], n=1, cutoff=0.9):
                 raise InputError(f"{name} is not an option; did you mean {close[0]}? (--help lists all)")
         variant = given.get("variant", cls.variant)
         if variant not in VARIANTS:
@@ -203,6 +224,58 @@ class Config:
     def artifact_path(self) -> Path:
         return Path(self.artifact) if self.artifact else Path(self.output_dir) / "final_model.int6.ptz"
 
+def check_value(f: Field, value: Any) -> None:
+    low, high, choices = (f.metadata[k] for k in ("low", "high", "choices"))
+    if choices and value not in choices:
+        raise InputError(f"{f.name.upper()}={value} must be one of {', '.join(choices)}")
+    if not isinstance(value, str) and not low <= value <= high:
+        raise InputError(f"{f.name.upper()}={value} must lie in [{low:g}, {high:g}]: {f.metadata['help']}")
+
+def is_pattern(text: str) -> bool:
+    try:
+        return bool(re.compile(text))
+    except re.error:
+        return False
+
+def model_rules(c: Config) -> dict[str, bool]:
+    """What binds several options of the model: the rule, which names them, and whether it holds."""
+    return {
+        "MODEL_DIM must be a multiple of NUM_HEADS": c.model_dim % c.num_heads == 0,
+        "NUM_HEADS must be a multiple of NUM_KV_HEADS": c.num_heads % c.num_kv_heads == 0,
+        "MODEL_DIM / NUM_HEADS must be even": c.head_dim % 2 == 0,
+        "ROPE_DIMS must be even, at most MODEL_DIM / NUM_HEADS": c.rope_dims in range(0, c.head_dim + 1, 2),
+        "QK_GAINS of 2 needs ROPE_DIMS above 0, below MODEL_DIM / NUM_HEADS":
+            c.qk_gains == 1 or 0 < c.rope_dims < c.head_dim,
+        "ATTN_GATE_DIMS must be at most MODEL_DIM": c.attn_gate_dims <= c.model_dim,
+        "VE_LAYERS must lie below NUM_LAYERS": all(i < c.num_layers for i in c.ve_layers),
+        "XSA_LAST_N must be at most NUM_LAYERS": c.xsa_last_n <= c.num_layers,
+        "NUM_LOOPS needs LOOP_START <= LOOP_END < NUM_LAYERS":
+            c.num_loops == 0 or c.loop_start <= c.loop_end < c.num_layers,
+        "BIGRAM_VOCAB_SIZE must not be 1": c.bigram_vocab_size != 1,
+    }
+
+def run_rules(c: Config) -> dict[str, bool]:
+    """The same for training, quantization and evaluation."""
+    document = c.ttt_scope == "document"
+    return {
+        "TRAIN_BATCH_TOKENS must be a multiple of TRAIN_SEQ_LEN": c.train_batch_tokens % c.train_seq_len == 0,
+        "MICRO_BATCH_TOKENS must be at least TRAIN_SEQ_LEN": c.micro_batch_tokens >= c.train_seq_len,
+        "EMBED_BITS must be 2 to 8, or 16": c.embed_bits in (*range(2, 9), 16),
+        "TABLE_BITS must be 0, 2 to 8, or 16": c.table_bits in (0, *range(2, 9), 16),
+        "CLIP_SHARES must lie in (0, 1], one or more": all(0 < share <= 1 for share in c.clip_shares or (0,)),
+        "EVAL_STRIDE must divide EVAL_SEQ_LEN or else TRAIN_SEQ_LEN": c.window % c.eval_stride == 0,
+        "TTT_CHUNK_TOKENS must be a multiple of EVAL_SEQ_LEN or else TRAIN_SEQ_LEN":
+            document or c.ttt_chunk_tokens % c.window == 0,
+        "TTT_PARAMS must be a regular expression": is_pattern(c.ttt_params),
+        "TTT_SCOPE of document needs TTT_CHUNK_TOKENS <= EVAL_SEQ_LEN or else TRAIN_SEQ_LEN":
+            not document or c.ttt_chunk_tokens <= c.window,
+        "TTT_SCOPE of document needs TTT_LORA_RANK": not document or c.ttt_lora_rank > 0,
+        "TTT_SCOPE of document needs TTT_GRAD_CLIP of 0: it would bind documents":
+            not document or c.ttt_grad_clip == 0,
+        "TTT_NESTEROV needs TTT_OPTIMIZER of sgd and TTT_MOMENTUM":
+            not c.ttt_nesterov or "sgd" == c.ttt_optimizer and c.ttt_momentum > 0,
+    }
+
 def option_groups() -> list[tuple[str, list[Field]]]:
     groups: list[tuple[str, list[Field]]] = []
     for f in fields(Config):
@@ -213,6 +286,35 @@ def option_groups() -> list[tuple[str, list[Field]]]:
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "card": {},
+    "pr150": dict(
+        rope_base=50_000.0, rope_dims=0, xsa_last_n=0, ln_scale_power=0.0, ve_layers=(), mlp_negative_slope=0.0,
+        bigram_hash="xor", warmdown_iters=3000, embed_wd=0.0, averaging="swa", swa_every=200, swa_start_scale=0.5,
+        late_qat_threshold=2.0, embed_bits=16, table_bits=6, clip_shares=(1.0,), ttt_params=r"^(?!blocks\.[01]\.)"),
+    "pr455": dict(
+        rope_base=10_000.0 * 2 ** (16 / 14), mlp_negative_slope=0.0, warmdown_iters=3000, adam_wd=0.04, averaging="swa",
+        late_qat_threshold=0.1, clip_shares=(1.0,), ttt_params=r"^(?!blocks\.[01]\.)"),
+    "pr490": dict(
+        value_residual=True, gated_attention=True, bigram_vocab_size=4096, ve_layers=(), iterations=9000,
+        warmdown_iters=1200, muon_momentum=0.95, muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=500,
+        adam_wd=0.04, quantizer="gptq", clip_shares=(1.0,), prune_share=0.02, ttt_optimizer="adamw", ttt_lr=1e-4,
+        ttt_chunk_tokens=131_072, ttt_cosine_floor=0.1, ttt_temperature=0.98,
+        ttt_params=r"^blocks\.(9|10)\.|attn_scale|mlp_scale|bigram\.scale|tok_emb"),
+    "pr1127": dict(
+        model_dim=480, mlp_mult=3.2, mlp_negative_slope=0.0, mlp_affine=True, skip_gates=True, bigram_vocab_size=8192,
+        bigram_hash="linear", bigram_scale_init=0.0, ve_layers=(), init="default", train_batch_tokens=524_288,
+        micro_batch_tokens=65_536, adam_wd=0.04, decoder_lr_mult=2.0, grad_clip_norm=0.0, ema_decay=0.9985,
+        embed_bits=16, table_bits=6, ttt_epochs=1, ttt_lora_rank=8, ttt_optimizer="adamw", ttt_lr=0.01, ttt_beta2=0.95),
+    "pr1812": dict(
+        data_path="./data/datasets/fineweb10B_sp8192", tokenizer_path="./data/tokenizers/fineweb_8192_bpe.model",
+        vocab_size=8192, loader="shuffled", mlp_mult=4.0, activation="silu", qk_gain_init=5.25, qk_gains=2,
+        xsa_last_n=11, attn_gate_dims=12, parallel_residual_start=7, skip_gates=True, num_loops=2, smear_gate=False,
+        bigram_vocab_size=0, ve_layers=(), embed_scale=True, iterations=50_000, warmdown_iters=0, warmdown_frac=0.72,
+        matrix_lr=0.022, scalar_lr=0.02, tied_embed_lr=0.03, muon_momentum_warmup_frac=0.22,
+        muon_momentum_cooldown=0.25, muon_row_normalize=True, muon_wd=0.095, muon_wd_mlp=0.115, embed_wd=0.085,
+        adam_wd=0.005, ema_decay=0.9965, late_qat_threshold=0.0, quantizer="gptq", matrix_clip_sigmas=12.85,
+        embed_clip_sigmas=20.0, gptq_block=32, gptq_calibration_batches=64, compressor="brotli", ttt_epochs=4,
+        ttt_chunk_tokens=65_536, ttt_lr=0.005, ttt_nesterov=True, ttt_z_loss=1e-5, ttt_min_elements=10_000,
+        ttt_cosine_floor=0.0),
     "demo": dict(
         data_path="./data/datasets/demo_sp1024", tokenizer_path="./data/tokenizers/demo_1024_bpe.model",
         num_layers=6, model_dim=128, num_heads=4, num_kv_heads=2, ve_layers=(4, 5), ve_dim=64, bigram_dim=64,
@@ -291,27 +393,15 @@ class Ranks:
             for t, part in zip(tensors, flat.split([t.numel() for t in tensors])):
                 t.copy_(part.view_as(t))
 
-    def scatter_mean(self, stack: Tensor) -> Callable[[], Tensor]:
-        """Start averaging `stack` (N, ...) over ranks; call the result for this rank's share (ceil(N / world), ...)."""
+    def spread(self, fn: Callable[[Tensor], Tensor], stack: Tensor) -> Tensor:
+        """fn(stack) (N, ...) for an fn that treats each item alone: every rank does its share, all get the whole."""
         if self.world == 1:
-            return lambda: stack
+            return fn(stack)
         padded = torch.cat((stack, stack.new_zeros(-len(stack) % self.world, *stack.shape[1:])))
-        share = torch.empty_like(padded[: len(padded) // self.world])
-        work = dist.reduce_scatter_tensor(share, padded, async_op=True)
-
-        def wait() -> Tensor:
-            work.wait()
-            return share.div_(self.world)
-
-        return wait
-
-    def gather(self, share: Tensor) -> Tensor:
-        """All ranks' shares, concatenated along dim 0 (padding of `scatter_mean` included)."""
-        if self.world == 1:
-            return share
-        out = share.new_empty(len(share) * self.world, *share.shape[1:])
-        dist.all_gather_into_tensor(out, share.contiguous())
-        return out
+        share = fn(padded.chunk(self.world)[self.rank]).contiguous()
+        whole = share.new_empty(padded.shape)
+        dist.all_gather_into_tensor(whole, share)
+        return whole[: len(stack)]
 
     def agree(self, *values: float) -> list[float]:
         """The main rank's values, on every rank. They stay on the host: no device waits for it."""
@@ -360,7 +450,6 @@ def launch(env: Mapping[str, str]) -> Iterator[Ranks]:
 
 class Clock:
     """Training time in seconds: runs from creation, stands still inside `paused()`, which waits for the device."""
-
     def __init__(self, device: torch.device, first_step_seconds: float):
         self.synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
         self.laps = deque([first_step_seconds], maxlen=65)
@@ -392,7 +481,6 @@ class Clock:
 
 class Reading:
     """A scalar on its way to the host: `value` waits for it alone, not for what the device was given to do after it."""
-
     def __init__(self, scalar: Tensor):
         self.host = torch.empty((), pin_memory=scalar.is_cuda).copy_(scalar, non_blocking=True)
         self.arrived = torch.cuda.Event() if scalar.is_cuda else None
@@ -406,7 +494,6 @@ class Reading:
 
 class Log:
     """One `key:value` line an event, to the terminal and to OUTPUT_DIR/logs/RUN_ID.txt; silent beside the main rank."""
-
     def __init__(self, cfg: Config, ranks: Ranks):
         stamp = time.strftime("%Y%m%d-%H%M%S")
         name = cfg.run_id or f"{cfg.variant}_seed{cfg.seed}_{'eval_' if cfg.eval_only else ''}{stamp}"
@@ -415,6 +502,7 @@ class Log:
         for package in PACKAGES:
             if importlib.util.find_spec(package) is None:
                 raise InputError(f"the package {package} is missing; pip install -r requirements.txt")
+        compressor_module(cfg.compressor)
         for file in (cfg.artifact_path, Path(cfg.audit)):
             if self.active and not file.parent.is_dir() and file.parent != Path(cfg.output_dir):
                 raise InputError(f"there is no folder {file.parent} to hold {file.name}")
@@ -486,7 +574,6 @@ def check_tokens(tokens: np.ndarray, vocab_size: int, where: object) -> np.ndarr
 
 class TokenStream:
     """Shards as one endless stream of tokens: after the last shard comes the first."""
-
     def __init__(self, paths: list[Path], vocab_size: int):
         self.paths, self.vocab_size = paths, vocab_size
         self.shards = [read_shard(p) for p in paths]
@@ -504,20 +591,46 @@ class TokenStream:
             start, count = start + len(part), count - len(part)
         return np.concatenate(parts).astype(np.int64)
 
+class RowOrder:
+    """Where each training row starts in the stream: one after the other, or in a new random order every epoch.
+
+    Shuffled, each shard is cut into rows from a random offset on, and all rows of all shards are permuted (PR #1493,
+    whose draw of a shard in proportion to its remaining rows is the same distribution).
+    """
+    def __init__(self, stream: TokenStream, cfg: Config):
+        sizes = np.array([len(s) for s in stream.shards])
+        self.seq_len, self.seed = cfg.train_seq_len, cfg.seed if cfg.loader == "shuffled" else None
+        self.firsts, self.counts = stream.ends - sizes, (sizes - 1) // self.seq_len - 1
+        if self.seed is not None and self.counts.max() < 1:
+            raise InputError(f"LOADER=shuffled needs a shard of {2 * self.seq_len + 1} tokens; DATA_PATH has none")
+        self.epoch, self.starts = -1, self.firsts
+
+    def __call__(self, row: int) -> int:
+        """First token of row 0, 1, 2, ..., of all ranks together."""
+        if self.seed is None:
+            return row * self.seq_len
+        epoch, i = divmod(row, int(self.counts.clip(0).sum()))
+        if epoch != self.epoch:
+            draw = np.random.default_rng((self.seed, epoch))
+            rows = [first + draw.integers(self.seq_len) + self.seq_len * np.arange(count)
+                    for first, count in zip(self.firsts, self.counts.clip(0))]
+            self.epoch, self.starts = epoch, draw.permutation(np.concatenate(rows))
+        return int(self.starts[i])
+
 class Batches:
-    """Contiguous batches of a stream. Row i of a step's global batch is the same for any number of ranks.
+    """Batches of rows. Row i of a step's global batch is the same for any number of ranks.
 
     The next batch is read and sent to the device by a thread while the current one is computed.
     """
-
     def __init__(self, stream: TokenStream, cfg: Config, ranks: Ranks):
-        rows, self.seq_len = cfg.train_batch_tokens // cfg.train_seq_len, cfg.train_seq_len
-        if rows % ranks.world:
-            raise InputError(f"TRAIN_BATCH_TOKENS / TRAIN_SEQ_LEN = {rows} rows do not divide by {ranks.world} ranks")
-        self.stream, self.ranks, self.batch_tokens = stream, ranks, cfg.train_batch_tokens
-        self.rows = rows // ranks.world
-        self.micro_steps = next(n for n in range(1, self.rows + 1)
-                                if self.rows % n == 0 and self.rows // n * self.seq_len <= cfg.micro_batch_tokens)
+        self.total, self.seq_len = cfg.train_batch_tokens // cfg.train_seq_len, cfg.train_seq_len
+        if self.total % ranks.world:
+            raise InputError(f"TRAIN_BATCH_TOKENS / TRAIN_SEQ_LEN = {self.total} rows do not divide by {ranks.world} "
+                             "ranks")
+        self.stream, self.order, self.ranks = stream, RowOrder(stream, cfg), ranks
+        rows = self.total // ranks.world
+        self.micro_steps = next(n for n in range(1, rows + 1)
+                                if rows % n == 0 and rows // n * self.seq_len <= cfg.micro_batch_tokens)
         self.reader = ThreadPoolExecutor(1)
         self.seek(0)
 
@@ -527,12 +640,12 @@ class Batches:
 
     def load(self, step: int) -> tuple[Tensor, Tensor]:
         """This rank's inputs and targets of a step, (micro_steps, rows, seq_len) int64 on the device."""
-        share = self.rows * self.seq_len
-        tokens = torch.from_numpy(self.stream.read(step * self.batch_tokens + self.ranks.rank * share, share + 1))
+        rows = self.ranks.share(list(range(step * self.total, (step + 1) * self.total)))
+        tokens = torch.from_numpy(np.stack([self.stream.read(self.order(r), self.seq_len + 1) for r in rows]))
         if self.ranks.device.type == "cuda":
             tokens = tokens.pin_memory().to(self.ranks.device, non_blocking=True)
-        shape = (self.micro_steps, -1, self.seq_len)
-        return tokens[:-1].view(shape), tokens[1:].view(shape)
+        tokens = tokens.view(self.micro_steps, -1, self.seq_len + 1)
+        return tokens[..., :-1].contiguous(), tokens[..., 1:].contiguous()
 
     def __next__(self) -> tuple[Tensor, Tensor]:
         batch = self.pending.result()
@@ -629,28 +742,29 @@ def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
     return (grouped - (grouped * direction).sum(-1, keepdim=True) * direction).flatten(2, 3)
 
 class Linear(nn.Module):
-    """y = x W^T without bias; the weight is fp32 and cast to the dtype of x."""
-
+    """y = x W^T without bias; the fp32 weight is cast to the dtype of x. An `adapter` adds its own term to y."""
     def __init__(self, fan_in: int, fan_out: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(fan_out, fan_in))
+        self.adapter: nn.Module | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        y = F.linear(x, self.weight.to(x.dtype))
+        return y if self.adapter is None else y + self.adapter(x)
 
-class Table(nn.Module):
-    """An embedding table, fp32 (rows, dim)."""
-
+class Table(Linear):
+    """An embedding table, fp32 (rows, dim); `project` is the tied head, a Linear of the same weight."""
     def __init__(self, rows: int, dim: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(rows, dim))
+        super().__init__(dim, rows)
 
     def forward(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.weight)
 
+    def project(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
 class SmearGate(nn.Module):
     """Blends each token with the one before, by a learned share a channel (PR #65); a document's first stays pure."""
-
     def __init__(self, dim: int):
         super().__init__()
         self.gate = nn.Parameter(torch.empty(dim))
@@ -661,26 +775,28 @@ class SmearGate(nn.Module):
         return x + inside * self.gate.sigmoid().to(x.dtype) * (before - x)
 
 class BigramHashEmbedding(nn.Module):
-    """A hashed embedding of (previous token, token) to add to the token's own (PR #65); the last bucket is 'none'."""
-
-    def __init__(self, buckets: int, dim: int, model_dim: int):
+    """A hashed embedding of (previous token, token) to add to the token's own (PR #65; linear hash: PR #1127)."""
+    def __init__(self, cfg: Config):
         super().__init__()
-        self.buckets = buckets
-        self.embed, self.proj = Table(buckets, dim), Linear(dim, model_dim)
-        self.scale = nn.Parameter(torch.empty(()))
+        self.buckets, self.hash = cfg.bigram_vocab_size, cfg.bigram_hash
+        self.embed, self.proj = Table(self.buckets, cfg.bigram_dim), Linear(cfg.bigram_dim, cfg.model_dim)
+        self.scale = nn.Parameter(torch.empty(())) if cfg.bigram_scale_init else None
 
     def bucket(self, ids: Tensor) -> Tensor:
-        """Bucket of each token (B, T); first tokens of a row or of a document have no bigram."""
-        before = F.pad(ids[:, :-1], (1, 0))
+        """Bucket of each token (B, T). First tokens of a row or of a document have no bigram: the last bucket, or 0."""
+        first = F.pad(ids[:, 1:] == BOS, (1, 0), value=True)
+        before = F.pad(ids[:, :-1], (1, 0)).masked_fill(first, 0)
+        if self.hash == "linear":
+            return (1009 * before + ids) % self.buckets
         hashed = torch.bitwise_xor(36313 * ids, 27191 * before) % (self.buckets - 1)
-        return torch.where(F.pad(ids[:, 1:] != BOS, (1, 0)), hashed, self.buckets - 1)
+        return hashed.masked_fill(first, self.buckets - 1) if self.hash == "reserved" else hashed
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.scale * self.proj(self.embed(self.bucket(ids)))
+        y = self.proj(self.embed(self.bucket(ids)))
+        return y if self.scale is None else self.scale * y
 
 class ValueEmbedding(nn.Module):
     """A token embedding that several layers share and add to their values, each with a weight of its own (PR #374)."""
-
     def __init__(self, vocab_size: int, dim: int, value_dim: int, layers: tuple[int, ...]):
         super().__init__()
         self.embed, self.proj = Table(vocab_size, dim), Linear(dim, value_dim)
@@ -691,71 +807,113 @@ class ValueEmbedding(nn.Module):
         shared = self.scale * self.proj(self.embed(ids))
         return {int(i): (weight * shared).to(dtype) for i, weight in self.layer_scales.items()}
 
-class CausalSelfAttention(nn.Module):
-    """Grouped-query attention: QK-norm, a gain a head, partial RoPE (PR #315); `exclusive` drops a head's own value."""
-
-    def __init__(self, cfg: Config, exclusive: bool, attend: Callable[[Tensor, Tensor, Tensor], Tensor]):
+class HeadGate(nn.Module):
+    """A sigmoid gate a head, from 0 to `peak`, read off the first channels of the attention's input."""
+    def __init__(self, channels: int, heads: int, peak: float, bias: bool):
         super().__init__()
-        self.head_dim, self.exclusive, self.attend = cfg.head_dim, exclusive, attend
+        self.peak, self.slope = peak, nn.Parameter(torch.empty(heads, channels))
+        self.bias = nn.Parameter(torch.empty(heads)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        raw = F.linear(x[..., : self.slope.size(1)], self.slope.to(x.dtype), bias)
+        return self.peak * raw.sigmoid()[..., None]
+
+class CausalSelfAttention(nn.Module):
+    """Grouped-query attention: QK-norm, gains a head, partial RoPE (PR #315), XSA, value residual and gates.
+
+    Value residual: arXiv:2410.17897. Gates: arXiv:2505.06708, of the whole input (PR #490) or few channels (PR #1812).
+    """
+    def __init__(self, cfg: Config, layer: int, attend: Callable[[Tensor, Tensor, Tensor], Tensor]):
+        super().__init__()
+        self.head_dim, self.attend = cfg.head_dim, attend
+        self.exclusive = layer >= cfg.num_layers - cfg.xsa_last_n
         dim, kv_dim = cfg.model_dim, cfg.num_kv_heads * cfg.head_dim
         self.c_q, self.c_k, self.c_v = Linear(dim, dim), Linear(dim, kv_dim), Linear(dim, kv_dim)
         self.proj = Linear(dim, dim)
-        self.q_gain = nn.Parameter(torch.empty(cfg.num_heads))
+        self.gain_spans = (cfg.rope_dims, cfg.head_dim - cfg.rope_dims) if cfg.qk_gains == 2 else (cfg.head_dim,)
+        self.q_gain = nn.Parameter(torch.empty(cfg.num_heads, cfg.qk_gains))
+        self.value_mix = nn.Parameter(torch.empty(2)) if cfg.value_residual and layer else None
+        kinds = [(dim, 1.0, True)] * cfg.gated_attention + [(cfg.attn_gate_dims, 2.0, False)] * (cfg.attn_gate_dims > 0)
+        self.gates = nn.ModuleList(HeadGate(channels, cfg.num_heads, peak, bias) for channels, peak, bias in kinds)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], value_embedding: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], value_embedding: Tensor | None,
+                first_value: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(what to add to the stream, this layer's own values), for the normalized input x (B, T, D)."""
         heads = (-1, self.head_dim)
         q, k = (rotate(norm(c(x).unflatten(-1, heads)), *rotary) for c in (self.c_q, self.c_k))
-        v = self.c_v(x)
-        v = (v if value_embedding is None else v + value_embedding).unflatten(-1, heads)
-        y = self.attend(q * self.q_gain[:, None].to(x.dtype), k, v)
-        return self.proj((exclude_own_value(y, v) if self.exclusive else y).flatten(2))
+        gain = torch.cat([g.expand(-1, n) for g, n in zip(self.q_gain.split(1, 1), self.gain_spans)], 1)
+        own = v = self.c_v(x).unflatten(-1, heads)
+        if value_embedding is not None:
+            v = v + value_embedding.unflatten(-1, heads)
+        if self.value_mix is not None:
+            first, rest = self.value_mix.to(x.dtype)
+            v = first * first_value + rest * v
+        y = self.attend(q * gain.to(x.dtype), k, v)
+        y = exclude_own_value(y, v) if self.exclusive else y
+        for gate in self.gates:
+            y = y * gate(x)
+        return self.proj(y.flatten(2)), own
 
 class MLP(nn.Module):
-    """Two matrices around a squared leaky ReLU (arXiv:2109.08668; leaky: PR #549)."""
-
-    def __init__(self, dim: int, hidden: int, negative_slope: float):
+    """Two matrices around a squared activation (arXiv:2109.08668; leaky: PR #549; Star-ReLU: arXiv:2210.13452)."""
+    def __init__(self, cfg: Config):
         super().__init__()
-        self.fc, self.proj = Linear(dim, hidden), Linear(hidden, dim)
-        self.negative_slope = negative_slope
+        hidden = round(cfg.mlp_mult * cfg.model_dim)
+        self.fc, self.proj = Linear(cfg.model_dim, hidden), Linear(hidden, cfg.model_dim)
+        leaky = partial(F.leaky_relu, negative_slope=cfg.mlp_negative_slope)
+        self.activation = F.silu if cfg.activation == "silu" else leaky
+        self.scale, self.bias = (nn.Parameter(torch.empty(hidden)) if cfg.mlp_affine else None for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(F.leaky_relu(self.fc(x), self.negative_slope).square())
+        h = self.activation(self.fc(x)).square()
+        return self.proj(h if self.scale is None else self.scale.to(x.dtype) * h + self.bias.to(x.dtype))
 
 class Block(nn.Module):
     """Mixes the stream with the embedding x0, then adds attention and MLP; inputs scaled by depth (PR #315)."""
-
     def __init__(self, cfg: Config, layer: int, attend: Callable[[Tensor, Tensor, Tensor], Tensor]):
         super().__init__()
-        self.attn = CausalSelfAttention(cfg, layer >= cfg.num_layers - cfg.xsa_last_n, attend)
-        self.mlp = MLP(cfg.model_dim, round(cfg.mlp_mult * cfg.model_dim), cfg.mlp_negative_slope)
-        self.input_scale = (layer + 1) ** -cfg.ln_scale_power
+        self.attn, self.mlp = CausalSelfAttention(cfg, layer, attend), MLP(cfg)
+        passes = cfg.num_loops + 1 if cfg.loop_start <= layer <= cfg.loop_end else 1
+        self.input_scale = (layer + 1) ** -cfg.ln_scale_power * passes**-0.5
+        self.parallel = layer >= cfg.parallel_residual_start >= 0
         self.attn_scale, self.mlp_scale = (nn.Parameter(torch.empty(cfg.model_dim)) for _ in range(2))
         self.resid_mix = nn.Parameter(torch.empty(2, cfg.model_dim))
 
-    def forward(self, x: Tensor, x0: Tensor, rotary: tuple[Tensor, Tensor], value_embedding: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, x0: Tensor, rotary: tuple[Tensor, Tensor], value_embedding: Tensor | None,
+                first_value: Tensor | None) -> tuple[Tensor, Tensor]:
         keep, add = self.resid_mix.to(x.dtype)
         x = keep * x + add * x0
-        x = x + self.attn_scale.to(x.dtype) * self.attn(norm(x) * self.input_scale, rotary, value_embedding)
-        return x + self.mlp_scale.to(x.dtype) * self.mlp(norm(x) * self.input_scale)
+        update, own = self.attn(norm(x) * self.input_scale, rotary, value_embedding, first_value)
+        after = x + self.attn_scale.to(x.dtype) * update
+        seen = x if self.parallel else after
+        return after + self.mlp_scale.to(x.dtype) * self.mlp(norm(seen) * self.input_scale), own
+
+def layer_order(cfg: Config, looped: bool) -> list[int]:
+    """The blocks in the order in which they run. Looped, LOOP_START..LOOP_END run NUM_LOOPS times more (PR #1493)."""
+    layers, stop = list(range(cfg.num_layers)), cfg.loop_end + 1
+    return layers[:stop] + layers[cfg.loop_start : stop] * (cfg.num_loops * looped) + layers[stop:]
 
 class GPT(nn.Module):
     """U-Net GPT with a tied head. Parameters are fp32 and empty until `init_weights` or `load_state_dict`.
 
-    The first half of the blocks pushes its outputs; the second half adds them back, the latest first.
+    The first half of the passes through a block pushes its outputs; the second half takes them back, the latest first.
     """
-
     def __init__(self, cfg: Config, attend: Callable[[Tensor, Tensor, Tensor], Tensor] = attend_sdpa,
                  dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.dtype, self.softcap, self.encoder_layers = dtype, cfg.logit_softcap, cfg.num_layers // 2
-        vocab, dim, buckets = cfg.vocab_size, cfg.model_dim, cfg.bigram_vocab_size
+        vocab, dim, layers = cfg.vocab_size, cfg.model_dim, cfg.ve_layers
+        self.dtype, self.softcap, self.orders = dtype, cfg.logit_softcap, [layer_order(cfg, on) for on in (False, True)]
         self.tok_emb = Table(vocab, dim)
-        self.bigram = BigramHashEmbedding(buckets, cfg.bigram_dim, dim) if buckets else None
+        self.embed_scale = nn.Parameter(torch.empty(dim)) if cfg.embed_scale else None
+        self.bigram = BigramHashEmbedding(cfg) if cfg.bigram_vocab_size else None
         self.smear = SmearGate(dim) if cfg.smear_gate else None
-        kv_dim, layers = cfg.num_kv_heads * cfg.head_dim, cfg.ve_layers
+        kv_dim = cfg.num_kv_heads * cfg.head_dim
         self.value_embed = ValueEmbedding(vocab, cfg.ve_dim, kv_dim, layers) if layers else None
         self.blocks = nn.ModuleList(Block(cfg, i, attend) for i in range(cfg.num_layers))
-        self.skip_weights = nn.Parameter(torch.empty(self.encoder_layers, cfg.model_dim))
+        skips = len(self.orders[True]) // 2
+        self.skip_weights = nn.Parameter(torch.empty(skips, dim))
+        self.skip_gates = nn.Parameter(torch.empty(skips, dim)) if cfg.skip_gates else None
         with torch.device("cpu"):
             cos, sin = rotary_tables(max(cfg.train_seq_len, cfg.window), cfg.rope_dims or cfg.head_dim, cfg.rope_base)
         self.register_buffer("cos", cos, persistent=False)
@@ -763,46 +921,69 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, cfg: Config) -> None:
-        """Orthogonal matrices, hash and value projections at 1/sqrt(2L); zero output projections; gains 1 (PR #65)."""
-        draw, small = torch.Generator().manual_seed(cfg.seed), (2 * cfg.num_layers) ** -0.5
-        fills = {"q_gain": cfg.qk_gain_init, "bigram.scale": 0.05, "value_embed.scale": 0.1, "gate": 0.0}
-        tables = {"tok_emb": cfg.tied_embed_init_std, "value_embed.embed": 0.01, "bigram.embed": 0.0}
+        """Orthogonal matrices, hash and value projections at 1/sqrt(2L); zero output projections; gains 1 (PR #65).
+
+        INIT=default: matrices uniform within 1/sqrt(fan in), a normal hash table and a zero projection (PR #1127).
+        """
+        draw, orthogonal = torch.Generator().manual_seed(cfg.seed), cfg.init == "orthogonal"
+        fills = {"q_gain": cfg.qk_gain_init, "bigram.scale": cfg.bigram_scale_init, "value_embed.scale": 0.1,
+                 "value_mix": 0.5, "smear.gate": 0.0, "skip_gates": 0.0, "slope": 0.0, "mlp.bias": 0.0,
+                 "gates.0.bias": 4.0}
+        tables = {"tok_emb": cfg.tied_embed_init_std, "value_embed.embed": 0.01,
+                  "bigram.embed": 0.0 if orthogonal else 0.01}
+        zeros = ("attn.proj.weight", "mlp.proj.weight", *["bigram.proj.weight"] * (not orthogonal))
         for name, p in self.named_parameters():
             if (owner := name.removesuffix(".weight")) in tables:
                 nn.init.normal_(p, std=tables[owner], generator=draw)
-            elif name.endswith(("attn.proj.weight", "mlp.proj.weight")):
+            elif name.endswith(zeros):
                 p.zero_()
-            elif name.endswith(".weight"):
-                nn.init.orthogonal_(p, gain=1.0 if "blocks" in name else small, generator=draw)
+            elif not name.endswith(".weight"):
+                p.fill_(next((value for end, value in fills.items() if name.endswith(end)), 1.0))
+            elif orthogonal:
+                nn.init.orthogonal_(p, 1.0 if "blocks" in name else (2 * cfg.num_layers) ** -0.5, generator=draw)
             else:
-                p.fill_(fills.get(name, fills.get(name.rpartition(".")[2], 1.0)))
+                nn.init.uniform_(p, -(p.size(1) ** -0.5), p.size(1) ** -0.5, generator=draw)
         for block in self.blocks:
             block.resid_mix[1].zero_()
 
-    def hidden(self, ids: Tensor) -> Tensor:
+    def hidden(self, ids: Tensor, looped: bool = False) -> Tensor:
         """Final normalized states (B, T, D) of token ids (B, T): the one path for training, scoring and adapting."""
-        x = self.tok_emb(ids)
+        x = self.tok_emb(ids) if self.embed_scale is None else self.tok_emb(ids) * self.embed_scale
         x = norm(x if self.bigram is None else x + self.bigram(ids)).to(self.dtype)
         x = x0 = x if self.smear is None else self.smear(x, ids)
         values = self.value_embed(ids, x.dtype) if self.value_embed is not None else {}
-        rotary, skips = (self.cos[: ids.size(1)], self.sin[: ids.size(1)]), []
-        for i, block in enumerate(self.blocks):
-            if i >= self.encoder_layers and skips:  # with an odd number of blocks the last one finds none
-                x = x + self.skip_weights[i - self.encoder_layers].to(x.dtype) * skips.pop()
-            x = block(x, x0, rotary, values.get(i))
-            if i < self.encoder_layers:
+        rotary, order = (self.cos[: ids.size(1)], self.sin[: ids.size(1)]), self.orders[looped]
+        skips, first_value = [], None
+        for position, layer in enumerate(order):
+            row = position - len(order) // 2
+            if row >= 0 and skips:  # with an odd number of passes the last one finds none
+                x = self.take_skip(x, skips.pop(), row)
+            x, value = self.blocks[layer](x, x0, rotary, values.get(layer), first_value)
+            first_value = value if first_value is None else first_value
+            if row < 0:
                 skips.append(x)
         return norm(x)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Soft-capped fp32 logits (..., V) of final states (..., D), by the tied embedding."""
-        raw = F.linear(hidden, self.tok_emb.weight.to(hidden.dtype)).float()
-        return self.softcap * torch.tanh(raw / self.softcap)
+    def take_skip(self, x: Tensor, skip: Tensor, row: int) -> Tensor:
+        """Add a skip to the stream, or blend the two by a learned gate (PR #1127)."""
+        skip = self.skip_weights[row].to(x.dtype) * skip
+        if self.skip_gates is None:
+            return x + skip
+        return torch.lerp(skip, x, self.skip_gates[row].sigmoid().to(x.dtype))
 
-    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy in nats of the targets (B, S) of the last S <= T positions of ids (B, T); fp32 (B, S)."""
-        logits = self.logits(self.hidden(ids)[:, -targets.size(1) :])
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+    def logits(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
+        """Soft-capped fp32 logits (..., V) of final states (..., D), by the tied embedding."""
+        return self.softcap / temperature * torch.tanh(self.tok_emb.project(hidden).float() / self.softcap)
+
+    def forward(self, ids: Tensor, targets: Tensor, looped: bool = False, temperature: float = 1.0,
+                z_loss: float = 0.0) -> Tensor:
+        """Cross-entropy in nats of the targets (B, S) of the last S <= T positions of ids (B, T); fp32 (B, S).
+
+        `temperature` divides the logits; `z_loss` times their squared log-partition is added (arXiv:2204.02311).
+        """
+        logits = self.logits(self.hidden(ids, looped)[:, -targets.size(1) :], temperature)
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+        return losses + z_loss * logits.logsumexp(-1).square() if z_loss else losses
 
 def parameter_roles(model: nn.Module) -> dict[str, str]:
     """The role of every parameter by name: `matrix` of a Linear, `table` of embeddings, `scalar` for the rest."""
@@ -830,63 +1011,68 @@ def orthogonalize(g: Tensor, steps: int) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum SGD with orthogonalized steps, for matrices. A group holds matrices of one shape, stepped as one stack.
 
-    `lr` is the spectral norm of a step, times sqrt(rows / cols) for tall matrices.
+    `lr` is the spectral norm of a step, times sqrt(rows / cols) for tall matrices. Rows first: MuonEq-R (PR #1493).
     """
-
-    def __init__(self, params: list[Tensor], ranks: Ranks, cfg: Config, dtype: torch.dtype):
-        shapes = sorted({p.shape for p in params}, key=lambda s: -s.numel())
-        super().__init__([dict(params=[p for p in params if p.shape == s]) for s in shapes],
-                         dict(lr=cfg.matrix_lr, base_lr=cfg.matrix_lr, momentum=0.0, weight_decay=cfg.muon_wd))
-        self.ranks = ranks
+    def __init__(self, groups: list[dict], ranks: Ranks, cfg: Config, dtype: torch.dtype):
+        super().__init__(groups, dict(momentum=0.0))
+        self.ranks, self.row_normalize = ranks, cfg.muon_row_normalize
         self.orthogonalize = ranks.compile(lambda g: orthogonalize(g.to(dtype), cfg.muon_backend_steps))
 
-    def reduced_gradients(self) -> list[Tensor]:
-        """This rank's share of each group's stack of gradients, averaged. All reductions start before a wait."""
-        waits = [self.ranks.scatter_mean(torch.stack([p.grad for p in g["params"]])) for g in self.param_groups]
-        return [wait() for wait in waits]
-
     @torch.no_grad()
-    def step(self, gradients: list[Tensor]) -> None:
-        for group, grad in zip(self.param_groups, gradients):
-            lr, momentum, state = group["lr"], group["momentum"], self.state[group["params"][0]]
+    def step(self) -> None:
+        """Nesterov momentum, then rows of length 1 if asked for, then orthogonal; decay before the step."""
+        for group in self.param_groups:
+            params, lr, momentum = group["params"], group["lr"], group["momentum"]
+            grad, state = torch.stack([p.grad for p in params]), self.state[params[0]]
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(grad)
-            buffer = state["momentum_buffer"].mul_(momentum).add_(grad)
-            update = self.ranks.gather(self.orthogonalize(grad + momentum * buffer))
+            update = grad + momentum * state["momentum_buffer"].mul_(momentum).add_(grad)
+            if self.row_normalize:
+                update = F.normalize(update, dim=-1, eps=1e-7)
+            update = self.ranks.spread(self.orthogonalize, update)
             scale = max(1.0, grad.size(-2) / grad.size(-1)) ** 0.5
-            torch._foreach_mul_(group["params"], 1 - lr * group["weight_decay"])
-            torch._foreach_add_(group["params"], list(update[: len(group["params"])].float()), alpha=-lr * scale)
+            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+            torch._foreach_add_(params, list(update.float()), alpha=-lr * scale)
+
+def peak_rate_and_decay(name: str, role: str, cfg: Config) -> tuple[float, float]:
+    """Peak learning rate and weight decay of a parameter; the decoder's rate has a factor of its own (PR #1127)."""
+    rates = dict(matrix=(cfg.matrix_lr, cfg.muon_wd), table=(cfg.tied_embed_lr, cfg.embed_wd),
+                 scalar=(cfg.scalar_lr, cfg.adam_wd))
+    rate, decay = rates[role]
+    if role == "matrix" and ".mlp." in name and cfg.muon_wd_mlp >= 0:
+        decay = cfg.muon_wd_mlp
+    if name.startswith("blocks.") and int(name.split(".")[1]) >= cfg.num_layers // 2:
+        rate *= cfg.decoder_lr_mult
+    return rate, decay
 
 class Optimizers:
     """Muon and AdamW as one: averages the gradients over ranks, clips their joint norm, steps both."""
-
     def __init__(self, model: GPT, ranks: Ranks, cfg: Config):
-        roles: dict[str, list[Tensor]] = dict(matrix=[], table=[], scalar=[])
-        for (_, p), role in zip(model.named_parameters(), parameter_roles(model).values(), strict=True):
-            roles[role].append(p)
-        self.muon = Muon(roles["matrix"], ranks, cfg, model.dtype)
-        rates = dict(table=(cfg.tied_embed_lr, cfg.embed_wd), scalar=(cfg.scalar_lr, cfg.adam_wd))
-        groups = [dict(params=roles[k], lr=lr, base_lr=lr, weight_decay=wd) for k, (lr, wd) in rates.items()]
+        groups: dict[tuple, dict] = {}
+        for (name, p), role in zip(model.named_parameters(), parameter_roles(model).values(), strict=True):
+            rate, decay = peak_rate_and_decay(name, role, cfg)
+            key = (role == "matrix", p.shape if role == "matrix" else role, rate, decay)
+            group = groups.setdefault(key, dict(params=[], lr=rate, base_lr=rate, weight_decay=decay))
+            group["params"].append(p)
+        muon, rest = ([g for key, g in groups.items() if key[0] == on] for on in (True, False))
+        self.muon = Muon(muon, ranks, cfg, model.dtype)
         fused, betas = ranks.device.type == "cuda", (cfg.beta1, cfg.beta2)
-        self.adam = torch.optim.AdamW(groups, betas=betas, eps=cfg.adam_eps, fused=fused)
-        self.ranks, self.clip = ranks, cfg.grad_clip_norm or math.inf
+        self.adam = torch.optim.AdamW(rest, betas=betas, eps=cfg.adam_eps, fused=fused)
+        self.params, self.ranks, self.clip = list(model.parameters()), ranks, cfg.grad_clip_norm or math.inf
 
     @torch.no_grad()
     def step(self, scale: float, momentum: float) -> Tensor:
         """One step at `scale` times the peak rates; returns the norm of the averaged gradient, before the clip."""
-        shares = self.muon.reduced_gradients()
-        replicated = [p.grad for group in self.adam.param_groups for p in group["params"]]
-        self.ranks.mean_(replicated)
-        squares = self.ranks.sum_(sum(s.square().sum() for s in shares)) + sum(g.square().sum() for g in replicated)
-        norm_before = squares.sqrt()
-        torch._foreach_mul_(shares + replicated, (self.clip / (norm_before + 1e-6)).clamp(max=1.0))
-        for gradient in shares + replicated:
+        gradients = [p.grad for p in self.params]
+        self.ranks.mean_(gradients)
+        norm_before = nn.utils.clip_grad_norm_(self.params, self.clip)
+        for gradient in gradients:
             gradient.nan_to_num_(0.0, 0.0, 0.0)  # the host sees a broken loss a step later: spare the weights till then
         for group in self.muon.param_groups + self.adam.param_groups:
             group["lr"] = group["base_lr"] * scale
         for group in self.muon.param_groups:
             group["momentum"] = momentum
-        self.muon.step(shares)
+        self.muon.step()
         self.adam.step()
         return norm_before
 
@@ -920,9 +1106,14 @@ def out_of_time(elapsed: float, step_seconds: float, cfg: Config) -> bool:
     """Whether another step might end after the limit. The device may still be busy with the one before."""
     return 0 < cfg.max_wallclock_seconds < elapsed + 2 * step_seconds
 
-def muon_momentum(step: int, cfg: Config) -> float:
-    share = min(1.0, step / cfg.muon_momentum_warmup_steps) if cfg.muon_momentum_warmup_steps else 1.0
-    return (1 - share) * cfg.muon_momentum_warmup_start + share * cfg.muon_momentum
+def muon_momentum(step: int, elapsed: float, scale: float, cfg: Config) -> float:
+    """Momentum that warms up linearly, by steps or by a share of the run, and cools down with the rate (PR #1812)."""
+    share = step / cfg.muon_momentum_warmup_steps if cfg.muon_momentum_warmup_steps else 1.0
+    if cfg.muon_momentum_warmup_frac:
+        share = share_done(step, elapsed, cfg) / cfg.muon_momentum_warmup_frac
+    share, keep = min(1.0, share), max(scale, cfg.muon_momentum_cooldown)
+    warm = (1 - share) * cfg.muon_momentum_warmup_start + share * cfg.muon_momentum
+    return keep * warm + (1 - keep) * cfg.muon_momentum_warmup_start
 
 def average_weight(step: int, scale: float, averaged: int, cfg: Config) -> float:
     """How far the average moves to the weights after `step`: EMA 1 - decay, SWA 1/n at its n-th snapshot, last 1."""
@@ -935,7 +1126,6 @@ def average_weight(step: int, scale: float, averaged: int, cfg: Config) -> float
 
 class Average:
     """average += weight * (model - average); `count` says how many times the weights went in."""
-
     def __init__(self, model: nn.Module):
         self.source = dict(model.named_parameters())
         self.values = {name: p.detach().float().clone() for name, p in self.source.items()}
@@ -947,36 +1137,85 @@ class Average:
             torch._foreach_lerp_(list(self.values.values()), [p.float() for p in self.source.values()], weight)
             self.count += 1
 
+    @contextmanager
+    @torch.no_grad()
+    def applied(self) -> Iterator[None]:
+        """Inside, the model has the averaged weights."""
+        raw = [p.detach().clone() for p in self.source.values()]
+        torch._foreach_copy_(list(self.source.values()), list(self.values.values()))
+        yield
+        torch._foreach_copy_(list(self.source.values()), raw)
+
 # ----------------------------------------
 # Quantization: weights -> integer codes and a step a row. Late QAT and the export share one function, hence one grid.
 
-def quantize_rows(w: Tensor, bits: int, cfg: Config) -> tuple[Tensor, Tensor]:
-    """Codes int8 (R, C) and steps fp16 (R,), such that codes * steps[:, None] is close to w (R, C).
+class Grid(NamedTuple):
+    """How a weight is coded: codes of `bits` bits, 16 for fp16; the clip in standard deviations, 0 for a search."""
 
-    Each row keeps the clip with the least squared error (GPTQ-lite; PR #414 chose one a tensor).
+    bits: int
+    sigmas: float
+
+    @property
+    def top(self) -> int:
+        return 2 ** (self.bits - 1) - 1
+
+def nearest(w: Tensor, steps: Tensor, top: int) -> Tensor:
+    """The closest codes, as floats, of weights (R, C) or of one column (R,) on steps (R,)."""
+    return (w.T / steps).T.round().clamp(-top, top)
+
+def row_steps(w: Tensor, grid: Grid, cfg: Config) -> Tensor:
+    """Steps (R,), exact in fp16, for rows of w (R, C): a number of standard deviations (SDClip, PR #1493), or else
+    of the clips CLIP_SHARES the one with the least squared error in its row (GPTQ-lite; PR #414 chose one a tensor).
     """
-    top = 2 ** (bits - 1) - 1
-    peak, floor = w.abs().amax(1), max(cfg.step_floor / top, 1e-7)
-    least = torch.full_like(peak, math.inf)
-    codes, steps = torch.zeros_like(w), torch.zeros_like(peak)
+    if grid.sigmas:
+        return (w.std(1) * (grid.sigmas / grid.top)).clamp_min(1e-7).half().float()
+    peak, floor = w.abs().amax(1), max(cfg.step_floor / grid.top, 1e-7)
+    least, steps = torch.full_like(peak, math.inf), torch.zeros_like(peak)
     for share in cfg.clip_shares:
-        step = (peak * (share / top)).clamp_min(floor).half().float()
-        code = (w / step[:, None]).round().clamp(-top, top)
-        error = (code * step[:, None] - w).square().sum(1)
-        better = error < least
-        codes, steps = torch.where(better[:, None], code, codes), torch.where(better, step, steps)
-        least = torch.minimum(error, least)
+        step = (peak * (share / grid.top)).clamp_min(floor).half().float()
+        error = (nearest(w, step, grid.top) * step[:, None] - w).square().sum(1)
+        steps, least = torch.where(error < least, step, steps), torch.minimum(error, least)
+    return steps
+
+def gptq(w: Tensor, steps: Tensor, top: int, hessian: Tensor, cfg: Config) -> Tensor:
+    """Codes (R, C) that keep the outputs w x for inputs x of second moment `hessian` (C, C) (arXiv:2210.17323).
+
+    Columns are rounded by falling diagonal; the error of each is made up for by those that follow.
+    """
+    h, w = hessian.double(), w.double()
+    dead = h.diagonal() == 0
+    h = h + torch.diag(dead + cfg.gptq_damping * h.diagonal().mean().clamp_min(1e-30))
+    order = h.diagonal().argsort(descending=True)
+    w, h = w.masked_fill(dead, 0.0)[:, order], h[order][:, order]
+    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    codes = torch.zeros_like(w)
+    for left in range(0, len(h), cfg.gptq_block):
+        right = min(left + cfg.gptq_block, len(h))
+        errors = torch.zeros_like(w[:, left:right])
+        for j in range(left, right):
+            codes[:, j] = nearest(w[:, j], steps.double(), top)
+            errors[:, j - left] = (w[:, j] - codes[:, j] * steps) / factor[j, j]
+            w[:, j:right] -= torch.outer(errors[:, j - left], factor[j, j:right])
+        w[:, right:] -= errors @ factor[left:right, right:]
+    return codes[:, order.argsort()]
+
+def quantize_rows(w: Tensor, grid: Grid, cfg: Config, hessian: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Codes int8 (R, C) and steps fp16 (R,), such that codes * steps[:, None] is close to w (R, C)."""
+    steps = row_steps(w, grid, cfg)
+    codes = nearest(w, steps, grid.top) if hessian is None else gptq(w, steps, grid.top, hessian, cfg)
     return codes.to(torch.int8), steps.half()
 
 def dequantize_rows(codes: Tensor, steps: Tensor) -> Tensor:
     """fp32 weights (R, C) of codes int8 (R, C) and steps fp16 (R,)."""
     return codes.float() * steps.float()[:, None]
 
-def code_bits(model: nn.Module, cfg: Config) -> dict[str, int]:
-    """Code width of every parameter by name; 16 is fp16: gains, and the small projections of hash and value tables."""
-    widths = dict(matrix=cfg.matrix_bits, table=cfg.embed_bits)
-    return {name: widths[role] if role == "table" or role == "matrix" and name.startswith("blocks.") else 16
-            for name, role in parameter_roles(model).items()}
+def grids(model: nn.Module, cfg: Config) -> dict[str, Grid]:
+    """The grid of every parameter by name; gains and the small projections of hash and value tables stay fp16."""
+    exact, matrix = Grid(16, 0.0), Grid(cfg.matrix_bits, cfg.matrix_clip_sigmas)
+    tokens, others = (Grid(bits, cfg.embed_clip_sigmas) for bits in (cfg.embed_bits, cfg.table_bits or cfg.embed_bits))
+    kinds = dict(matrix=lambda name: matrix if name.startswith("blocks.") else exact, scalar=lambda name: exact,
+                 table=lambda name: tokens if name.startswith("tok_emb.") else others)
+    return {name: kinds[role](name) for name, role in parameter_roles(model).items()}
 
 @contextmanager
 def on_export_grid(model: GPT, cfg: Config) -> Iterator[None]:
@@ -984,28 +1223,37 @@ def on_export_grid(model: GPT, cfg: Config) -> Iterator[None]:
 
     The graph is the one of plain training: switching this on compiles nothing, and no compiler can fold it away.
     """
-    bits = code_bits(model, cfg)
-    matrices = [p for name, p in model.blocks.named_parameters(prefix="blocks") if bits[name] < 16]
+    grid_of = grids(model, cfg)
+    names = [name for name, _ in model.blocks.named_parameters(prefix="blocks") if grid_of[name].bits < 16]
+    matrices = [model.get_parameter(name) for name in names]
     exact = [p.detach().clone() for p in matrices]
     try:
         with torch.no_grad():
             for cols in {p.size(1) for p in matrices}:  # rows are rounded one by one: all of one length go together
                 alike = [p for p in matrices if p.size(1) == cols]
-                rounded = dequantize_rows(*quantize_rows(torch.cat(alike), cfg.matrix_bits, cfg))
+                rounded = dequantize_rows(*quantize_rows(torch.cat(alike), grid_of[names[0]], cfg))
                 torch._foreach_copy_(alike, rounded.split([len(p) for p in alike]))
         yield
     finally:
         with torch.no_grad():
             torch._foreach_copy_(matrices, exact)
 
-def quantize(weights: Mapping[str, Tensor], bits: Mapping[str, int], cfg: Config) -> dict[str, Tensor]:
+def prune(w: Tensor, share: float) -> Tensor:
+    """`w` with the `share` of its entries that are smallest in magnitude set to 0."""
+    count = int(share * w.numel())
+    return w.masked_fill(w.abs() <= w.abs().flatten().kthvalue(count).values, 0.0) if count else w
+
+def quantize(weights: Mapping[str, Tensor], grid_of: Mapping[str, Grid], cfg: Config,
+             hessians: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The tensors of an artifact: `name.codes` and `name.steps` of coded weights, `name` in fp16 of the rest."""
     tensors = {}
     for name, w in weights.items():
-        if bits[name] == 16:
+        if grid_of[name].bits == 16:
             tensors[name] = w.half()
         else:
-            tensors[f"{name}.codes"], tensors[f"{name}.steps"] = quantize_rows(w.float(), bits[name], cfg)
+            w = prune(w.float(), cfg.prune_share if name.startswith("blocks.") else 0.0)
+            coded = quantize_rows(w, grid_of[name], cfg, (hessians or {}).get(name))
+            tensors[f"{name}.codes"], tensors[f"{name}.steps"] = coded
     return {name: t.cpu().contiguous() for name, t in tensors.items()}
 
 def dequantize(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -1023,35 +1271,72 @@ def dequantize(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 # ----------------------------------------
 # Artifact: tensors and settings <-> one checked file that cannot run code.
-# magic, format (uint32), sha256 of the rest | zstd of: length (uint32), JSON header, raw little-endian tensors
+# magic, format (uint32), sha256 of the rest | compressor (8 bytes), compressed: length (uint32), JSON header, tensors
 
-ARTIFACT_MAGIC, ARTIFACT_FORMAT, ARTIFACT_MOST_UNPACKED = b"PGLF", 1, 2**30
+ARTIFACT_MAGIC, ARTIFACT_FORMAT, ARTIFACT_MOST_UNPACKED = b"PGLF", 2, 2**30
 DTYPES = {"int8": "<i1", "float16": "<f2", "float32": "<f4"}
+COMPRESSORS = dict(zstd=("zstandard", "ZstdError"), lzma=("lzma", "LZMAError"), brotli=("brotli", "error"))
+
+def compressor_module(name: str) -> Any:
+    """The module behind a compressor. Raises InputError if it cannot be imported: nothing stands in for it."""
+    try:
+        return importlib.import_module(COMPRESSORS[name][0])
+    except ImportError:
+        raise InputError(f"COMPRESSOR={name} needs the package {COMPRESSORS[name][0]}; "
+                         "pip install -r requirements.txt") from None
+
+def compress(body: bytes, name: str, level: int) -> bytes:
+    """`body` at the highest effort of the compressor, except for zstd, which takes `level`."""
+    module = compressor_module(name)
+    if name == "zstd":
+        return module.ZstdCompressor(level=level).compress(body)
+    return module.compress(body, preset=9 | module.PRESET_EXTREME) if name == "lzma" else module.compress(body)
+
+def decompress(data: bytes, name: str) -> bytes:
+    """The inverse of `compress`. Raises ValueError if the data are damaged or unpack to more than a model can be."""
+    module, most = compressor_module(name), ARTIFACT_MOST_UNPACKED
+    try:
+        if name == "zstd":
+            whole = 0 <= module.get_frame_parameters(data).content_size <= most
+            body = module.ZstdDecompressor().decompress(data) if whole else b""
+        elif name == "lzma":
+            stream = module.LZMADecompressor(memlimit=most)
+            body = stream.decompress(data, max_length=most)
+            whole = stream.eof
+        else:
+            stream = module.Decompressor()
+            body = stream.process(data, output_buffer_limit=most)
+            whole = stream.is_finished()
+    except getattr(module, COMPRESSORS[name][1]) as error:
+        raise ValueError(error) from None
+    if not whole:
+        raise ValueError("cut, or too large unpacked")
+    return body
 
 def artifact_settings(cfg: Config) -> dict[str, str]:
     """The settings that travel with the weights: what the model is and how it is scored, no path and nothing else."""
     others = ("variant", "seed", "vocab_size", "train_seq_len", "matrix_bits")
     return as_env(cfg.group("model", "evaluation") | {k: vars(cfg)[k] for k in others})
 
-def pack(tensors: Mapping[str, Tensor], cfg: Config, level: int) -> bytes:
-    """The file that holds `tensors`, and the settings and the tokenizer's hash that an evaluator needs."""
-    import zstandard
+def pack(tensors: Mapping[str, Tensor], looped: bool, cfg: Config) -> bytes:
+    """The file that holds `tensors`, and the settings and the tokenizer's hash that an evaluator needs.
 
+    Bytes of equal weight stand together: first all low bytes of a tensor, then all high ones.
+    """
     arrays = {name: tensors[name].numpy() for name in sorted(tensors, key=lambda n: (tensors[n].element_size(), n))}
     header = json.dumps({
-        "settings": artifact_settings(cfg),
+        "settings": artifact_settings(cfg), "looped": looped,
         "tokenizer_sha256": hashlib.sha256(Path(cfg.tokenizer_path).read_bytes()).hexdigest(),
         "tensors": [[name, str(a.dtype), list(a.shape)] for name, a in arrays.items()],
     }, separators=(",", ":")).encode()
-    raw = [a.astype(DTYPES[str(a.dtype)]).tobytes() for a in arrays.values()]
+    raw = [np.frombuffer(a.astype(DTYPES[str(a.dtype)]).tobytes(), np.uint8).reshape(-1, a.itemsize).T.tobytes()
+           for a in arrays.values()]
     body = b"".join([len(header).to_bytes(4, "little"), header, *raw])
-    packed = zstandard.ZstdCompressor(level=level).compress(body)
+    packed = cfg.compressor.encode().ljust(8) + compress(body, cfg.compressor, cfg.zstd_level)
     return b"".join([ARTIFACT_MAGIC, ARTIFACT_FORMAT.to_bytes(4, "little"), hashlib.sha256(packed).digest(), packed])
 
 def unpack(blob: bytes) -> tuple[dict, dict[str, Tensor]]:
     """(header, tensors) of a packed file. Raises InputError when it is foreign, newer, cut or damaged."""
-    import zstandard
-
     version = int.from_bytes(blob[4:8], "little")
     if blob[:4] != ARTIFACT_MAGIC:
         raise InputError("it is not an artifact of train_gpt.py")
@@ -1060,17 +1345,19 @@ def unpack(blob: bytes) -> tuple[dict, dict[str, Tensor]]:
     if hashlib.sha256(blob[40:]).digest() != blob[8:40]:
         raise InputError("it is cut or damaged: its checksum does not match")
     try:
-        if zstandard.get_frame_parameters(blob[40:]).content_size > ARTIFACT_MOST_UNPACKED:
-            raise ValueError("too large unpacked")
-        body = zstandard.ZstdDecompressor().decompress(blob[40:])
+        body = decompress(blob[48:], blob[40:48].decode().rstrip())
         start = 4 + int.from_bytes(body[:4], "little")
         header, tensors = json.loads(body[4:start]), {}
         for name, dtype, shape in header["tensors"]:
-            array = np.frombuffer(body, DTYPES[dtype], math.prod(shape), start).reshape(shape)
+            size = np.dtype(DTYPES[dtype]).itemsize
+            planes = np.frombuffer(body, np.uint8, math.prod(shape) * size, start).reshape(size, -1)
+            array = np.frombuffer(planes.T.tobytes(), DTYPES[dtype]).reshape(shape)
             tensors[name], start = torch.from_numpy(array.astype(dtype)), start + array.nbytes
         if start != len(body):
             raise ValueError("length")
-    except (zstandard.ZstdError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
+    except InputError:
+        raise
+    except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
         raise InputError(f"its contents do not fit its header ({error})") from None
     return header, tensors
 
@@ -1083,19 +1370,20 @@ def write_file(path: Path, blob: bytes) -> None:
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from None
 
-def save_average(average: Average, cfg: Config, log: Log) -> None:
+def save_average(average: Average, looped: bool, cfg: Config, log: Log) -> None:
     """Write the averaged weights, fp32, beside the artifact; EVAL_ONLY=1 and a higher MAX_ARTIFACT_BYTES score them."""
     path = Path(cfg.output_dir) / "final_model.average.ptz"
     if log.active and average.count:
-        write_file(path, pack({name: v.cpu() for name, v in average.values.items()}, cfg, level=3))
+        quick = replace(cfg, compressor="zstd", zstd_level=3)
+        write_file(path, pack({name: v.cpu() for name, v in average.values.items()}, looped, quick))
         log(f"checkpoint:{path} averaging:{cfg.averaging} updates:{average.count}")
 
-def save_artifact(model: GPT, cfg: Config, ranks: Ranks, log: Log) -> None:
-    """Quantize and pack the model's weights and write them; refuses a file that is over the cap with the code."""
-    tensors = quantize({name: p.detach() for name, p in model.named_parameters()}, code_bits(model, cfg), cfg)
-    blob, code = pack(tensors, cfg, cfg.zstd_level), Path(__file__).stat().st_size
-    payload, count = sum(t.nbytes for t in tensors.values()), sum(p.numel() for p in model.parameters())
-    kind, total = f"int{cfg.matrix_bits}+zstd-{cfg.zstd_level}", len(blob) + code
+def save_artifact(tensors: Mapping[str, Tensor], looped: bool, cfg: Config, ranks: Ranks, log: Log) -> None:
+    """Pack the coded weights and write them; refuses a file that is over the cap with the code."""
+    blob, code = pack(tensors, looped, cfg), Path(__file__).stat().st_size
+    payload = sum(t.nbytes for t in tensors.values())
+    count = sum(t.numel() for name, t in tensors.items() if not name.endswith(".steps"))
+    kind, total = f"int{cfg.matrix_bits}+{cfg.compressor}", len(blob) + code
     log(f"Serialized model {kind}: {len(blob)} bytes (payload:{payload} payload_ratio:{4 * count / payload:.2f}x)")
     log(f"Code size: {code} bytes")
     log(f"Total submission size {kind}: {total} bytes")
@@ -1106,8 +1394,8 @@ def save_artifact(model: GPT, cfg: Config, ranks: Ranks, log: Log) -> None:
     if ranks.is_main:
         write_file(cfg.artifact_path, blob)
 
-def load_artifact(path: Path, env: Mapping[str, str]) -> tuple[Config, dict[str, Tensor]]:
-    """(settings, fp32 weights) of the artifact at `path`. `env` may change how it is scored, not what it is."""
+def load_artifact(path: Path, env: Mapping[str, str]) -> tuple[Config, dict[str, Tensor], bool]:
+    """(settings, fp32 weights, looped) of the artifact at `path`. `env` may change how it is scored, not what it is."""
     try:
         blob = path.read_bytes()
     except OSError as error:
@@ -1124,7 +1412,7 @@ def load_artifact(path: Path, env: Mapping[str, str]) -> tuple[Config, dict[str,
             raise InputError(f"code + model = {total} bytes, over MAX_ARTIFACT_BYTES={cfg.max_artifact_bytes}")
         if hashlib.sha256(Path(cfg.tokenizer_path).read_bytes()).hexdigest() != header["tokenizer_sha256"]:
             raise InputError(f"TOKENIZER_PATH={cfg.tokenizer_path} is not the tokenizer it was trained with")
-        return cfg, dequantize(tensors)
+        return cfg, dequantize(tensors), header["looped"] is True
     except (InputError, OSError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"artifact {path}: {error}") from None
 
@@ -1139,21 +1427,24 @@ def load_model(cfg: Config, weights: Mapping[str, Tensor], ranks: Ranks) -> GPT:
     return model.to(ranks.device).requires_grad_()
 
 # ----------------------------------------
-# Training: batches -> averaged weights, inside the wallclock budget.
+# Training: batches -> averaged weights and what GPTQ must know of the data, inside the wallclock budget.
 
 class Trainer:
     """What an optimizer step reads and writes. Warm-up, training and tests call the same `step`."""
-
     def __init__(self, model: GPT, batches: Batches, cfg: Config, ranks: Ranks):
         self.model, self.batches, self.cfg, self.ranks = model, batches, cfg, ranks
         self.optimizers, self.average = Optimizers(model, ranks, cfg), Average(model)
-        self.forward = ranks.compile(model)
+        self.compiled, self.qat, self.looped = ranks.compile(model), False, False
 
-    def step(self, scale: float, momentum: float, qat: bool) -> Reading:
+    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Losses (B, T) by the graph that is in use: before or after the loops are switched on."""
+        return self.compiled(ids, targets, self.looped)
+
+    def step(self, scale: float, momentum: float) -> Reading:
         """One optimizer step at `scale` times the peak rates; reads the loss of the global batch, before the step."""
         ids, targets = next(self.batches)
         loss = torch.zeros((), device=self.ranks.device)
-        with on_export_grid(self.model, self.cfg) if qat else nullcontext():
+        with on_export_grid(self.model, self.cfg) if self.qat else nullcontext():
             for x, y in zip(ids, targets):
                 part = self.forward(x, y).mean() / len(ids)
                 part.backward()
@@ -1161,6 +1452,33 @@ class Trainer:
         norm_before = self.optimizers.step(scale, momentum)
         self.model.zero_grad(set_to_none=True)
         return Reading(self.ranks.sum_(loss) / self.ranks.world + 0 * norm_before)  # a broken gradient shows too
+
+    @torch.no_grad()
+    def hessians(self, batches: int) -> dict[str, Tensor]:
+        """Sums of x x^T over the inputs x of the blocks' matrices and of the head, in further training batches."""
+        sums: dict[str, Tensor] = {}
+
+        def add(name: str, x: Tensor) -> None:
+            x = x.flatten(0, -2).float()
+            sums[name] = sums.get(name, 0) + x.T @ x
+
+        modules = [(n, m) for n, m in self.model.blocks.named_modules(prefix="blocks") if type(m) is Linear]
+        hooks = [m.register_forward_pre_hook(lambda _, args, n=n: add(f"{n}.weight", args[0])) for n, m in modules]
+        for _ in range(batches):
+            for x in next(self.batches)[0]:
+                add("tok_emb.weight", self.model.hidden(x, self.looped))
+        for hook in hooks:
+            hook.remove()
+        return {name: self.ranks.sum_(total) for name, total in sums.items()}
+
+    def switch(self, step: int, share: float, scale: float, log: Log) -> None:
+        """Turn late QAT and the loops on when their time has come; both stay on."""
+        if not self.qat and scale < self.cfg.late_qat_threshold:
+            self.qat = True
+            log(f"late_qat:enabled step:{step} scale:{scale:.4f}")
+        if not self.looped and self.cfg.num_loops and share >= self.cfg.enable_looping_at:
+            self.looped = True
+            log(f"layer_loop:enabled step:{step} frac:{share:.3f} order:{self.model.orders[True]}")
 
     def state(self) -> tuple:
         """A copy of all that a step changes: weights, optimizers, position in the data."""
@@ -1172,17 +1490,29 @@ class Trainer:
         self.optimizers.load_state_dict(optimizers)
         self.batches.seek(position)
 
-    def warm_up(self, log: Log) -> float:
-        """Run the steps that training will run, then undo them; returns the seconds of one, 0 if unknown."""
-        before, seconds = self.state(), 0.0
-        for qat in (True, False) if self.cfg.late_qat_threshold else (False,):
-            for i in range(self.cfg.warmup_steps):
+    def warm_up(self, log: Log) -> tuple[float, float]:
+        """Run the steps that training will run, then undo them. Returns the seconds of the last, 0 if unknown, and the
+        seconds to set aside for GPTQ's batches: what one took, times their number, and a fifth more.
+        """
+        before, cfg, seconds, reserve = self.state(), self.cfg, 0.0, 0.0
+        graphs = [(looped, qat) for looped in (True, False) for qat in (True, False)
+                  if (cfg.num_loops or not looped) and (cfg.late_qat_threshold or not qat)]
+        for self.looped, self.qat in graphs:
+            for i in range(cfg.warmup_steps):
                 begin = time.perf_counter()
-                self.step(1.0, self.cfg.muon_momentum, qat).value()
+                self.step(1.0, cfg.muon_momentum).value()
                 seconds = time.perf_counter() - begin if i else 0.0  # the first one compiles
-                log(f"warmup_step:{i + 1}/{self.cfg.warmup_steps} late_qat:{int(qat)}")
+                log(f"warmup_step:{i + 1}/{cfg.warmup_steps} late_qat:{int(self.qat)} looped:{int(self.looped)}")
+        if cfg.quantizer == "gptq":
+            self.looped = cfg.num_loops > 0
+            for _ in range(2):  # the first one initializes
+                begin = time.perf_counter()
+                float(self.hessians(1)["tok_emb.weight"].sum())
+                reserve = 1.2 * cfg.gptq_calibration_batches * (time.perf_counter() - begin)
+            log(f"gptq:reserving {reserve:.2f}s for {cfg.gptq_calibration_batches} batches")
+        self.qat = self.looped = False
         self.restore(before)
-        return seconds
+        return seconds, reserve
 
 def timing(step: int, seconds: float) -> str:
     return f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / step:.2f}ms"
@@ -1197,13 +1527,34 @@ def report_step(done: tuple[int, float, Reading] | None, cfg: Config, log: Log) 
     if step <= 10 or step % cfg.train_log_every == 0:
         log(f"step:{step}/{cfg.iterations} train_loss:{loss:.4f} {timing(step, seconds)}")
 
-def train(trainer: Trainer, validate: Callable[[], Score], log: Log) -> None:
+def less_time(cfg: Config, reserve: float) -> Config:
+    """The settings with `reserve` seconds less to train."""
+    if not cfg.max_wallclock_seconds:
+        return cfg
+    if reserve >= cfg.max_wallclock_seconds:
+        raise InputError(f"GPTQ's batches need {reserve:.1f} s, so MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds} "
+                         "leaves no time to train; lower GPTQ_CALIBRATION_BATCHES")
+    return replace(cfg, max_wallclock_seconds=cfg.max_wallclock_seconds - reserve)
+
+def calibrate(trainer: Trainer, clock: Clock, log: Log) -> dict[str, Tensor]:
+    """The Hessians that the averaged weights see, collected on the clock."""
+    clock.synchronize()
+    begin = clock.seconds()
+    with trainer.average.applied():
+        hessians = trainer.hessians(trainer.cfg.gptq_calibration_batches)
+    clock.synchronize()
+    log(f"gptq:collected {len(hessians)} Hessians in {clock.seconds() - begin:.2f}s")
+    return hessians
+
+def train(trainer: Trainer, validate: Callable[[], Score], log: Log) -> dict[str, Tensor]:
     """Train until ITERATIONS or just before the clock's limit; the average is in `trainer.average`.
 
-    A step is reported while the next one runs, so that the device is never idle.
+    Returns the Hessians that GPTQ needs, which the average met on further batches, on the clock. A step is reported
+    while the next one runs, so that the device is never idle.
     """
-    cfg, average, qat, done = trainer.cfg, trainer.average, False, None
-    clock = Clock(trainer.ranks.device, trainer.warm_up(log))
+    step_seconds, reserve = trainer.ranks.agree(*trainer.warm_up(log))
+    cfg, average, done = less_time(trainer.cfg, reserve), trainer.average, None
+    clock = Clock(trainer.ranks.device, step_seconds)
     bar = progress_bar("training", 1.0, log)
     for step in range(cfg.iterations):
         elapsed, step_seconds = trainer.ranks.agree(clock.seconds(), clock.step_seconds)
@@ -1215,24 +1566,24 @@ def train(trainer: Trainer, validate: Callable[[], Score], log: Log) -> None:
             with clock.paused():
                 log(f"step:{step}/{cfg.iterations} {validate()} {timing(step, elapsed)}")
         scale = lr_scale(step, elapsed, step_seconds, cfg)
-        if not qat and scale < cfg.late_qat_threshold:
-            qat = True
-            log(f"late_qat:enabled step:{step} scale:{scale:.4f}")
-        reading = trainer.step(scale, muon_momentum(step, cfg), qat)
+        trainer.switch(step, share_done(step, elapsed, cfg), scale, log)
+        reading = trainer.step(scale, muon_momentum(step, elapsed, scale, cfg))
         report_step(done, cfg, log)
         clock.lap()
         done = step + 1, clock.seconds(), reading
         average.update(average_weight(step + 1, scale, average.count, cfg))
         if cfg.checkpoint_every and (step + 1) % cfg.checkpoint_every == 0:
-            save_average(trainer.average, cfg, log)
+            save_average(average, trainer.looped, cfg, log)
     report_step(done, cfg, log)
-    clock.synchronize()
     bar.close()
-    log(f"training ended: step:{done[0]}/{cfg.iterations} {timing(done[0], clock.seconds())}")
     if not average.count:
         average.update(1.0)
         log(f"averaging: {cfg.averaging} took no snapshot, so the last weights stand in")
     log(f"averaging:{cfg.averaging} updates:{average.count}{trainer.ranks.memory()}")
+    hessians = calibrate(trainer, clock, log) if cfg.quantizer == "gptq" else {}
+    clock.synchronize()
+    log(f"training ended: step:{done[0]}/{cfg.iterations} {timing(done[0], clock.seconds())}")
+    return hessians
 
 # ----------------------------------------
 # Evaluation: stream and model -> chunks whose scores are final -> bits per byte. Only the Scorer holds the stream.
@@ -1245,13 +1596,14 @@ def score_windows(low: int, high: int, seq_len: int, stride: int) -> list[tuple[
     return [(0, seq_len)] * (low == 0) + [(first, stride) for first in range(low or seq_len, high, stride)]
 
 class ScoredChunk(NamedTuple):
-    """A stretch of the stream after its score was committed on every rank: all that an adapter ever sees."""
+    """What was scored, after its score was committed: all that an adapter ever sees. The last chunk has no rows."""
 
     index: int
-    inputs: Tensor  # (n,)
-    targets: Tensor  # (n,)
+    progress: float  # 0 for the first chunk of the stream, 1 for the last
     nll: Tensor  # (n,) float64, nats; final
-    last: bool  # nothing follows, so nothing may be learnt from it
+    inputs: Tensor  # (R, T) rows to learn from
+    targets: Tensor  # (R, S), of the last S positions
+    weight: Tensor  # (R,) of each row's loss
 
 class Score(NamedTuple):
     """The result of one pass over the stream."""
@@ -1265,7 +1617,6 @@ class Score(NamedTuple):
 
 class Scorer:
     """Scores the validation stream from left to right in chunks; each chunk is final before it leaves."""
-
     def __init__(self, cfg: Config, ranks: Ranks, log: Log):
         stream = np.concatenate([check_tokens(read_shard(p), cfg.vocab_size, p) for p in find_shards(cfg, "val")])
         if len(stream) < 2:
@@ -1299,6 +1650,7 @@ class Scorer:
     def chunks(self, forward: Callable, stride: int, chunk_tokens: int) -> Iterator[ScoredChunk]:
         """Score the stream chunk by chunk. The sum that commits a chunk is the barrier before anyone trains on it."""
         total, bar = len(self.tokens) - 1, progress_bar("scoring", len(self.tokens) - 1, self.log)
+        count = -(-total // chunk_tokens)
         for index, low in enumerate(range(0, total, chunk_tokens)):
             high = min(low + chunk_tokens, total)
             nll = torch.zeros(high - low, dtype=torch.float64, device=self.tokens.device)
@@ -1306,22 +1658,27 @@ class Scorer:
                 first, last = batch[0][0], min(sum(batch[-1]), high)
                 rows = self.losses(forward, [w[0] for w in batch], batch[0][1])
                 nll[first - low : last - low] = rows.flatten()[: last - first]
-            inputs, targets = self.tokens[low:high], self.tokens[low + 1 : high + 1]
-            yield ScoredChunk(index, inputs, targets, self.ranks.sum_(nll), last=high == total)
+            learn = slice(low, low + chunk_tokens * (high < total))
+            inputs, targets = (t[learn].view(-1, self.cfg.window) for t in (self.tokens[:-1], self.tokens[1:]))
+            weight = torch.ones(len(inputs), device=nll.device)
+            yield ScoredChunk(index, index / max(count - 1, 1), self.ranks.sum_(nll), inputs, targets, weight)
             bar.update(high - low)
         bar.close()
 
     def evaluate(self, forward: Callable, stride: int, chunk_tokens: int, adapt: Callable | None = None) -> Score:
-        """One pass over the stream. `adapt`, if any, gets each chunk but the last after its score is final."""
-        begin, chunks = time.perf_counter(), []
+        """One pass over the stream. `adapt`, if any, gets each chunk after its score is final."""
+        begin, scored = time.perf_counter(), []
         for chunk in self.chunks(forward, stride, chunk_tokens):
-            chunks.append(chunk)
-            if adapt is not None and not chunk.last:
+            scored.append((chunk.nll, torch.full_like(chunk.nll, chunk.index)))
+            if adapt is not None:
                 adapt(chunk)
-        nll = torch.cat([c.nll for c in chunks])
+        return self.score(*map(torch.cat, zip(*scored)), begin)
+
+    def score(self, nll: Tensor, index: Tensor, begin: float) -> Score:
+        """The score of all targets' nll; with AUDIT it is written, beside bytes and the index of each one's chunk."""
         if self.cfg.audit and self.ranks.is_main:
-            index = np.repeat([c.index for c in chunks], [len(c.nll) for c in chunks])
-            np.savez(self.cfg.audit, nll=nll.cpu().numpy(), bytes=self.bytes.cpu().numpy(), chunk=index)
+            columns = dict(nll=nll, bytes=self.bytes, chunk=index.long())
+            np.savez(self.cfg.audit, **{name: column.cpu().numpy() for name, column in columns.items()})
         loss, size = float(nll.mean()), int(self.bytes.sum())
         return Score(loss, loss * len(nll) / math.log(2) / max(size, 1), time.perf_counter() - begin)
 
@@ -1331,38 +1688,128 @@ class Scorer:
 
     def sliding(self, forward: Callable, adapt: Callable | None = None) -> Score:
         """Windows EVAL_STRIDE apart, so that almost every target sees a full context; the score that counts."""
-        return self.evaluate(forward, self.cfg.eval_stride, self.cfg.ttt_chunk_tokens, adapt)
+        chunk_tokens = self.cfg.window * 1024 if self.cfg.ttt_scope == "document" else self.cfg.ttt_chunk_tokens
+        return self.evaluate(forward, self.cfg.eval_stride, chunk_tokens, adapt)
+
+    def documents(self) -> list[tuple[int, int]]:
+        """(first target, end) of each document: its last target is the BOS of the next."""
+        total = len(self.tokens) - 1
+        firsts = (self.tokens[:-1] == BOS).nonzero().flatten().tolist()
+        firsts = firsts if firsts[:1] == [0] else [0, *firsts]
+        return list(zip(firsts, [*firsts[1:], total]))
+
+    def by_document(self, forward: Callable, adapter: Callable[[int], Callable[[ScoredChunk], None]]) -> Score:
+        """Score each document alone, in chunks, with an adapter of its own (PR #77). Documents run side by side.
+
+        `adapter(n)` makes n fresh ones, each of which learns from the scored chunks of its own document alone.
+        """
+        begin, bar = time.perf_counter(), progress_bar("scoring", len(self.bytes), self.log)
+        nll, index = torch.zeros(2, len(self.bytes), dtype=torch.float64, device=self.tokens.device)
+        mine = sorted(self.ranks.share(self.documents()), key=lambda d: d[1] - d[0])
+        for i in range(0, len(mine), self.cfg.ttt_batch_seqs):
+            batch = mine[i : i + self.cfg.ttt_batch_seqs]
+            adapt = adapter(len(batch))
+            for chunk, positions in self.document_chunks(forward, batch):
+                nll[positions], index[positions] = chunk.nll, float(chunk.index)
+                adapt(chunk)
+            bar.update(sum(end - first for first, end in batch))
+        bar.close()
+        return self.score(self.ranks.sum_(nll), self.ranks.sum_(index), begin)
+
+    def document_chunks(self, forward: Callable, batch: list[tuple[int, int]]) -> Iterator[tuple[ScoredChunk, Tensor]]:
+        """Chunk by chunk: the n-th one of all these documents, and the positions of its targets in the stream.
+
+        A document that has ended repeats its last token, unscored, and weighs nothing.
+        """
+        device, size = self.tokens.device, self.cfg.ttt_chunk_tokens
+        first, end = (torch.tensor(column, device=device)[:, None] for column in zip(*batch))
+        for index in range(-(-int((end - first).max()) // size)):
+            high = (index + 1) * size
+            span = torch.arange(high - min(high, self.cfg.window), high + 1, device=device)
+            tokens = self.tokens[(first + span).clamp(max=end)]
+            inputs, targets = tokens[:, :-1], tokens[:, -size:]
+            with torch.no_grad():
+                losses = forward(inputs, targets).double()
+            positions = first + torch.arange(high - size, high, device=device)
+            scored, more = positions < end, (first + high < end).flatten()
+            rows = slice(None if more.any() else 0)
+            chunk = ScoredChunk(index, 0.0, losses[scored], inputs[rows], targets[rows], more[rows] * float(len(batch)))
+            yield chunk, positions[scored]
 
 # ----------------------------------------
 # Test-time training: scored chunks -> better weights for the next ones.
 
+class LoRA(nn.Module):
+    """A term of low rank that a Linear adds, zero at first: one for all rows, or one for each (arXiv:2106.09685)."""
+    def __init__(self, linear: Linear, rows: int, rank: int, draw: torch.Generator):
+        super().__init__()
+        fan_out, fan_in = linear.weight.shape
+        down = (2 * torch.rand(rows, rank, fan_in, generator=draw) - 1) * fan_in**-0.5
+        self.down = nn.Parameter(down.to(linear.weight.device))
+        self.up = nn.Parameter(linear.weight.new_zeros(rows, fan_out, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.down.mT.to(x.dtype) @ self.up.mT.to(x.dtype)
+
+def attach_lora(model: GPT, rows: int, cfg: Config) -> list[Tensor]:
+    """Give q, v and the head fresh adapters, the same for the same seed; returns their parameters."""
+    draw, adapters = torch.Generator().manual_seed(cfg.seed), []
+    for linear in [m for b in model.blocks for m in (b.attn.c_q, b.attn.c_v)] + [model.tok_emb]:
+        linear.adapter = LoRA(linear, rows, cfg.ttt_lora_rank, draw)
+        adapters += linear.adapter.parameters()
+    return adapters
+
+def adapting_parameters(model: GPT, cfg: Config) -> list[Tensor]:
+    """The weights that test-time training may change, by TTT_PARAMS and TTT_MIN_ELEMENTS; all others are frozen."""
+    for name, p in model.named_parameters():
+        large = p.numel() >= cfg.ttt_min_elements and not cfg.ttt_lora_rank
+        p.requires_grad_(large and re.search(cfg.ttt_params, name) is not None)
+    chosen = [p for p in model.parameters() if p.requires_grad]
+    if not chosen and not cfg.ttt_lora_rank:
+        raise InputError(f"TTT_PARAMS={cfg.ttt_params} and TTT_MIN_ELEMENTS={cfg.ttt_min_elements} leave nothing to "
+                         "adapt; TTT_EPOCHS=0 if that is meant")
+    return chosen
+
 class Adaptation:
-    """SGD on all weights over each chunk that has been scored, TTT_EPOCHS times, at a constant rate (PR #549).
+    """Trains `params` on each chunk that has been scored, TTT_EPOCHS times (PR #549; AdamW: PR #490).
 
     Ranks split each batch; a short one is filled up with sequences of weight zero, so that all take the same steps.
     """
-
-    def __init__(self, model: GPT, forward: Callable, cfg: Config, ranks: Ranks):
-        self.params, self.forward, self.cfg, self.ranks = list(model.parameters()), forward, cfg, ranks
-        self.optimizer = torch.optim.SGD(self.params, lr=cfg.ttt_lr, momentum=cfg.ttt_momentum)
+    def __init__(self, params: list[Tensor], forward: Callable, cfg: Config, ranks: Ranks):
+        self.params, self.forward, self.cfg, self.ranks = params, forward, cfg, ranks
+        adam, betas = cfg.ttt_optimizer == "adamw", (cfg.ttt_momentum, cfg.ttt_beta2)
+        self.optimizer = torch.optim.AdamW(params, cfg.ttt_lr, betas, weight_decay=0.0) if adam else torch.optim.SGD(
+            params, cfg.ttt_lr, cfg.ttt_momentum, nesterov=cfg.ttt_nesterov)
 
     def __call__(self, chunk: ScoredChunk) -> None:
+        wave = 0.5 + 0.5 * math.cos(math.pi * chunk.progress)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.cfg.ttt_lr * max(self.cfg.ttt_cosine_floor, wave)
         for _ in range(self.cfg.ttt_epochs):
-            for rows in torch.arange(len(chunk.inputs) // self.cfg.window).split(self.cfg.ttt_batch_seqs):
-                self.step(chunk, rows)
+            for first in range(0, len(chunk.inputs), self.cfg.ttt_batch_seqs):
+                self.step(chunk, torch.arange(len(chunk.inputs))[first : first + self.cfg.ttt_batch_seqs])
 
     def step(self, chunk: ScoredChunk, rows: Tensor) -> None:
-        """One SGD step on the mean loss of these sequences of a scored chunk, the same for any number of ranks."""
+        """One step on the mean loss of these rows of a scored chunk, the same for any number of ranks."""
         count, world = len(rows), self.ranks.world
         mine = torch.arange(count + -count % world).chunk(world)[self.ranks.rank]
-        weight = ((mine < count) * (world / count)).to(chunk.inputs.device)
-        rows = rows[mine.clamp(max=count - 1)]
-        ids, targets = (t.view(-1, self.cfg.window)[rows] for t in (chunk.inputs, chunk.targets))
-        (self.forward(ids, targets).mean(1) * weight).sum().backward()
+        share, rows = (mine < count) * (world / count), rows[mine.clamp(max=count - 1)]
+        losses = self.forward(chunk.inputs[rows], chunk.targets[rows]).mean(1)
+        (losses * share.to(losses.device) * chunk.weight[rows]).sum().backward()
         self.ranks.mean_([p.grad for p in self.params])
         nn.utils.clip_grad_norm_(self.params, self.cfg.ttt_grad_clip or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+def adaptive_score(scorer: Scorer, model: GPT, forward: Callable, cfg: Config, ranks: Ranks) -> Score:
+    """The sliding score with test-time training, or the score of each document alone with a LoRA of its own."""
+    score, learn = partial(forward, temperature=cfg.ttt_temperature), partial(forward, z_loss=cfg.ttt_z_loss)
+    params = adapting_parameters(model, cfg)
+    if cfg.ttt_scope == "document":
+        alone = Ranks(device=ranks.device)
+        return scorer.by_document(score, lambda n: Adaptation(attach_lora(model, n, cfg), learn, cfg, alone))
+    params += attach_lora(model, 1, cfg) if cfg.ttt_lora_rank else []
+    return scorer.sliding(score, Adaptation(params, learn, cfg, ranks))
 
 # ----------------------------------------
 # Report and main.
@@ -1379,36 +1826,35 @@ def run_training(cfg: Config, ranks: Ranks, log: Log) -> dict[str, Score]:
     log(f"model_params:{sum(p.numel() for p in model.parameters())} attention:{name} dtype:{dtype} "
         f"grad_accum_steps:{trainer.batches.micro_steps}")
     try:
-        train(trainer, lambda: scorer.plain(trainer.forward), log)
-        raw = copy.deepcopy(model.state_dict())
-        model.load_state_dict(trainer.average.values)
-        save_artifact(model, cfg, ranks, log)
+        hessians = train(trainer, lambda: scorer.plain(trainer.forward), log)
+        tensors = quantize(trainer.average.values, grids(model, cfg), cfg, hessians)
+        save_artifact(tensors, trainer.looped, cfg, ranks, log)
     except (InputError, KeyboardInterrupt) as error:
-        save_average(trainer.average, cfg, log)
+        save_average(trainer.average, trainer.looped, cfg, log)
         if isinstance(error, Unusable):
             ranks.wait_for_main()
         raise
     ranks.wait_for_main()
-    averaged = scorer.plain(trainer.forward)
-    model.load_state_dict(raw)
-    before = scorer.plain(trainer.forward)
-    log(f"DIAGNOSTIC raw {before}")
+    with trainer.average.applied():
+        averaged = scorer.plain(trainer.forward)
+    raw = scorer.plain(trainer.forward)
+    log(f"DIAGNOSTIC raw {raw}")
     log(f"DIAGNOSTIC post_{cfg.averaging} {averaged}")
-    return {"raw": before, "averaged": averaged}
+    return {"raw": raw, "averaged": averaged}
 
 def run_evaluation(env: Mapping[str, str], path: Path, ranks: Ranks, log: Log) -> dict[str, Score]:
     """Score the artifact at `path`, which is all that it knows of the training: plain, sliding, then adapting."""
     begin = time.perf_counter()
-    cfg, weights = load_artifact(path, env)
+    cfg, weights, looped = load_artifact(path, env)
     model = load_model(cfg, weights, ranks)
-    scorer, forward, scores = Scorer(cfg, ranks, log), ranks.compile(model), {}
+    scorer, forward, scores = Scorer(cfg, ranks, log), partial(ranks.compile(model), looped=looped), {}
     log(f"artifact:{path} variant:{cfg.variant} seed:{cfg.seed} attention:{choose_attention(cfg, ranks.device)[0]} "
-        f"dtype:{model.dtype} stride:{cfg.eval_stride} eval_seq_len:{cfg.window} ttt_chunk:{cfg.ttt_chunk_tokens}")
-    adapt = Adaptation(model, forward, cfg, ranks)
+        f"dtype:{model.dtype} looped:{int(looped)} stride:{cfg.eval_stride} eval_seq_len:{cfg.window} "
+        f"ttt_chunk:{cfg.ttt_chunk_tokens}")
     stages = {f"final_int{cfg.matrix_bits}_roundtrip": lambda: scorer.plain(forward),
               f"final_int{cfg.matrix_bits}_sliding_window": lambda: scorer.sliding(forward)}
     if cfg.ttt_epochs:
-        stages["legal_ttt"] = lambda: scorer.sliding(forward, adapt)
+        stages["legal_ttt"] = lambda: adaptive_score(scorer, model, forward, cfg, ranks)
     for name, stage in stages.items():
         scores[name] = score = stage()
         log(f"{name} {score}")
