@@ -5,21 +5,21 @@
     EVAL_ONLY=1 ARTIFACT=final_model.int6.ptz python train_gpt.py  # score an artifact again, from its bytes alone
     python train_gpt.py --help | --describe                        # every option | the resolved run, without data
 
-shards -> batches -> GPT -> Muon + AdamW under a wallclock budget -> average -> int6 codes -> JSON header + tensors
--> zstd: one file -> [from here only that file, the tokenizer and the validation shards] -> score -> score-first TTT
+shards -> batches -> GPT -> Muon + AdamW under a wallclock budget -> average -> integer codes -> JSON header + tensors
+-> one compressed file -> [from here only that, the tokenizer and the validation shards] -> score -> score-first TTT
 """
 
 from __future__ import annotations
 
 import copy
 import difflib
+import fnmatch
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import math
 import os
-import re
 import statistics
 import sys
 import time
@@ -64,7 +64,7 @@ class Config:
     output_dir: str = knob(".", "folder of the artifact, the checkpoint and logs/")
     eval_only: bool = knob(False, "score the file ARTIFACT and do nothing else")
     artifact: str = knob("", "packed model; empty: OUTPUT_DIR/final_model.int6.ptz")
-    audit: str = knob("", "file.npz for each target's nll, bytes and chunk in the last evaluation")
+    audit: str = knob("", "file.npz for each target's nll, bytes and chunk (of its document) in the last evaluation")
     max_artifact_bytes: int = knob(16_000_000, "cap on code + model bytes; more is an error", low=1)
     checkpoint_every: int = knob(0, "steps between saves of the averaged weights; 0 saves none")
     attention: str = knob("auto", "kernel; auto: fa3, else fa2, else sdpa", choices=("auto", "fa3", "fa2", "sdpa"))
@@ -169,7 +169,8 @@ class Config:
     ttt_scope: str = knob("stream", "what adapts to what: the model to all before, or a LoRA to each document alone",
                           choices=("stream", "document"))
     ttt_chunk_tokens: int = knob(32_768, "targets a chunk: scored first, trained on after", low=1)
-    ttt_params: str = knob("", "regular expression of the parameters that adapt; empty: all")
+    ttt_params: tuple[str, ...] = knob(("*",), "shell patterns of the names of the parameters that adapt")
+    ttt_freeze_blocks: int = knob(0, "first blocks that do not adapt")
     ttt_min_elements: int = knob(0, "smaller parameters do not adapt")
     ttt_lora_rank: int = knob(0, "adapt q, v and the head by terms of this rank, and nothing else; 0: the weights")
     ttt_optimizer: str = knob("sgd", "of test-time training", choices=("sgd", "adamw"))
@@ -231,12 +232,6 @@ def check_value(f: Field, value: Any) -> None:
     if not isinstance(value, str) and not low <= value <= high:
         raise InputError(f"{f.name.upper()}={value} must lie in [{low:g}, {high:g}]: {f.metadata['help']}")
 
-def is_pattern(text: str) -> bool:
-    try:
-        return bool(re.compile(text))
-    except re.error:
-        return False
-
 def model_rules(c: Config) -> dict[str, bool]:
     """What binds several options of the model: the rule, which names them, and whether it holds."""
     return {
@@ -266,10 +261,11 @@ def run_rules(c: Config) -> dict[str, bool]:
         "EVAL_STRIDE must divide EVAL_SEQ_LEN or else TRAIN_SEQ_LEN": c.window % c.eval_stride == 0,
         "TTT_CHUNK_TOKENS must be a multiple of EVAL_SEQ_LEN or else TRAIN_SEQ_LEN":
             document or c.ttt_chunk_tokens % c.window == 0,
-        "TTT_PARAMS must be a regular expression": is_pattern(c.ttt_params),
         "TTT_SCOPE of document needs TTT_CHUNK_TOKENS <= EVAL_SEQ_LEN or else TRAIN_SEQ_LEN":
             not document or c.ttt_chunk_tokens <= c.window,
         "TTT_SCOPE of document needs TTT_LORA_RANK": not document or c.ttt_lora_rank > 0,
+        "TTT_LORA_RANK adapts no weights, so leave TTT_PARAMS at * and TTT_FREEZE_BLOCKS and TTT_MIN_ELEMENTS at 0":
+            not c.ttt_lora_rank or (c.ttt_params, c.ttt_freeze_blocks, c.ttt_min_elements) == (("*",), 0, 0),
         "TTT_SCOPE of document needs TTT_GRAD_CLIP of 0: it would bind documents":
             not document or c.ttt_grad_clip == 0,
         "TTT_NESTEROV needs TTT_OPTIMIZER of sgd and TTT_MOMENTUM":
@@ -289,16 +285,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "pr150": dict(
         rope_base=50_000.0, rope_dims=0, xsa_last_n=0, ln_scale_power=0.0, ve_layers=(), mlp_negative_slope=0.0,
         bigram_hash="xor", warmdown_iters=3000, embed_wd=0.0, averaging="swa", swa_every=200, swa_start_scale=0.5,
-        late_qat_threshold=2.0, embed_bits=16, table_bits=6, clip_shares=(1.0,), ttt_params=r"^(?!blocks\.[01]\.)"),
+        late_qat_threshold=2.0, embed_bits=16, table_bits=6, clip_shares=(1.0,), ttt_freeze_blocks=2),
     "pr455": dict(
         rope_base=10_000.0 * 2 ** (16 / 14), mlp_negative_slope=0.0, warmdown_iters=3000, adam_wd=0.04, averaging="swa",
-        late_qat_threshold=0.1, clip_shares=(1.0,), ttt_params=r"^(?!blocks\.[01]\.)"),
+        late_qat_threshold=0.1, clip_shares=(1.0,), ttt_freeze_blocks=2),
     "pr490": dict(
         value_residual=True, gated_attention=True, bigram_vocab_size=4096, ve_layers=(), iterations=9000,
         warmdown_iters=1200, muon_momentum=0.95, muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=500,
-        adam_wd=0.04, quantizer="gptq", clip_shares=(1.0,), prune_share=0.02, ttt_optimizer="adamw", ttt_lr=1e-4,
-        ttt_chunk_tokens=131_072, ttt_cosine_floor=0.1, ttt_temperature=0.98,
-        ttt_params=r"^blocks\.(9|10)\.|attn_scale|mlp_scale|bigram\.scale|tok_emb"),
+        adam_wd=0.04, embed_bits=16, table_bits=8, quantizer="gptq", clip_shares=(1.0,), prune_share=0.02,
+        ttt_optimizer="adamw", ttt_lr=1e-4, ttt_batch_seqs=64, ttt_chunk_tokens=131_072, ttt_cosine_floor=0.1,
+        ttt_temperature=0.98,
+        ttt_params=("blocks.9.*", "blocks.10.*", "*.attn_scale", "*.mlp_scale", "bigram.scale", "tok_emb.*")),
     "pr1127": dict(
         model_dim=480, mlp_mult=3.2, mlp_negative_slope=0.0, mlp_affine=True, skip_gates=True, bigram_vocab_size=8192,
         bigram_hash="linear", bigram_scale_init=0.0, ve_layers=(), init="default", train_batch_tokens=524_288,
@@ -311,7 +308,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         bigram_vocab_size=0, ve_layers=(), embed_scale=True, iterations=50_000, warmdown_iters=0, warmdown_frac=0.72,
         matrix_lr=0.022, scalar_lr=0.02, tied_embed_lr=0.03, muon_momentum_warmup_frac=0.22,
         muon_momentum_cooldown=0.25, muon_row_normalize=True, muon_wd=0.095, muon_wd_mlp=0.115, embed_wd=0.085,
-        adam_wd=0.005, ema_decay=0.9965, late_qat_threshold=0.0, quantizer="gptq", matrix_clip_sigmas=12.85,
+        adam_wd=0.005, ema_decay=0.9965, late_qat_threshold=0.0, quantizer="gptq", matrix_clip_sigmas=13.3,
         embed_clip_sigmas=20.0, gptq_block=32, gptq_calibration_batches=64, compressor="brotli", ttt_epochs=4,
         ttt_chunk_tokens=65_536, ttt_lr=0.005, ttt_nesterov=True, ttt_z_loss=1e-5, ttt_min_elements=10_000,
         ttt_cosine_floor=0.0),
@@ -720,8 +717,11 @@ def compute_dtype(cfg: Config, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if cfg.dtype == "bf16" or (cfg.dtype == "auto" and fast) else torch.float32
 
 def choose_attention(cfg: Config, device: torch.device) -> tuple[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """(name, causal attention). A kernel that is asked for by name must be there; `auto` takes the best that is."""
-    flash = device.type == "cuda" and compute_dtype(cfg, device) == torch.bfloat16
+    """(name, causal attention). A kernel that is asked for by name must be there; `auto` takes the best that is.
+
+    Flash kernels take heads of a multiple of 8 channels; torch pads others (the 60 of PR #1127) for its own.
+    """
+    flash = device.type == "cuda" and compute_dtype(cfg, device) == torch.bfloat16 and cfg.head_dim % 8 == 0
     hopper = flash and torch.cuda.get_device_capability(device)[0] == 9
     kernels = dict(fa3=("flash_attn_interface", hopper), fa2=("flash_attn", flash))
     for name in (n for n in kernels if cfg.attention in ("auto", n)):
@@ -733,7 +733,8 @@ def choose_attention(cfg: Config, device: torch.device) -> tuple[str, Callable[[
         if kernel is not None:
             return name, partial(kernel, causal=True)
         if cfg.attention == name:
-            raise InputError(f"ATTENTION={name} needs the module {module} and a GPU for it; auto takes what is there")
+            raise InputError(f"ATTENTION={name} needs the module {module}, a GPU for it, bf16 and heads of a multiple "
+                             "of 8 channels; auto takes what is there")
     return "sdpa", attend_sdpa
 
 def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
@@ -1159,9 +1160,9 @@ class Grid(NamedTuple):
     def top(self) -> int:
         return 2 ** (self.bits - 1) - 1
 
-def nearest(w: Tensor, steps: Tensor, top: int) -> Tensor:
-    """The closest codes, as floats, of weights (R, C) or of one column (R,) on steps (R,)."""
-    return (w.T / steps).T.round().clamp(-top, top)
+def nearest(multiples: Tensor, top: int) -> Tensor:
+    """The closest codes, as floats, of weights in units of their step."""
+    return multiples.round().clamp(-top, top)
 
 def row_steps(w: Tensor, grid: Grid, cfg: Config) -> Tensor:
     """Steps (R,), exact in fp16, for rows of w (R, C): a number of standard deviations (SDClip, PR #1493), or else
@@ -1173,7 +1174,7 @@ def row_steps(w: Tensor, grid: Grid, cfg: Config) -> Tensor:
     least, steps = torch.full_like(peak, math.inf), torch.zeros_like(peak)
     for share in cfg.clip_shares:
         step = (peak * (share / grid.top)).clamp_min(floor).half().float()
-        error = (nearest(w, step, grid.top) * step[:, None] - w).square().sum(1)
+        error = (nearest(w / step[:, None], grid.top) * step[:, None] - w).square().sum(1)
         steps, least = torch.where(error < least, step, steps), torch.minimum(error, least)
     return steps
 
@@ -1187,13 +1188,16 @@ def gptq(w: Tensor, steps: Tensor, top: int, hessian: Tensor, cfg: Config) -> Te
     h = h + torch.diag(dead + cfg.gptq_damping * h.diagonal().mean().clamp_min(1e-30))
     order = h.diagonal().argsort(descending=True)
     w, h = w.masked_fill(dead, 0.0)[:, order], h[order][:, order]
-    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    try:
+        factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    except torch.linalg.LinAlgError:
+        raise Unusable("GPTQ met a Hessian that cannot be inverted; raise GPTQ_DAMPING, or QUANTIZER=rtn") from None
     codes = torch.zeros_like(w)
     for left in range(0, len(h), cfg.gptq_block):
         right = min(left + cfg.gptq_block, len(h))
         errors = torch.zeros_like(w[:, left:right])
         for j in range(left, right):
-            codes[:, j] = nearest(w[:, j], steps.double(), top)
+            codes[:, j] = nearest(w[:, j] / steps, top)
             errors[:, j - left] = (w[:, j] - codes[:, j] * steps) / factor[j, j]
             w[:, j:right] -= torch.outer(errors[:, j - left], factor[j, j:right])
         w[:, right:] -= errors @ factor[left:right, right:]
@@ -1202,7 +1206,7 @@ def gptq(w: Tensor, steps: Tensor, top: int, hessian: Tensor, cfg: Config) -> Te
 def quantize_rows(w: Tensor, grid: Grid, cfg: Config, hessian: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Codes int8 (R, C) and steps fp16 (R,), such that codes * steps[:, None] is close to w (R, C)."""
     steps = row_steps(w, grid, cfg)
-    codes = nearest(w, steps, grid.top) if hessian is None else gptq(w, steps, grid.top, hessian, cfg)
+    codes = nearest(w / steps[:, None], grid.top) if hessian is None else gptq(w, steps, grid.top, hessian, cfg)
     return codes.to(torch.int8), steps.half()
 
 def dequantize_rows(codes: Tensor, steps: Tensor) -> Tensor:
@@ -1315,7 +1319,8 @@ def decompress(data: bytes, name: str) -> bytes:
 
 def artifact_settings(cfg: Config) -> dict[str, str]:
     """The settings that travel with the weights: what the model is and how it is scored, no path and nothing else."""
-    others = ("variant", "seed", "vocab_size", "train_seq_len", "matrix_bits")
+    rows = ("train_seq_len", "train_batch_tokens", "micro_batch_tokens")
+    others = ("variant", "seed", "vocab_size", "matrix_bits", *rows)
     return as_env(cfg.group("model", "evaluation") | {k: vars(cfg)[k] for k in others})
 
 def pack(tensors: Mapping[str, Tensor], looped: bool, cfg: Config) -> bytes:
@@ -1380,17 +1385,19 @@ def save_average(average: Average, looped: bool, cfg: Config, log: Log) -> None:
 
 def save_artifact(tensors: Mapping[str, Tensor], looped: bool, cfg: Config, ranks: Ranks, log: Log) -> None:
     """Pack the coded weights and write them; refuses a file that is over the cap with the code."""
-    blob, code = pack(tensors, looped, cfg), Path(__file__).stat().st_size
+    blob, code = pack(tensors, looped, cfg) if ranks.is_main else b"", Path(__file__).stat().st_size
+    size = int(ranks.agree(len(blob))[0])
     payload = sum(t.nbytes for t in tensors.values())
     count = sum(t.numel() for name, t in tensors.items() if not name.endswith(".steps"))
-    kind, total = f"int{cfg.matrix_bits}+{cfg.compressor}", len(blob) + code
-    log(f"Serialized model {kind}: {len(blob)} bytes (payload:{payload} payload_ratio:{4 * count / payload:.2f}x)")
+    kind, total = f"int{cfg.matrix_bits}+{cfg.compressor}", size + code
+    log(f"Serialized model {kind}: {size} bytes (payload:{payload} payload_ratio:{4 * count / payload:.2f}x)")
     log(f"Code size: {code} bytes")
     log(f"Total submission size {kind}: {total} bytes")
     if (excess := total - cfg.max_artifact_bytes) > 0:
+        lever = "MATRIX_CLIP_SIGMAS" if cfg.matrix_clip_sigmas else "MUON_WD"
         raise Unusable(f"code + model = {total} bytes, {excess} over MAX_ARTIFACT_BYTES={cfg.max_artifact_bytes}, so "
-                       f"{cfg.artifact_path} was not written; at {8 * len(blob) / count:.2f} bits a weight it fits "
-                       f"with {excess * count // len(blob)} weights less, a larger MUON_WD or fewer MATRIX_BITS")
+                       f"{cfg.artifact_path} was not written; at {8 * size / count:.2f} bits a weight it fits with "
+                       f"{excess * count // size} weights less, a larger {lever} or fewer MATRIX_BITS")
     if ranks.is_main:
         write_file(cfg.artifact_path, blob)
 
@@ -1454,9 +1461,8 @@ class Trainer:
         return Reading(self.ranks.sum_(loss) / self.ranks.world + 0 * norm_before)  # a broken gradient shows too
 
     @torch.no_grad()
-    def hessians(self, batches: int) -> dict[str, Tensor]:
-        """Sums of x x^T over the inputs x of the blocks' matrices and of the head, in further training batches."""
-        sums: dict[str, Tensor] = {}
+    def add_hessians(self, sums: dict[str, Tensor]) -> None:
+        """Add to `sums` this rank's x x^T over the inputs x of the blocks' matrices and of the head, in a new batch."""
 
         def add(name: str, x: Tensor) -> None:
             x = x.flatten(0, -2).float()
@@ -1464,12 +1470,10 @@ class Trainer:
 
         modules = [(n, m) for n, m in self.model.blocks.named_modules(prefix="blocks") if type(m) is Linear]
         hooks = [m.register_forward_pre_hook(lambda _, args, n=n: add(f"{n}.weight", args[0])) for n, m in modules]
-        for _ in range(batches):
-            for x in next(self.batches)[0]:
-                add("tok_emb.weight", self.model.hidden(x, self.looped))
+        for x in next(self.batches)[0]:
+            add("tok_emb.weight", self.model.hidden(x, self.looped))
         for hook in hooks:
             hook.remove()
-        return {name: self.ranks.sum_(total) for name, total in sums.items()}
 
     def switch(self, step: int, share: float, scale: float, log: Log) -> None:
         """Turn late QAT and the loops on when their time has come; both stay on."""
@@ -1506,8 +1510,9 @@ class Trainer:
         if cfg.quantizer == "gptq":
             self.looped = cfg.num_loops > 0
             for _ in range(2):  # the first one initializes
-                begin = time.perf_counter()
-                float(self.hessians(1)["tok_emb.weight"].sum())
+                begin, sums = time.perf_counter(), {}
+                self.add_hessians(sums)
+                sums["tok_emb.weight"].sum().item()  # waits for the device
                 reserve = 1.2 * cfg.gptq_calibration_batches * (time.perf_counter() - begin)
             log(f"gptq:reserving {reserve:.2f}s for {cfg.gptq_calibration_batches} batches")
         self.qat = self.looped = False
@@ -1536,15 +1541,18 @@ def less_time(cfg: Config, reserve: float) -> Config:
                          "leaves no time to train; lower GPTQ_CALIBRATION_BATCHES")
     return replace(cfg, max_wallclock_seconds=cfg.max_wallclock_seconds - reserve)
 
-def calibrate(trainer: Trainer, clock: Clock, log: Log) -> dict[str, Tensor]:
-    """The Hessians that the averaged weights see, collected on the clock."""
-    clock.synchronize()
-    begin = clock.seconds()
+def calibrate(trainer: Trainer, reserve: float, clock: Clock, log: Log) -> dict[str, Tensor]:
+    """The Hessians that the averaged weights see, collected on the clock, in fewer batches if they turn out slower."""
+    count, limit = trainer.cfg.gptq_calibration_batches, trainer.cfg.max_wallclock_seconds or math.inf
+    sums: dict[str, Tensor] = {}
+    used = elapsed = 0
     with trainer.average.applied():
-        hessians = trainer.hessians(trainer.cfg.gptq_calibration_batches)
-    clock.synchronize()
-    log(f"gptq:collected {len(hessians)} Hessians in {clock.seconds() - begin:.2f}s")
-    return hessians
+        while used == 0 or used < count and elapsed + reserve / count < limit:
+            trainer.add_hessians(sums)
+            clock.synchronize()
+            used, (elapsed,) = used + 1, trainer.ranks.agree(clock.seconds())
+    log(f"gptq:collected {len(sums)} Hessians from {used} of {count} batches")
+    return {name: trainer.ranks.sum_(total) for name, total in sums.items()}
 
 def train(trainer: Trainer, validate: Callable[[], Score], log: Log) -> dict[str, Tensor]:
     """Train until ITERATIONS or just before the clock's limit; the average is in `trainer.average`.
@@ -1580,7 +1588,7 @@ def train(trainer: Trainer, validate: Callable[[], Score], log: Log) -> dict[str
         average.update(1.0)
         log(f"averaging: {cfg.averaging} took no snapshot, so the last weights stand in")
     log(f"averaging:{cfg.averaging} updates:{average.count}{trainer.ranks.memory()}")
-    hessians = calibrate(trainer, clock, log) if cfg.quantizer == "gptq" else {}
+    hessians = calibrate(trainer, reserve, clock, log) if cfg.quantizer == "gptq" else {}
     clock.synchronize()
     log(f"training ended: step:{done[0]}/{cfg.iterations} {timing(done[0], clock.seconds())}")
     return hessians
@@ -1740,19 +1748,20 @@ class Scorer:
 # Test-time training: scored chunks -> better weights for the next ones.
 
 class LoRA(nn.Module):
-    """A term of low rank that a Linear adds, zero at first: one for all rows, or one for each (arXiv:2106.09685)."""
+    """A term of low rank that a Linear adds, zero at first (arXiv:2106.09685): one for all rows, or one for each."""
     def __init__(self, linear: Linear, rows: int, rank: int, draw: torch.Generator):
         super().__init__()
         fan_out, fan_in = linear.weight.shape
-        down = (2 * torch.rand(rows, rank, fan_in, generator=draw) - 1) * fan_in**-0.5
-        self.down = nn.Parameter(down.to(linear.weight.device))
+        down = (2 * torch.rand(rank, fan_in, generator=draw) - 1) * fan_in**-0.5
+        self.down = nn.Parameter(down.to(linear.weight.device).repeat(rows, 1, 1))
         self.up = nn.Parameter(linear.weight.new_zeros(rows, fan_out, rank))
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.down.mT.to(x.dtype) @ self.up.mT.to(x.dtype)
 
 def attach_lora(model: GPT, rows: int, cfg: Config) -> list[Tensor]:
-    """Give q, v and the head fresh adapters, the same for the same seed; returns their parameters."""
+    """Freeze the model, give q, v and the head fresh adapters, the same for the same seed; returns their parameters."""
+    model.requires_grad_(False)
     draw, adapters = torch.Generator().manual_seed(cfg.seed), []
     for linear in [m for b in model.blocks for m in (b.attn.c_q, b.attn.c_v)] + [model.tok_emb]:
         linear.adapter = LoRA(linear, rows, cfg.ttt_lora_rank, draw)
@@ -1760,15 +1769,18 @@ def attach_lora(model: GPT, rows: int, cfg: Config) -> list[Tensor]:
     return adapters
 
 def adapting_parameters(model: GPT, cfg: Config) -> list[Tensor]:
-    """The weights that test-time training may change, by TTT_PARAMS and TTT_MIN_ELEMENTS; all others are frozen."""
-    for name, p in model.named_parameters():
-        large = p.numel() >= cfg.ttt_min_elements and not cfg.ttt_lora_rank
-        p.requires_grad_(large and re.search(cfg.ttt_params, name) is not None)
-    chosen = [p for p in model.parameters() if p.requires_grad]
-    if not chosen and not cfg.ttt_lora_rank:
-        raise InputError(f"TTT_PARAMS={cfg.ttt_params} and TTT_MIN_ELEMENTS={cfg.ttt_min_elements} leave nothing to "
-                         "adapt; TTT_EPOCHS=0 if that is meant")
-    return chosen
+    """What test-time training may change, a LoRA aside; all else is frozen. Raises InputError if that is nothing."""
+    every, frozen = dict(model.named_parameters()), tuple(f"blocks.{i}." for i in range(cfg.ttt_freeze_blocks))
+    fits = {pattern: fnmatch.filter(every, pattern) for pattern in cfg.ttt_params}
+    if stray := [pattern for pattern, names in fits.items() if not names]:
+        raise InputError(f"TTT_PARAMS={','.join(stray)} fits no parameter; names are like {', '.join([*every][-9:])}")
+    chosen = set().union(*fits.values())
+    for name, p in every.items():
+        p.requires_grad_(name in chosen and not name.startswith(frozen) and p.numel() >= cfg.ttt_min_elements)
+    if not any(p.requires_grad for p in every.values()):
+        raise InputError("TTT_PARAMS, TTT_FREEZE_BLOCKS and TTT_MIN_ELEMENTS leave nothing to adapt; TTT_EPOCHS=0 if "
+                         "that is meant")
+    return [p for p in every.values() if p.requires_grad]
 
 class Adaptation:
     """Trains `params` on each chunk that has been scored, TTT_EPOCHS times (PR #549; AdamW: PR #490).
@@ -1797,19 +1809,22 @@ class Adaptation:
         losses = self.forward(chunk.inputs[rows], chunk.targets[rows]).mean(1)
         (losses * share.to(losses.device) * chunk.weight[rows]).sum().backward()
         self.ranks.mean_([p.grad for p in self.params])
-        nn.utils.clip_grad_norm_(self.params, self.cfg.ttt_grad_clip or math.inf)
+        if self.cfg.ttt_grad_clip:
+            nn.utils.clip_grad_norm_(self.params, self.cfg.ttt_grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-def adaptive_score(scorer: Scorer, model: GPT, forward: Callable, cfg: Config, ranks: Ranks) -> Score:
-    """The sliding score with test-time training, or the score of each document alone with a LoRA of its own."""
-    score, learn = partial(forward, temperature=cfg.ttt_temperature), partial(forward, z_loss=cfg.ttt_z_loss)
-    params = adapting_parameters(model, cfg)
-    if cfg.ttt_scope == "document":
-        alone = Ranks(device=ranks.device)
-        return scorer.by_document(score, lambda n: Adaptation(attach_lora(model, n, cfg), learn, cfg, alone))
-    params += attach_lora(model, 1, cfg) if cfg.ttt_lora_rank else []
-    return scorer.sliding(score, Adaptation(params, learn, cfg, ranks))
+def adaptive_score(scorer: Scorer, model: GPT, params: list[Tensor], forward: Callable) -> Score:
+    """The sliding score with test-time training of `params`, or of one LoRA if there are none."""
+    cfg, score = scorer.cfg, partial(forward, temperature=scorer.cfg.ttt_temperature)
+    learn = partial(forward, z_loss=cfg.ttt_z_loss)
+    return scorer.sliding(score, Adaptation(params or attach_lora(model, 1, cfg), learn, cfg, scorer.ranks))
+
+def document_score(scorer: Scorer, model: GPT, forward: Callable) -> Score:
+    """The score of each document alone, with a LoRA of its own: ranks do not meet."""
+    cfg, score = scorer.cfg, partial(forward, temperature=scorer.cfg.ttt_temperature)
+    learn, alone = partial(forward, z_loss=cfg.ttt_z_loss), Ranks(device=scorer.ranks.device)
+    return scorer.by_document(score, lambda n: Adaptation(attach_lora(model, n, cfg), learn, cfg, alone))
 
 # ----------------------------------------
 # Report and main.
@@ -1847,14 +1862,17 @@ def run_evaluation(env: Mapping[str, str], path: Path, ranks: Ranks, log: Log) -
     begin = time.perf_counter()
     cfg, weights, looped = load_artifact(path, env)
     model = load_model(cfg, weights, ranks)
+    params = adapting_parameters(model, cfg) if cfg.ttt_epochs and not cfg.ttt_lora_rank else []
     scorer, forward, scores = Scorer(cfg, ranks, log), partial(ranks.compile(model), looped=looped), {}
     log(f"artifact:{path} variant:{cfg.variant} seed:{cfg.seed} attention:{choose_attention(cfg, ranks.device)[0]} "
         f"dtype:{model.dtype} looped:{int(looped)} stride:{cfg.eval_stride} eval_seq_len:{cfg.window} "
         f"ttt_chunk:{cfg.ttt_chunk_tokens}")
     stages = {f"final_int{cfg.matrix_bits}_roundtrip": lambda: scorer.plain(forward),
               f"final_int{cfg.matrix_bits}_sliding_window": lambda: scorer.sliding(forward)}
-    if cfg.ttt_epochs:
-        stages["legal_ttt"] = lambda: adaptive_score(scorer, model, forward, cfg, ranks)
+    if cfg.ttt_epochs and cfg.ttt_scope == "document":  # not compiled: every length of context would be another graph
+        stages["legal_ttt"] = lambda: document_score(scorer, model, partial(model, looped=looped))
+    elif cfg.ttt_epochs:
+        stages["legal_ttt"] = lambda: adaptive_score(scorer, model, params, forward)
     for name, stage in stages.items():
         scores[name] = score = stage()
         log(f"{name} {score}")
@@ -1889,6 +1907,9 @@ def main(argv: list[str], env: Mapping[str, str]) -> None:
         return print(describe(cfg))
     if argv:
         raise InputError(f"unknown argument {argv[0]}; options are environment variables (--help lists them)")
+    if cfg.ttt_epochs:
+        with torch.device("meta"):  # better an error now than after training
+            adapting_parameters(GPT(cfg), cfg)
     with launch(env) as ranks:
         log = Log(cfg, ranks)
         log.header(cfg, ranks, [f"{k}={v}" for k, v in as_env(cfg.group()).items() if k in env])

@@ -12,8 +12,9 @@ with t.launch(os.environ) as ranks:
     model = t.GPT(cfg)
     model.init_weights(cfg)
     trainer = t.Trainer(model, t.Batches(t.TokenStream(t.find_shards(cfg, "train"), cfg.vocab_size), cfg, ranks), cfg, ranks)
-    losses = [trainer.step(1.0, 0.9, qat=False).value() for _ in range(20)]
+    losses = [trainer.step(1.0, 0.9).value() for _ in range(20)]
     weights = {name: p.detach().clone().numpy() for name, p in model.named_parameters()}
-    late = [trainer.step(1.0, 0.9, qat=True).value() for _ in range(5)]
+    trainer.qat = True
+    late = [trainer.step(1.0, 0.9).value() for _ in range(5)]
     if ranks.is_main:
         np.savez(sys.argv[1], losses=losses, late=late, **weights)

@@ -17,48 +17,58 @@ def model(cfg):
     return make_model(cfg)
 
 
+def saved(model, cfg, log, looped=True):
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    t.save_artifact(t.quantize(weights, t.grids(model, cfg), cfg), looped, cfg, t.Ranks(), log)
+
+
 @pytest.fixture
 def artifact(model, cfg, log):
-    t.save_artifact(model, cfg, t.Ranks(), log)
+    saved(model, cfg, log)
     return cfg.artifact_path
 
 
 def sealed(header, raw=b"", body=None):
     """A well-formed file around any header and tensor bytes."""
     text = json.dumps(header).encode()
-    packed = zstandard.ZstdCompressor().compress(len(text).to_bytes(4, "little") + text + raw if body is None else body)
-    return b"PGLF" + (1).to_bytes(4, "little") + hashlib.sha256(packed).digest() + packed
+    return sealed_packed(zstandard.ZstdCompressor().compress(len(text).to_bytes(4, "little") + text + raw if body is None else body))
+
+
+def sealed_packed(packed, compressor=b"zstd    "):
+    return b"PGLF" + (2).to_bytes(4, "little") + hashlib.sha256(compressor + packed).digest() + compressor + packed
 
 
 def test_tensors_come_back_exactly(cfg):
     tensors = {"a": torch.randn(3, 5), "b.codes": torch.randint(-31, 32, (4, 6)).to(torch.int8), "b.steps": torch.rand(4).half(),
                "scalar": torch.tensor(2.5), "none": torch.zeros(0, 3)}
-    header, back = t.unpack(t.pack(tensors, cfg, level=3))
+    header, back = t.unpack(t.pack(tensors, True, dataclasses.replace(cfg, zstd_level=3)))
     assert back.keys() == tensors.keys() and all(torch.equal(back[n], w) and back[n].dtype == w.dtype for n, w in tensors.items())
-    assert header["tokenizer_sha256"] == hashlib.sha256(open(cfg.tokenizer_path, "rb").read()).hexdigest()
+    assert header["looped"] is True and header["tokenizer_sha256"] == hashlib.sha256(open(cfg.tokenizer_path, "rb").read()).hexdigest()
 
 
 def test_the_file_alone_restores_the_model_and_its_settings(model, cfg, artifact, env):
     paths = {k: v for k, v in env.items() if k in ("DATA_PATH", "TOKENIZER_PATH")}
-    loaded, weights = t.load_artifact(artifact, paths)
+    loaded, weights, looped = t.load_artifact(artifact, paths)
+    assert looped is True
     assert loaded.group("model", "evaluation") == cfg.group("model", "evaluation") and loaded.variant == "smoke"
     assert not list(artifact.parent.glob("final_model.int6.ptz?*"))
     rebuilt = t.load_model(loaded, weights, t.Ranks())
-    expected = t.dequantize(t.quantize(dict(model.named_parameters()), t.code_bits(model, cfg), cfg))
+    expected = t.dequantize(t.quantize(dict(model.named_parameters()), t.grids(model, cfg), cfg))
     assert all(torch.equal(p, expected[n]) and p.requires_grad for n, p in rebuilt.named_parameters())
     torch.testing.assert_close(rebuilt.cos, model.cos, rtol=0, atol=0)
 
 
 def test_packing_is_deterministic(model, cfg, artifact, log):
     first = artifact.read_bytes()
-    t.save_artifact(model, cfg, t.Ranks(), log)
+    saved(model, cfg, log)
     assert artifact.read_bytes() == first
 
 
 @pytest.mark.parametrize("damage, words", [
     (lambda b: b[: len(b) // 2], "cut or damaged"), (lambda b: b[:20], "cut or damaged"), (lambda b: b"", "not an artifact"),
     (lambda b: b[:-9] + bytes([b[-9] ^ 4]) + b[-8:], "cut or damaged"), (lambda b: b"PK\x03\x04" + b[4:], "not an artifact"),
-    (lambda b: b[:4] + (2).to_bytes(4, "little") + b[8:], "format 2, not 1"),
+    (lambda b: b[:4] + (1).to_bytes(4, "little") + b[8:], "format 1, not 2"),
+    (lambda b: b[:40] + b"lzma    " + b[48:], "cut or damaged"),
 ])
 def test_a_damaged_file_is_told_in_one_line(artifact, env, damage, words):
     artifact.write_bytes(damage(artifact.read_bytes()))
@@ -84,9 +94,9 @@ def test_a_malicious_header_is_refused_without_allocating_what_it_claims(tmp_pat
 def test_settings_of_a_malicious_header_build_nothing(cfg, tmp_path, env, change):
     path, env = tmp_path / "x.ptz", {k: v for k, v in env.items() if k != "VARIANT"}
     digest = hashlib.sha256(open(cfg.tokenizer_path, "rb").read()).hexdigest()
-    path.write_bytes(sealed({"settings": t.artifact_settings(cfg) | change, "tensors": [], "tokenizer_sha256": digest}))
+    path.write_bytes(sealed({"settings": t.artifact_settings(cfg) | change, "looped": False, "tensors": [], "tokenizer_sha256": digest}))
     with pytest.raises(t.InputError):
-        t.load_model(*t.load_artifact(path, env), t.Ranks())
+        t.load_model(*t.load_artifact(path, env)[:2], t.Ranks())
 
 
 @pytest.mark.parametrize("codes, steps", [((1000,), (1000, 1)), ((4, 4), (3,)), ((4, 4), (4, 4)), ((), ())])
@@ -105,7 +115,7 @@ def test_a_declared_size_of_terabytes_is_not_allocated(tmp_path):
     packed = bytes.fromhex("28b52ffde0") + (2**42).to_bytes(8, "little") + b"\x01\x00\x00"
     assert zstandard.get_frame_parameters(packed).content_size == 2**42
     with pytest.raises(t.InputError, match="too large"):
-        t.unpack(b"PGLF" + (1).to_bytes(4, "little") + hashlib.sha256(packed).digest() + packed)
+        t.unpack(sealed_packed(packed))
 
 
 @settings(max_examples=150, deadline=None)
@@ -142,9 +152,9 @@ def test_over_the_cap_is_an_error_that_names_the_bytes_and_keeps_the_old_file(mo
     before = artifact.read_bytes()
     size = len(before) + (code := len(open(t.__file__, "rb").read()))
     with pytest.raises(t.InputError, match=f"code \\+ model = {size} bytes, 1 over"):
-        t.save_artifact(model, dataclasses.replace(cfg, max_artifact_bytes=size - 1), t.Ranks(), log)
+        saved(model, dataclasses.replace(cfg, max_artifact_bytes=size - 1), log)
     assert artifact.read_bytes() == before and code > 10_000
-    t.save_artifact(model, dataclasses.replace(cfg, max_artifact_bytes=size), t.Ranks(), log)
+    saved(model, dataclasses.replace(cfg, max_artifact_bytes=size), log)
     with pytest.raises(t.InputError, match="over MAX_ARTIFACT_BYTES"):
         t.load_artifact(artifact, env | {"MAX_ARTIFACT_BYTES": str(size - 1)})
 

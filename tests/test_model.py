@@ -137,7 +137,7 @@ def test_an_exclusive_head_is_orthogonal_to_its_tokens_value():
 @pytest.mark.parametrize("buckets, expected", [
     (2048, [2047, 1887, 144, 1150, 523]), (4096, [4095, 3892, 33, 289, 3919]), (1536, [1535, 892, 218, 1044, 989])])
 def test_bigram_buckets_are_the_published_ones(buckets, expected):
-    bigram = t.BigramHashEmbedding(buckets, 4, 8)
+    bigram = t.BigramHashEmbedding(t.Config(bigram_vocab_size=buckets))
     assert bigram.bucket(torch.tensor([[1, 5, 9, 1023, 700]])).tolist() == [expected]
     assert bigram.bucket(torch.tensor([[7, 5, 9, t.BOS, 700]]))[0, [0, 3]].tolist() == [buckets - 1] * 2
 

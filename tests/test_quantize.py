@@ -11,6 +11,7 @@ import train_gpt as t
 
 CARD = t.Config()
 FREE = dataclasses.replace(CARD, step_floor=0.0)
+FOUR, SIX = t.Grid(4, 0.0), t.Grid(6, 0.0)
 
 
 def matrix(rows=40, cols=64, scale=0.1, seed=0):
@@ -23,7 +24,7 @@ def matrix(rows=40, cols=64, scale=0.1, seed=0):
 def test_each_row_takes_the_best_of_its_clips(bits, floor, scale, seed):
     """Brute force in float64, a row at a time."""
     cfg, w, top = dataclasses.replace(CARD, step_floor=floor), matrix(6, 16, scale, seed), 2 ** (bits - 1) - 1
-    codes, steps = t.quantize_rows(w, bits, cfg)
+    codes, steps = t.quantize_rows(w, t.Grid(bits, 0.0), cfg)
     assert codes.dtype == torch.int8 and steps.dtype == torch.float16 and codes.abs().max() <= top
     restored = t.dequantize_rows(codes, steps).double().numpy()
     for row, got in zip(w.double().numpy(), restored):
@@ -38,45 +39,45 @@ def test_the_search_is_per_row_and_beats_the_row_maximum():
     w = matrix()
     w[::2, 0] *= 8  # outliers in every other row only
     one = dataclasses.replace(FREE, clip_shares=(1.0,))
-    searched, plain = (t.dequantize_rows(*t.quantize_rows(w, 4, c)) for c in (FREE, one))
+    searched, plain = (t.dequantize_rows(*t.quantize_rows(w, FOUR, c)) for c in (FREE, one))
     better = (searched - w).square().sum(1) < (plain - w).square().sum(1)
     assert ((searched - w).square().sum(1) <= (plain - w).square().sum(1)).all() and better[1::2].any()
-    shares = t.quantize_rows(w, 4, FREE)[1] / t.quantize_rows(w, 4, one)[1]
+    shares = t.quantize_rows(w, FOUR, FREE)[1] / t.quantize_rows(w, FOUR, one)[1]
     assert len(shares.unique()) > 1
 
 
 def test_unclipped_weights_are_off_by_at_most_half_a_step():
     w = matrix()
-    codes, steps = t.quantize_rows(w, 6, dataclasses.replace(FREE, clip_shares=(1.0,)))
+    codes, steps = t.quantize_rows(w, SIX, dataclasses.replace(FREE, clip_shares=(1.0,)))
     error = (t.dequantize_rows(codes, steps) - w).abs() / steps.float()[:, None]
     assert error.max() < 0.52  # the step itself is rounded to fp16
 
 
 def test_the_floor_is_the_published_step_of_small_rows():
-    _, steps = t.quantize_rows(matrix(scale=0.01), 6, CARD)
+    _, steps = t.quantize_rows(matrix(scale=0.01), SIX, CARD)
     assert (steps == torch.tensor(1 / 31).half()).all()
-    assert t.quantize_rows(matrix(scale=0.01), 6, FREE)[1].max() < 1 / 310
+    assert t.quantize_rows(matrix(scale=0.01), SIX, FREE)[1].max() < 1 / 310
 
 
 def test_quantizing_twice_changes_nothing():
     cfg = dataclasses.replace(FREE, clip_shares=(1.0,))
-    once = t.dequantize_rows(*t.quantize_rows(matrix(), 6, cfg))
-    assert torch.equal(t.dequantize_rows(*t.quantize_rows(once, 6, cfg)), once)
-    assert not t.quantize_rows(torch.zeros(2, 3), 6, FREE)[0].any()
+    once = t.dequantize_rows(*t.quantize_rows(matrix(), SIX, cfg))
+    assert torch.equal(t.dequantize_rows(*t.quantize_rows(once, SIX, cfg)), once)
+    assert not t.quantize_rows(torch.zeros(2, 3), SIX, FREE)[0].any()
 
 
 def exported(model, cfg):
     weights = {name: p.detach() for name, p in model.named_parameters()}
-    return t.dequantize(t.quantize(weights, t.code_bits(model, cfg), cfg))
+    return t.dequantize(t.quantize(weights, t.grids(model, cfg), cfg))
 
 
 def test_what_is_coded_and_how_wide(cfg):
     model = make_model(cfg)
     weights = {name: p.detach() for name, p in model.named_parameters()}
-    tensors = t.quantize(weights, t.code_bits(model, dataclasses.replace(cfg, embed_bits=16)), cfg)
+    tensors = t.quantize(weights, t.grids(model, dataclasses.replace(cfg, embed_bits=16)), cfg)
     assert tensors["tok_emb.weight"].dtype == torch.float16 and tensors["blocks.0.attn.q_gain"].dtype == torch.float16
     assert tensors["blocks.0.mlp.fc.weight.codes"].abs().max() <= 31
-    eight = t.quantize(weights, t.code_bits(model, cfg), cfg)["tok_emb.weight.codes"]
+    eight = t.quantize(weights, t.grids(model, cfg), cfg)["tok_emb.weight.codes"]
     assert 31 < eight.abs().max() <= 127
     assert {n: w.shape for n, w in exported(model, cfg).items()} == {n: w.shape for n, w in weights.items()}
 
@@ -114,7 +115,8 @@ def test_a_step_with_late_qat_uses_the_gradient_of_the_rounded_weights(cfg, log)
         trainer = trainer_of(cfg)
         trainer.model.load_state_dict(make_model(cfg).state_dict())
         trainer.optimizers.step = lambda *_, trainer=trainer: gradients.append([p.grad.clone() for p in trainer.model.parameters()]) or 0.0
-        losses.append(trainer.step(1.0, 0.9, qat).value())
+        trainer.qat = qat
+        losses.append(trainer.step(1.0, 0.9).value())
         assert all(torch.equal(p, q) for p, q in zip(trainer.model.parameters(), make_model(cfg).parameters()))
     trainer = trainer_of(cfg)
     export = exported(make_model(cfg), cfg)
@@ -134,6 +136,6 @@ def test_late_qat_is_on_below_its_threshold(cfg, log, threshold, on):
 
     trainer = trainer_of(dataclasses.replace(cfg, iterations=3, warmdown_iters=3, warmup_steps=0, late_qat_threshold=threshold))
     used, step = [], trainer.step
-    trainer.step = lambda scale, momentum, qat: used.append(qat) or step(scale, momentum, qat)
+    trainer.step = lambda scale, momentum: used.append(trainer.qat) or step(scale, momentum)
     t.train(trainer, None, log)
     assert used == (on or [False] * 3)

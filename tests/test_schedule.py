@@ -69,8 +69,9 @@ def test_training_stops_before_the_limit_even_if_one_step_is_still_running():
 
 
 def test_momentum_warms_up_linearly():
-    assert [t.muon_momentum(s, CARD) for s in (0, 750, 1500, 9000)] == pytest.approx([0.92, 0.955, 0.99, 0.99])
-    assert t.muon_momentum(0, dataclasses.replace(CARD, muon_momentum_warmup_steps=0)) == 0.99
+    for elapsed, scale in ((0.0, 1.0), (599.0, 0.1)):  # unless asked to, it heeds neither the clock nor the rate
+        assert [t.muon_momentum(s, elapsed, scale, CARD) for s in (0, 750, 1500, 9000)] == pytest.approx([0.92, 0.955, 0.99, 0.99])
+        assert t.muon_momentum(0, elapsed, scale, dataclasses.replace(CARD, muon_momentum_warmup_steps=0)) == 0.99
 
 
 def averaged(cfg, scales):

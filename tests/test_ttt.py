@@ -9,6 +9,11 @@ from test_evaluate import audited, scorer_of
 import train_gpt as t
 
 
+def adaptation(model, cfg):
+    """Test-time training as a run sets it up."""
+    return t.Adaptation(t.adapting_parameters(model, cfg), model, cfg, t.Ranks())
+
+
 def adapted(cfg, log, tmp_path, tokens=None, vocab_size=384, **changes):
     """(score, audit) of a run with test-time training from fixed weights over the validation stream or `tokens`."""
     cfg = dataclasses.replace(cfg, ttt_lr=0.05, **changes)
@@ -16,7 +21,7 @@ def adapted(cfg, log, tmp_path, tokens=None, vocab_size=384, **changes):
     if tokens is not None:
         scorer.tokens = tokens
         scorer.bytes = torch.ones(len(tokens) - 1, dtype=torch.int64)
-    adapt = t.Adaptation(model, model, cfg, t.Ranks()) if cfg.ttt_epochs else None
+    adapt = adaptation(model, cfg) if cfg.ttt_epochs else None
     return *audited(scorer, model, tmp_path, adapt=adapt), model
 
 
@@ -28,7 +33,7 @@ def test_a_rate_of_zero_and_no_epochs_reproduce_the_sliding_score_bit_for_bit(cf
     plain = adapted(cfg, log, tmp_path, ttt_epochs=0)[1]["nll"]
     cold = dataclasses.replace(cfg, ttt_lr=0.0)
     model, scorer = make_model(cold), scorer_of(cold, log)
-    frozen = audited(scorer, model, tmp_path, adapt=t.Adaptation(model, model, cold, t.Ranks()))[1]["nll"]
+    frozen = audited(scorer, model, tmp_path, adapt=adaptation(model, cold))[1]["nll"]
     assert np.array_equal(frozen, plain)
     warm = adapted(cfg, log, tmp_path)[1]["nll"]
     assert np.array_equal(warm[:256], plain[:256]) and not np.array_equal(warm[256:512], plain[256:512])
@@ -67,17 +72,17 @@ def test_the_scores_of_all_tokens_at_a_position_are_one_distribution(cfg, log, t
 def test_only_scored_targets_are_trained_on_and_never_the_last_chunk(cfg, log, monkeypatch):
     cfg = dataclasses.replace(cfg, val_max_tokens=700)
     model, scorer = make_model(cfg), scorer_of(cfg, log)
-    adapt, trained, scored = t.Adaptation(model, model, cfg, t.Ranks()), [], set()
+    adapt, trained = adaptation(model, cfg), []
     inner = adapt.step
-    monkeypatch.setattr(adapt, "step", lambda chunk, rows: (trained.append(chunk.targets.view(-1, 32)[rows].flatten()), inner(chunk, rows)))
+    monkeypatch.setattr(adapt, "step", lambda chunk, rows: (trained.append((chunk.inputs[rows], chunk.targets[rows])), inner(chunk, rows)))
     for chunk in scorer.chunks(model, cfg.eval_stride, cfg.ttt_chunk_tokens):
-        scored.add(chunk.index)
-        assert chunk.last == (chunk.index == 2)
-        if not chunk.last:
-            before = len(trained)
-            adapt(chunk)
-            seen = torch.cat(trained[before:]).view(cfg.ttt_epochs, -1)
-            assert all(torch.equal(row, chunk.targets) for row in seen)
+        trained.clear()
+        adapt(chunk)
+        low, epochs = 256 * chunk.index, cfg.ttt_epochs if chunk.index < 2 else 0
+        for shift, rows in enumerate(zip(*trained)):  # inputs, targets
+            assert torch.equal(torch.cat(rows).flatten(), scorer.tokens[low + shift : low + shift + len(chunk.nll)].repeat(epochs))
+        assert bool(trained) == bool(epochs) and (chunk.weight == 1).all()
+    assert chunk.index == 2
     state = [p.detach().clone() for p in model.parameters()]
     scorer.sliding(model)
     assert all(torch.equal(a, b) for a, b in zip(state, model.parameters()))
@@ -99,7 +104,7 @@ def test_it_learns_a_stream_that_repeats(cfg, log, tmp_path):
         run = dataclasses.replace(cfg, ttt_epochs=epochs, ttt_lr=0.1)
         scorer = scorer_of(run, log)
         scorer.tokens, scorer.bytes = tokens, torch.ones(len(tokens) - 1, dtype=torch.int64)
-        model_losses.append(scorer.sliding(model, t.Adaptation(model, model, run, t.Ranks()) if epochs else None).loss)
+        model_losses.append(scorer.sliding(model, adaptation(model, run) if epochs else None).loss)
     assert model_losses[1] < model_losses[0] - 0.5
 
 
@@ -114,12 +119,12 @@ def test_ranks_together_take_the_gradient_of_one(cfg, rows, world):
         for rank in range(size):
             model = make_model(cfg)
             ranks = t.Ranks(rank, size)
-            adapt = t.Adaptation(model, model, dataclasses.replace(cfg, ttt_grad_clip=0.0), t.Ranks())
+            adapt = adaptation(model, dataclasses.replace(cfg, ttt_grad_clip=0.0))
             object.__setattr__(ranks, "mean_", lambda tensors: None)
             adapt.ranks = ranks
             adapt.optimizer.step = lambda: None
             adapt.optimizer.zero_grad = lambda: None
-            adapt.step(t.ScoredChunk(0, ids.flatten(), targets.flatten(), None, False), torch.arange(rows))
+            adapt.step(t.ScoredChunk(0, 0.0, None, ids, targets, torch.ones(rows)), torch.arange(rows))
             total = total + torch.cat([p.grad.flatten() for p in model.parameters()]) / size
         gradients.append(total)
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
