@@ -134,8 +134,8 @@ class Config:
     muon_wd_mlp: float = knob(-1.0, "the same for the MLP's; -1 is MUON_WD", low=-1)
     embed_wd: float = knob(0.04, "decoupled weight decay of tables")
     adam_wd: float = knob(0.0, "decoupled weight decay of gains, gates and mixes")
-    beta1: float = knob(0.9, "AdamW", high=1)
-    beta2: float = knob(0.95, "AdamW", high=1)
+    beta1: float = knob(0.9, "AdamW", high=0.99999)
+    beta2: float = knob(0.95, "AdamW", high=0.99999)
     adam_eps: float = knob(1e-8, "AdamW")
     grad_clip_norm: float = knob(0.3, "cap on the norm of the averaged gradient; 0 is none")
     averaging: str = knob("ema", "weights that are exported", choices=("ema", "swa", "last"))
@@ -176,9 +176,9 @@ class Config:
     ttt_optimizer: str = knob("sgd", "of test-time training", choices=("sgd", "adamw"))
     ttt_lr: float = knob(0.002, "rate of the first chunk")
     ttt_cosine_floor: float = knob(1.0, "the rate falls over the chunks to this share; 1: constant", high=1)
-    ttt_momentum: float = knob(0.9, "SGD's momentum, AdamW's first beta", high=1)
+    ttt_momentum: float = knob(0.9, "SGD's momentum, AdamW's first beta", high=0.99999)
     ttt_nesterov: bool = knob(False, "SGD looks ahead")
-    ttt_beta2: float = knob(0.999, "AdamW's second beta", high=1)
+    ttt_beta2: float = knob(0.999, "AdamW's second beta", high=0.99999)
     ttt_z_loss: float = knob(0.0, "weight of the squared log-partition in its loss")
     ttt_temperature: float = knob(1.0, "divides the logits that are scored", low=0.1, high=10)
     ttt_batch_seqs: int = knob(32, "sequences (or documents) a step over all ranks", low=1)
@@ -397,7 +397,7 @@ class Ranks:
         padded = torch.cat((stack, stack.new_zeros(-len(stack) % self.world, *stack.shape[1:])))
         share = fn(padded.chunk(self.world)[self.rank]).contiguous()
         whole = share.new_empty(padded.shape)
-        dist.all_gather_into_tensor(whole, share)
+        dist.all_gather(list(whole.chunk(self.world)), share)
         return whole[: len(stack)]
 
     def agree(self, *values: float) -> list[float]:
@@ -1310,7 +1310,7 @@ def decompress(data: bytes, name: str) -> bytes:
         else:
             stream = module.Decompressor()
             body = stream.process(data, output_buffer_limit=most)
-            whole = stream.is_finished()
+            whole = stream.is_finished() and len(body) <= most  # its limit is a rough one
     except getattr(module, COMPRESSORS[name][1]) as error:
         raise ValueError(error) from None
     if not whole:
@@ -1545,12 +1545,14 @@ def calibrate(trainer: Trainer, reserve: float, clock: Clock, log: Log) -> dict[
     """The Hessians that the averaged weights see, collected on the clock, in fewer batches if they turn out slower."""
     count, limit = trainer.cfg.gptq_calibration_batches, trainer.cfg.max_wallclock_seconds or math.inf
     sums: dict[str, Tensor] = {}
-    used = elapsed = 0
+    used, elapsed, slowest = 0, clock.seconds(), reserve / count
     with trainer.average.applied():
-        while used == 0 or used < count and elapsed + reserve / count < limit:
+        while used == 0 or used < count and elapsed + 2 * slowest < limit:
+            before = elapsed
             trainer.add_hessians(sums)
             clock.synchronize()
             used, (elapsed,) = used + 1, trainer.ranks.agree(clock.seconds())
+            slowest = max(slowest, elapsed - before)
     log(f"gptq:collected {len(sums)} Hessians from {used} of {count} batches")
     return {name: trainer.ranks.sum_(total) for name, total in sums.items()}
 

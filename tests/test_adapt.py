@@ -1,0 +1,464 @@
+"""Every kind of test-time training: what it learns, what it may not see, what it leaves alone."""
+
+import dataclasses
+import math
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import train_gpt as t
+
+SMALL = dict(num_layers=2, ve_layers=(1,), xsa_last_n=1, ttt_chunk_tokens=64, ttt_epochs=2, eval_stride=16)
+CFG = dataclasses.replace(t.Config.from_env({"VARIANT": "smoke", "VOCAB_SIZE": "40"}), **SMALL)
+KINDS = {
+    "sgd": dict(ttt_lr=0.02),
+    "nesterov": dict(ttt_lr=0.02, ttt_nesterov=True, ttt_z_loss=1e-3, ttt_min_elements=500),
+    "adamw": dict(ttt_optimizer="adamw", ttt_params=("blocks.1.*", "*.attn_scale", "tok_emb.*"), ttt_cosine_floor=0.1, ttt_temperature=0.9, ttt_lr=0.01),
+    "lora": dict(ttt_lora_rank=4, ttt_optimizer="adamw", ttt_lr=0.02),
+    "document": dict(ttt_scope="document", ttt_lora_rank=4, ttt_optimizer="adamw", ttt_lr=0.02, ttt_beta2=0.95, ttt_chunk_tokens=16,
+                     ttt_grad_clip=0.0, ttt_temperature=1.1),
+}
+STREAMS = [kind for kind in KINDS if kind != "document"]
+FIRSTS = (0, 41, 42, 60, 137, 139)  # where the documents of `text` begin
+
+
+def cfg_of(kind, **changes):
+    return dataclasses.replace(CFG, **KINDS[kind] | changes)
+
+
+def text(length=180, vocab_size=40, firsts=FIRSTS):
+    """Random tokens with documents that begin at `firsts`."""
+    tokens = torch.randint(2, vocab_size, (length,), generator=torch.Generator().manual_seed(0))
+    tokens[[i for i in firsts if i < length]] = t.BOS
+    return tokens
+
+
+def scorer_of(cfg, tokens, ranks=None):
+    """A Scorer of any stream of tokens; its score is (nll, chunk) of all targets. It needs no data."""
+    scorer = t.Scorer.__new__(t.Scorer)
+    scorer.tokens, scorer.bytes = tokens, torch.ones(len(tokens) - 1, dtype=torch.int64)
+    scorer.cfg, scorer.ranks, scorer.log = cfg, ranks or t.Ranks(), SimpleNamespace(active=False)
+    scorer.score = lambda nll, index, begin: (nll, index)
+    return scorer
+
+
+def alone_in(rank, world):
+    """A rank whose sums stay its own."""
+    ranks = t.Ranks(rank, world)
+    object.__setattr__(ranks, "sum_", lambda tensor: tensor)
+    return ranks
+
+
+def adapted(cfg, tokens, model=None, ranks=None):
+    """Losses and chunks of all targets of a pass with test-time training, from the same weights each time."""
+    model, scorer = model or make_model(cfg), scorer_of(cfg, tokens, ranks)
+    if cfg.ttt_scope == "document":
+        return t.document_score(scorer, model, model)
+    return t.adaptive_score(scorer, model, [] if cfg.ttt_lora_rank else t.adapting_parameters(model, cfg), model)
+
+
+def frozen(cfg, tokens):
+    """The same pass over the same windows with a model that never learns."""
+    scorer, model = scorer_of(cfg, tokens), make_model(cfg)
+    score = partial(model, temperature=cfg.ttt_temperature)
+    return scorer.by_document(score, lambda n: lambda chunk: None) if cfg.ttt_scope == "document" else scorer.sliding(score)
+
+
+# ---- it learns
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_learns_a_text_that_repeats(kind):
+    cfg = cfg_of(kind, ttt_lr=0.1 if kind in ("sgd", "nesterov") else 0.02)
+    tokens = torch.tensor([t.BOS, *[20, 21, 22, 23, 24, 25, 26] * 30] if cfg.ttt_scope == "document" else [t.BOS, 20, 21, 22, 23, 24, 25, 26] * 80)
+    losses = []
+    for rate in (0.0, cfg.ttt_lr):
+        model = t.GPT(cfg)
+        model.init_weights(cfg)
+        losses.append(float(adapted(dataclasses.replace(cfg, ttt_lr=rate), tokens, model)[0].mean()))
+    assert losses[0] == pytest.approx(math.log(cfg.vocab_size), abs=0.1) and losses[1] < losses[0] - 0.5
+
+
+def test_a_document_teaches_the_next_one_nothing():
+    """Two documents of the same text: the second one is as new as the first."""
+    tokens = torch.tensor([t.BOS, *[20, 21, 22, 23, 24, 25, 26] * 20] * 2)
+    nll, _ = adapted(cfg_of("document"), tokens)
+    half = len(tokens) // 2
+    np.testing.assert_allclose(nll[: half - 1], nll[half:], atol=1e-4)
+
+
+# ---- without a rate or an epoch it is the pass that does not learn
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("off", [dict(ttt_lr=0.0), dict(ttt_epochs=0)])
+def test_no_rate_and_no_epochs_reproduce_the_frozen_scores_bit_for_bit(kind, off):
+    cfg, tokens = cfg_of(kind), text()
+    (cold, chunks), (plain, same) = adapted(dataclasses.replace(cfg, **off), tokens), frozen(cfg, tokens)
+    assert torch.equal(cold, plain) and torch.equal(chunks, same)
+    assert not torch.equal(adapted(cfg, tokens)[0], plain)
+
+
+@pytest.mark.parametrize("size, window", [(16, 32), (32, 32), (10, 32), (1, 8)])
+def test_documents_alone_score_as_one_document_and_one_position_at_a_time(size, window):
+    cfg, tokens = cfg_of("document", ttt_chunk_tokens=size, eval_seq_len=window, eval_stride=1, ttt_batch_seqs=2), text()
+    model, expected, chunks = make_model(cfg), [], []
+    ends = [*FIRSTS[1:], len(tokens) - 1]
+    for first, end in zip(FIRSTS, ends):
+        for position in range(first, end):
+            chunk = (position - first) // size
+            start = first + max(0, (chunk + 1) * size - window)
+            with torch.no_grad():
+                logits = model.logits(model.hidden(tokens[None, start : position + 1]))[0, -1] / cfg.ttt_temperature
+            expected.append(float(F.cross_entropy(logits.double(), tokens[position + 1])))
+            chunks.append(chunk)
+    nll, index = frozen(cfg, tokens)
+    np.testing.assert_allclose(nll, expected, atol=2e-5)
+    assert index.tolist() == chunks
+
+
+@pytest.mark.parametrize("temperature", [0.5, 0.98, 1.0, 2.0])
+def test_the_temperature_divides_the_logits_that_are_scored(temperature):
+    model, ids = make_model(CFG), text(33)[None]
+    with torch.no_grad():
+        logits = CFG.logit_softcap * torch.tanh(F.linear(model.hidden(ids[:, :-1]), model.tok_emb.weight) / CFG.logit_softcap)
+        expected = F.cross_entropy(logits[0] / temperature, ids[0, 1:], reduction="none")
+        torch.testing.assert_close(model(ids[:, :-1], ids[:, 1:], temperature=temperature)[0], expected, rtol=1e-5, atol=1e-5)
+
+
+# ---- it sees nothing before it is scored
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_first_chunk_has_the_scores_of_the_frozen_model(kind):
+    cfg, tokens = cfg_of(kind), text()
+    (warm, index), (plain, _) = adapted(cfg, tokens), frozen(cfg, tokens)
+    assert torch.equal(warm[index == 0], plain[index == 0])
+    later = warm[index > 0] != plain[index > 0]
+    assert later.double().mean() > 0.9
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_changed_future_changes_no_earlier_score(kind):
+    cfg, tokens = cfg_of(kind), text()
+    base = adapted(cfg, tokens)[0]
+    for position in (3, 64, 65, 90, 128, 129, 179):
+        changed = tokens.clone()
+        changed[position] = 2 + (changed[position] + 7) % (cfg.vocab_size - 2)
+        after = adapted(cfg, changed)[0]
+        assert torch.equal(after[: position - 1], base[: position - 1]) and after[position - 1] != base[position - 1]
+
+
+@pytest.mark.parametrize("kind, position", [*((k, p) for k in STREAMS for p in (65, 128, 140)),
+                                            *(("document", p) for p in (59, 60, 140))])
+def test_the_scores_of_all_tokens_at_a_position_are_one_distribution(kind, position):
+    """It fails if a target, or anything after it, had a part in its own prediction. The stream goes on behind the position."""
+    cfg, total = cfg_of(kind, vocab_size=8, ttt_epochs=1), 0.0
+    tokens = text(150, 8, firsts=(0, 41, 42, 60, 115))
+    for token in range(8):
+        changed = tokens.clone()
+        changed[position] = token
+        total += float(adapted(cfg, changed)[0][position - 1].neg().exp())
+    assert abs(total - 1) < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_trains_on_targets_that_were_scored_and_on_nothing_else(kind, monkeypatch):
+    """At each step: every trained target lies before the first one that is not scored yet, in its document or in the stream."""
+    cfg, events = cfg_of(kind), []
+    tokens = torch.arange(2, 182)  # each token tells its position
+    tokens[list(FIRSTS)] = t.BOS
+    model, ends = make_model(dataclasses.replace(cfg, vocab_size=200)), dict(zip(FIRSTS, [*FIRSTS[1:], 179]))
+    monkeypatch.setattr(t.Adaptation, "step", lambda self, chunk, rows: events.append((chunk.index, chunk.targets[rows], chunk.weight[rows])))
+    adapted(cfg, tokens, model)
+    for index, targets, weight in events:
+        for row in targets[weight > 0]:
+            inside = row[row != t.BOS] - 2
+            first = max(f for f in FIRSTS if f < inside.min()) if cfg.ttt_scope == "document" else 0
+            low = first + index * cfg.ttt_chunk_tokens
+            assert low < inside.min() and inside.max() <= low + cfg.ttt_chunk_tokens and (not cfg.ttt_scope == "document" or inside.max() < ends[first])
+    seen = [index for index, *_ in events]
+    assert seen == [i for i in (range(4) if cfg.ttt_scope == "document" else range(2)) for _ in range(cfg.ttt_epochs)]
+
+
+def test_documents_do_not_depend_on_each_other():
+    cfg, tokens = cfg_of("document", ttt_batch_seqs=3), text()
+    base, ends = adapted(cfg, tokens)[0], [*FIRSTS[1:], 179]
+    for first, end in zip(FIRSTS, ends):
+        changed = tokens.clone()
+        changed[first + 1 : end] = 2 + (changed[first + 1 : end] + 7) % 38
+        other = torch.ones(179, dtype=torch.bool)
+        other[first:end] = False
+        after = adapted(cfg, changed)[0]
+        np.testing.assert_allclose(after[other], base[other], atol=1e-4)
+        assert end - first == 1 or not torch.allclose(after[first:end], base[first:end], atol=1e-2)
+
+
+def test_documents_in_another_order_have_the_same_scores():
+    cfg, tokens = cfg_of("document", ttt_batch_seqs=3), text()
+    ends = [*FIRSTS[1:], 179]
+    order = [4, 2, 0, 5, 1, 3]
+    moved = torch.cat([tokens[FIRSTS[i] : ends[i]] for i in order] + [tokens[:1]])  # each one's last target is a BOS
+    tokens[-1] = t.BOS
+    base, after = adapted(cfg, tokens)[0], adapted(cfg, moved)[0]
+    np.testing.assert_allclose(after, torch.cat([base[FIRSTS[i] : ends[i]] for i in order]), atol=1e-4)
+
+
+def test_a_document_scores_alike_in_any_batch():
+    cfg, tokens = cfg_of("document"), text()
+    one, three, all_ = (adapted(dataclasses.replace(cfg, ttt_batch_seqs=n), tokens)[0] for n in (1, 3, 32))
+    np.testing.assert_allclose(one, three, atol=1e-4)
+    np.testing.assert_allclose(one, all_, atol=1e-4)
+
+
+def plain_linear(weight):
+    linear = torch.nn.Linear(*weight.T.shape, bias=False)
+    linear.weight.data.copy_(weight)
+    return linear
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_document_learns_as_an_adapter_written_by_hand(optimizer):
+    """One document, one adapter, one step a chunk: against autograd on plain matrices added to q, v and the head."""
+    cfg, tokens = cfg_of("document", ttt_optimizer=optimizer, ttt_epochs=1, ttt_lr=0.05, ttt_momentum=0.5), text(70, firsts=(0,))
+    nll, _ = adapted(cfg, tokens)
+    model = make_model(cfg).requires_grad_(False)
+    t.attach_lora(model, 1, cfg)
+    owners = {n: m for n, m in model.named_modules() if getattr(m, "adapter", None) is not None}
+    assert sorted(owners) == ["blocks.0.attn.c_q", "blocks.0.attn.c_v", "blocks.1.attn.c_q", "blocks.1.attn.c_v", "tok_emb"]
+    for m in owners.values():
+        m.adapter = torch.nn.Sequential(plain_linear(m.adapter.down[0]), plain_linear(m.adapter.up[0]))
+    flat = [p for m in owners.values() for p in m.adapter.parameters()]
+    make = partial(torch.optim.AdamW, betas=(0.5, 0.95), weight_decay=0.0) if optimizer == "adamw" else partial(torch.optim.SGD, momentum=0.5)
+    steps, expected = make(flat, lr=0.05), []
+    for low in range(0, 69, 16):
+        start_at, high = max(0, low - 16), min(low + 16, 69)
+        losses = model(tokens[None, start_at:high], tokens[None, low + 1 : high + 1], temperature=cfg.ttt_temperature)[0]
+        expected += losses.tolist()
+        if high < 69:
+            model(tokens[None, start_at:high], tokens[None, low + 1 : high + 1]).mean().backward()
+            steps.step()
+            steps.zero_grad()
+    np.testing.assert_allclose(nll, expected, atol=1e-3)
+
+
+# ---- what moves and what does not
+
+def moved(cfg, tokens=None):
+    """Names of the parameters that a pass changed; adapters apart."""
+    model = make_model(cfg)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    adapted(cfg, text() if tokens is None else tokens, model)
+    return {n for n, p in model.named_parameters() if n in before and not torch.equal(p, before[n])}, before
+
+
+@pytest.mark.parametrize("changes, chosen", [
+    ({}, lambda n: True), (dict(ttt_params=("blocks.1.*",)), lambda n: n.startswith("blocks.1.")),
+    (dict(ttt_freeze_blocks=1), lambda n: not n.startswith("blocks.0.")),
+    (dict(ttt_params=("*.attn_scale", "tok_emb.*")), lambda n: "attn_scale" in n or n == "tok_emb.weight"),
+    (dict(ttt_params=("*.q_gain",), ttt_freeze_blocks=1), lambda n: n == "blocks.1.attn.q_gain"),
+])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_patterns_choose_what_moves(changes, chosen, optimizer):
+    names, before = moved(dataclasses.replace(CFG, ttt_optimizer=optimizer, ttt_lr=0.01, **changes))
+    assert names == {n for n in before if chosen(n)} and names
+
+
+@pytest.mark.parametrize("least", [1, 2, 33, 1000, 1024])
+def test_small_parameters_stay(least):
+    names, before = moved(dataclasses.replace(CFG, ttt_min_elements=least))
+    assert names == {n for n, p in before.items() if p.numel() >= least} and names
+    names, _ = moved(dataclasses.replace(CFG, ttt_min_elements=least, ttt_params=("blocks.*",)))
+    assert names == {n for n, p in before.items() if p.numel() >= least and n.startswith("blocks.")}
+
+
+@pytest.mark.parametrize("kind", ["lora", "document"])
+def test_adapters_leave_the_weights_bit_for_bit(kind):
+    assert moved(cfg_of(kind))[0] == set()
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_adapters_begin_as_terms_of_zero(rows):
+    model, ids = make_model(CFG), text(132).view(4, 33)
+    plain = model(ids[:, :-1], ids[:, 1:])
+    params = t.attach_lora(model, rows, dataclasses.replace(CFG, ttt_lora_rank=3))
+    assert torch.equal(model(ids[:, :-1], ids[:, 1:]), plain)
+    down, up = params[::2], params[1::2]
+    assert len(down) == 2 * CFG.num_layers + 1 and not any(p.any() for p in up)
+    for a, b in zip(down, up):
+        assert a.shape[:2] == (rows, 3) and b.shape[::2] == (rows, 3) and a.abs().max() <= a.size(2) ** -0.5 and a.std() > 0.4 * a.size(2) ** -0.5
+    again = t.attach_lora(model, rows, dataclasses.replace(CFG, ttt_lora_rank=3))
+    assert all(torch.equal(p, q) and p is not q for p, q in zip(params, again))
+
+
+def test_each_row_has_an_adapter_of_its_own():
+    model, ids = make_model(CFG), text(132).view(4, 33)
+    inputs, targets = ids[:, :-1], ids[:, 1:]
+    plain, params = model(inputs, targets), t.attach_lora(model, 4, dataclasses.replace(CFG, ttt_lora_rank=3))
+    with torch.no_grad():
+        for p in params:
+            p[2] += 0.3
+    after = model(inputs, targets)
+    assert torch.equal(after[[0, 1, 3]], plain[[0, 1, 3]]) and not torch.allclose(after[2], plain[2])
+
+
+@pytest.mark.parametrize("z", [1e-5, 0.1])
+def test_the_z_loss_is_the_squared_log_partition(z):
+    model, ids = make_model(CFG), text(33)[None]
+    inputs, targets = ids[:, :-1], ids[:, 1:]
+    with torch.no_grad():
+        log_partition = model.logits(model.hidden(inputs)).double().exp().sum(-1).log()
+        torch.testing.assert_close(model(inputs, targets, z_loss=z), (model(inputs, targets) + z * log_partition**2).float(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_z_loss_is_learned_from_but_not_scored():
+    tokens = text()
+    plain, with_z = (adapted(cfg_of("sgd", ttt_z_loss=z), tokens)[0] for z in (0.0, 0.1))
+    assert torch.equal(plain[:64], with_z[:64]) and not torch.allclose(plain[64:], with_z[64:], atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", STREAMS)
+@pytest.mark.parametrize("floor", [0.0, 0.1, 0.6, 1.0])
+def test_the_rate_falls_as_a_cosine_to_its_floor(kind, floor):
+    cfg, rates = cfg_of(kind, ttt_cosine_floor=floor), []
+    tokens, model = text(6 * 64 + 10), make_model(cfg)
+    params = t.attach_lora(model, 1, cfg) if cfg.ttt_lora_rank else t.adapting_parameters(model, cfg)
+    adaptation = t.Adaptation(params, model, cfg, t.Ranks())
+    adaptation.step = lambda chunk, rows: rates.append(adaptation.optimizer.param_groups[0]["lr"])
+    scorer_of(cfg, tokens).sliding(model, adaptation)
+    expected = [cfg.ttt_lr * max(floor, (1 + math.cos(math.pi * i / 6)) / 2) for i in range(6) for _ in range(cfg.ttt_epochs)]
+    assert rates == pytest.approx(expected, abs=1e-9)
+    assert floor < 1 or set(rates) == {cfg.ttt_lr}
+
+
+def test_a_stream_of_one_chunk_is_only_scored():
+    for kind in KINDS:
+        cfg = cfg_of(kind)
+        tokens = text(17, firsts=(0,))
+        assert torch.equal(adapted(cfg, tokens)[0], frozen(cfg, tokens)[0])
+
+
+def test_nesterov_looks_ahead_and_adamw_has_its_betas():
+    kinds = {kind: t.Adaptation(list(make_model(CFG).parameters()), None, cfg_of(kind), t.Ranks()).optimizer for kind in KINDS}
+    assert [kinds[k].defaults.get("nesterov") for k in ("sgd", "nesterov")] == [False, True]
+    assert kinds["sgd"].defaults["momentum"] == CFG.ttt_momentum and kinds["sgd"].defaults["dampening"] == 0
+    assert kinds["adamw"].defaults["betas"] == (0.9, 0.999) and kinds["document"].defaults["betas"] == (0.9, 0.95)
+    assert {o.defaults["weight_decay"] for o in kinds.values()} == {0.0}
+
+
+# ---- several ranks
+
+def first_loss(ids, targets):
+    """A stand-in for a model: the loss of a target is the token itself."""
+    return targets.float()
+
+
+@settings(max_examples=80, deadline=None)
+@given(length=st.integers(2, 90), marks=st.sets(st.integers(0, 89)), size=st.sampled_from([1, 5, 8]), batch=st.integers(1, 5), world=st.integers(1, 3))
+def test_ranks_share_the_documents_and_score_each_target_once(length, marks, size, batch, world):
+    cfg = cfg_of("document", ttt_chunk_tokens=size, eval_seq_len=8, eval_stride=8, ttt_batch_seqs=batch)
+    tokens = torch.arange(2, length + 2)
+    tokens[sorted(m for m in marks if m < length)] = t.BOS
+    scored, total, chunks = torch.zeros(length - 1), 0, 0
+    firsts = [i for i in range(length - 1) if i == 0 or tokens[i] == t.BOS]
+    for rank in range(world):
+        scorer = scorer_of(cfg, tokens, alone_in(rank, world))
+        mine = scorer.ranks.share(scorer.documents())
+        assert scorer.documents() == list(zip(firsts, [*firsts[1:], length - 1]))
+        inner = scorer.document_chunks
+
+        def counted(forward, documents, inner=inner, mine=mine):
+            assert 0 < len(documents) <= batch and set(documents) <= set(mine)
+            for chunk, positions in inner(forward, documents):
+                assert chunk.nll.shape == positions.shape and chunk.nll.dtype == torch.float64
+                scored[positions] += 1
+                yield chunk, positions
+
+        scorer.document_chunks = counted
+        nll, index = scorer.by_document(first_loss, lambda n: lambda chunk: None)
+        total, chunks = total + nll, chunks + index
+    assert (scored == 1).all() and torch.equal(total, tokens[1:].double())
+    assert chunks.tolist() == [(i - max(f for f in firsts if f <= i)) // size for i in range(length - 1)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(length=st.integers(2, 90), marks=st.sets(st.integers(0, 89)), size=st.sampled_from([1, 5, 8]))
+def test_what_is_learned_was_scored_in_the_same_document(length, marks, size):
+    cfg = cfg_of("document", ttt_chunk_tokens=size, eval_seq_len=8, eval_stride=8, ttt_batch_seqs=3)
+    tokens = torch.arange(2, length + 2)
+    tokens[sorted(m for m in marks if m < length)] = t.BOS
+    scorer = scorer_of(cfg, tokens)
+    documents = sorted(scorer.documents(), key=lambda d: d[1] - d[0])
+    for i in range(0, len(documents), 3):
+        done = set()
+        for chunk, positions in scorer.document_chunks(first_loss, documents[i : i + 3]):
+            done |= set((positions + 1).tolist())
+            assert len(chunk.inputs) in (0, len(documents[i : i + 3])) and len(chunk.weight) == len(chunk.inputs) == len(chunk.targets)
+            for (first, end), row, targets, weight in zip(documents[i : i + 3], chunk.inputs, chunk.targets, chunk.weight):
+                high = first + (chunk.index + 1) * size
+                assert float(weight) == (len(chunk.inputs) if high < end else 0)
+                if weight:
+                    assert torch.equal(targets, tokens[high - size + 1 : high + 1]) and set(range(high - size + 1, high + 1)) <= done
+                    assert torch.equal(row, tokens[max(first, high - 8) : high])
+
+
+@pytest.mark.parametrize("world", [2, 3, 7])
+def test_ranks_that_adapt_to_documents_have_the_scores_of_one(world):
+    cfg, tokens = cfg_of("document", ttt_batch_seqs=2), text()
+    whole, index = adapted(cfg, tokens)
+    parts = [adapted(cfg, tokens, ranks=alone_in(rank, world)) for rank in range(world)]
+    np.testing.assert_allclose(sum(nll for nll, _ in parts), whole, atol=1e-4)
+    assert torch.equal(sum(chunk for _, chunk in parts), index)
+
+
+# ---- settings that cannot work
+
+DOCUMENT = dict(TTT_SCOPE="document", TTT_LORA_RANK="4", TTT_GRAD_CLIP="0", TTT_CHUNK_TOKENS="16")
+
+
+@pytest.mark.parametrize("given, words", [
+    (DOCUMENT | dict(TTT_LORA_RANK="0"), "TTT_LORA_RANK=0"), (DOCUMENT | dict(TTT_GRAD_CLIP="1"), "TTT_GRAD_CLIP=1.0"),
+    (DOCUMENT | dict(TTT_CHUNK_TOKENS="33"), "TTT_CHUNK_TOKENS=33"),
+    (dict(TTT_SCOPE="page"), "TTT_SCOPE=page"), (dict(TTT_CHUNK_TOKENS="33"), "TTT_CHUNK_TOKENS=33"),
+    (dict(TTT_LORA_RANK="4", TTT_PARAMS="*.q_gain"), "TTT_PARAMS=.*q_gain"), (dict(TTT_LORA_RANK="4", TTT_FREEZE_BLOCKS="1"), "TTT_FREEZE_BLOCKS=1"),
+    (dict(TTT_NESTEROV="1", TTT_MOMENTUM="0"), "TTT_MOMENTUM=0"), (dict(TTT_NESTEROV="1", TTT_OPTIMIZER="adamw"), "TTT_OPTIMIZER=adamw"),
+    (dict(TTT_OPTIMIZER="adam"), "TTT_OPTIMIZER=adam"), (dict(TTT_TEMPERATURE="0"), "TTT_TEMPERATURE=0"),
+    (dict(TTT_OPTIMIZER="adamw", TTT_MOMENTUM="1"), "TTT_MOMENTUM=1"), (dict(TTT_OPTIMIZER="adamw", TTT_BETA2="1"), "TTT_BETA2=1"),
+])
+def test_bad_settings_are_named(given, words):
+    assert t.Config.from_env({"VARIANT": "smoke", **DOCUMENT}).ttt_scope == "document"
+    with pytest.raises(t.InputError, match=words):
+        t.Config.from_env({"VARIANT": "smoke", **given})
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(ttt_params=("blocks.1.*", "blocks.7.*")), "TTT_PARAMS=blocks.7.[*] fits no parameter"), (dict(ttt_params=()), "leave nothing to adapt"),
+    (dict(ttt_min_elements=10**9), "leave nothing to adapt"), (dict(ttt_params=("*.q_gain",), ttt_min_elements=10**5), "leave nothing to adapt"),
+    (dict(ttt_freeze_blocks=2, ttt_params=("blocks.*",)), "leave nothing to adapt")])
+def test_settings_that_leave_nothing_to_adapt_are_named(changes, words):
+    with pytest.raises(t.InputError, match=words):
+        adapted(dataclasses.replace(CFG, **changes), text())
+
+
+def test_they_are_named_before_training(tmp_path):
+    with pytest.raises(t.InputError, match="TTT_PARAMS=blocks.99.[*] fits no parameter"):
+        t.main([], {"TTT_PARAMS": "blocks.99.*", "OUTPUT_DIR": str(tmp_path), "DATA_PATH": "/none"})
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_published_kinds_are_settings_that_work():
+    for variant in ("pr150", "pr455", "pr490", "pr1812"):
+        cfg = t.Config.from_env({"VARIANT": variant})
+        with torch.device("meta"):
+            model = t.GPT(cfg)
+        chosen = {n for p in t.adapting_parameters(model, cfg) for n, q in model.named_parameters() if p is q}
+        assert ("blocks.0.mlp.fc.weight" in chosen) == (variant == "pr1812") and "blocks.9.mlp.fc.weight" in chosen
+        if variant == "pr490":
+            assert {n.split(".")[1] for n in chosen if n.startswith("blocks.") and "scale" not in n} == {"9", "10"} and "tok_emb.weight" in chosen
+        if variant == "pr1812":
+            roles = t.parameter_roles(model)
+            assert {roles[n] for n in chosen} == {"matrix", "table"} and len(chosen) == 67

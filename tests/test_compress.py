@@ -1,0 +1,216 @@
+"""The artifact's compressors: exact both ways, honest about what is missing, unharmed by files that lie."""
+
+import dataclasses
+import hashlib
+import json
+import lzma
+import math
+import sys
+
+import brotli
+import numpy as np
+import pytest
+import torch
+import zstandard
+from conftest import make_model, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import train_gpt as t
+
+NAMES = ("zstd", "lzma", "brotli")
+CFG = t.Config.from_env({"VARIANT": "smoke", "TOKENIZER_PATH": __file__, "ZSTD_LEVEL": "3"})  # pack only hashes that file
+PACKERS = dict(zstd=lambda body: zstandard.ZstdCompressor(level=1).compress(body), lzma=lambda body: lzma.compress(body, preset=0),
+               brotli=lambda body: brotli.compress(body, quality=1))
+ON_WIRE = {torch.int8: "int8", torch.float16: "float16", torch.float32: "float32"}
+
+
+def sealed(data, name):
+    """A file whose checksum is right, around any compressed data."""
+    packed = name.encode().ljust(8) + data
+    return t.ARTIFACT_MAGIC + t.ARTIFACT_FORMAT.to_bytes(4, "little") + hashlib.sha256(packed).digest() + packed
+
+
+def body_of(tensors, raw):
+    header = json.dumps({"tensors": tensors}).encode()
+    return len(header).to_bytes(4, "little") + header + raw
+
+
+def zeros_of(size):
+    """A body of `size` bytes that holds one tensor of zeros."""
+    start = len(body_of([["a", "int8", [size - 99]]], b""))
+    return body_of([["a", "int8", [size - start]]], b"").ljust(size, b"\0")
+
+
+def unpacked_body(blob):
+    return t.decompress(blob[48:], blob[40:48].decode().rstrip())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_tensors_come_back_bit_for_bit(name, data):
+    draw = np.random.default_rng(data.draw(st.integers(0, 999), "seed"))
+    shapes = st.lists(st.integers(0, 6), max_size=3)
+    tensors = {}
+    for i, (dtype, shape) in enumerate(data.draw(st.lists(st.tuples(st.sampled_from(sorted(ON_WIRE.values())), shapes), max_size=6), "tensors")):
+        raw = draw.integers(0, 256, math.prod(shape) * np.dtype(dtype).itemsize, dtype=np.uint8)  # NaN, infinities and subnormals too
+        tensors[f"t{i}.codes"] = torch.from_numpy(np.frombuffer(raw.tobytes(), dtype).reshape(shape).copy())
+    looped = data.draw(st.booleans(), "looped")
+    blob = t.pack(tensors, looped, dataclasses.replace(CFG, compressor=name))
+    header, back = t.unpack(blob)
+    assert back.keys() == tensors.keys() and header["looped"] is looped and blob[40:48] == name.encode().ljust(8)
+    for key, tensor in tensors.items():
+        assert back[key].dtype == tensor.dtype and back[key].shape == tensor.shape
+        assert back[key].numpy().tobytes() == tensor.numpy().tobytes()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_packing_is_deterministic_and_small(name):
+    codes, cfg = (3 * torch.randn(64, 64, generator=torch.Generator().manual_seed(0))).round().to(torch.int8), dataclasses.replace(CFG, compressor=name)
+    blob = t.pack({"a.codes": codes}, False, cfg)
+    assert blob == t.pack({"a.codes": codes.clone()}, False, cfg) and len(blob) < 4096
+
+
+def test_low_bytes_come_before_high_bytes():
+    half, full, codes = torch.randn(3, 5).half(), torch.randn(7), torch.arange(-3, 3).to(torch.int8)
+    blob = t.pack({"half": half, "full": full, "codes": codes}, True, CFG)
+    body = unpacked_body(blob)
+    start = 4 + int.from_bytes(body[:4], "little")
+    header = json.loads(body[4:start])
+    assert header["tensors"] == [["codes", "int8", [6]], ["half", "float16", [3, 5]], ["full", "float32", [7]]]
+    wire = half.numpy().tobytes(), full.numpy().tobytes()
+    planes = codes.numpy().tobytes() + b"".join(raw[i::width] for raw, width in zip(wire, (2, 4)) for i in range(width))
+    assert body[start:] == planes
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_written_by_hand_is_read(name):
+    array = np.array([[1.5, -2.0], [0.25, 3.0]], "<f2")
+    raw = array.tobytes()
+    header, tensors = t.unpack(sealed(PACKERS[name](body_of([["a", "float16", [2, 2]]], raw[::2] + raw[1::2])), name))
+    assert torch.equal(tensors["a"], torch.from_numpy(array)) and header["tensors"][0][0] == "a"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_cut_is_told_even_if_the_checksum_is_right(name):
+    data = t.pack({"a.codes": torch.arange(-60, 60).to(torch.int8)}, False, dataclasses.replace(CFG, compressor=name))[48:]
+    for kept in {0, 1, 5, len(data) // 2, len(data) - 1, *range(0, len(data), 97)}:
+        with pytest.raises(t.InputError):
+            t.unpack(sealed(data[:kept], name))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=60, deadline=None)
+@given(at=st.integers(0, 10**6), bit=st.integers(0, 7), sign=st.booleans())
+def test_damage_is_an_input_error_or_nothing_but_other_values(name, at, bit, sign):
+    """A checksum that was made anew hides the damage; whatever then unpacks has the names and shapes of its own header."""
+    blob = bytearray(t.pack({"a.codes": torch.arange(-60, 60).to(torch.int8)}, False, dataclasses.replace(CFG, compressor=name)))
+    blob[48 + at % (len(blob) - 48)] ^= 1 << bit
+    try:
+        header, tensors = t.unpack(sealed(bytes(blob[48:]), name) if sign else bytes(blob))
+    except t.InputError:
+        return
+    assert sign and [[n, ON_WIRE[w.dtype], list(w.shape)] for n, w in tensors.items()] == header["tensors"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(name=st.sampled_from(NAMES), data=st.binary(max_size=200), packed=st.booleans())
+def test_noise_is_an_input_error(name, data, packed):
+    with pytest.raises(t.InputError):
+        t.unpack(sealed(PACKERS[name](data) if packed else data, name))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("size", [2**20 + 1, 2**20 + 20_000, 2**20 + 2**17, 50_000_000])
+def test_a_bomb_is_refused(name, size, monkeypatch):
+    monkeypatch.setattr(t, "ARTIFACT_MOST_UNPACKED", 2**20)
+    body = zeros_of(size)
+    bomb = sealed(PACKERS[name](body), name)
+    assert len(bomb) < 4096 + size / 1000
+    with pytest.raises(t.InputError):
+        t.unpack(bomb)
+    monkeypatch.setattr(t, "ARTIFACT_MOST_UNPACKED", 2**27)
+    assert t.unpack(bomb)[1]["a"].numel() > 0.99 * size  # nothing else is wrong with it
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_of_the_largest_size_is_read(name, monkeypatch):
+    monkeypatch.setattr(t, "ARTIFACT_MOST_UNPACKED", 2**20)
+    assert t.unpack(sealed(PACKERS[name](zeros_of(2**20)), name))[1]["a"].numel() > 2**19
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_small_limit_refuses_what_the_run_itself_writes(name, monkeypatch):
+    blob = t.pack({"a": torch.zeros(200_000)}, False, dataclasses.replace(CFG, compressor=name))
+    assert t.unpack(blob)[1]["a"].numel() == 200_000 and len(blob) < 10_000
+    monkeypatch.setattr(t, "ARTIFACT_MOST_UNPACKED", 10_000)
+    with pytest.raises(t.InputError):
+        t.unpack(blob)
+
+
+def test_a_zstd_frame_that_hides_its_size_is_refused():
+    body = body_of([], b"")
+    with pytest.raises(t.InputError):
+        t.unpack(sealed(zstandard.ZstdCompressor(write_content_size=False).compress(body), "zstd"))
+
+
+@pytest.mark.parametrize("tensors, raw", [([], b"x"), ([["a", "int8", [3]]], b"1234"), ([["a", "int8", [3]]], b"12"), ([["a", "float16", [3]]], b"12345")])
+def test_bytes_too_many_or_too_few_for_the_header_are_refused(tensors, raw):
+    with pytest.raises(t.InputError):
+        t.unpack(sealed(PACKERS["brotli"](body_of(tensors, raw)), "brotli"))
+
+
+@pytest.mark.parametrize("name", ["zlib", "", "pickle", "ZSTD", "zstd\0", "os", "\u00e9"])
+def test_an_unknown_compressor_in_the_file_is_refused(name):
+    data = PACKERS["zstd"](body_of([], b""))
+    assert t.unpack(sealed(data, "zstd"))[1] == {}
+    packed = name.encode("latin-1").ljust(8) + data
+    with pytest.raises(t.InputError):
+        t.unpack(t.ARTIFACT_MAGIC + t.ARTIFACT_FORMAT.to_bytes(4, "little") + hashlib.sha256(packed).digest() + packed)
+
+
+@pytest.mark.parametrize("name, package", [("brotli", "brotli"), ("zstd", "zstandard"), ("lzma", "lzma")])
+def test_a_missing_package_is_named(name, package, monkeypatch):
+    cfg = dataclasses.replace(CFG, compressor=name)
+    blob = t.pack({"a": torch.zeros(3)}, False, cfg)
+    monkeypatch.setitem(sys.modules, package, None)
+    for act in (lambda: t.compressor_module(name), lambda: t.pack({"a": torch.zeros(3)}, False, cfg), lambda: t.unpack(blob)):
+        with pytest.raises(t.InputError, match=f"COMPRESSOR={name} needs the package {package}"):
+            act()
+
+
+def test_a_run_without_its_compressor_refuses_before_it_trains(env, tmp_path):
+    (tmp_path / "gone").mkdir()
+    (tmp_path / "gone" / "brotli.py").write_text("raise ImportError\n")
+    done = run(env | {"COMPRESSOR": "brotli", "PYTHONPATH": str(tmp_path / "gone")}, check=False)
+    assert done.returncode == 1 and done.stderr.strip() == "train_gpt.py: " + "COMPRESSOR=brotli needs the package brotli; pip install -r requirements.txt"
+    assert not done.stdout and not list(tmp_path.glob("*.ptz")) and not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize("looped", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_whether_the_loops_run_travels_with_the_weights(cfg, env, log, name, looped):
+    cfg = dataclasses.replace(cfg, compressor=name, zstd_level=3, num_loops=2, loop_start=1, loop_end=2)
+    model = make_model(cfg)
+    tensors = t.quantize({n: p.detach() for n, p in model.named_parameters()}, t.grids(model, cfg), cfg)
+    t.save_artifact(tensors, looped, cfg, t.Ranks(), log)
+    paths = {k: v for k, v in env.items() if k in ("DATA_PATH", "TOKENIZER_PATH")}
+    loaded, weights, found = t.load_artifact(cfg.artifact_path, paths)
+    assert found is looped and loaded.num_loops == 2 and loaded.group("model", "evaluation") == cfg.group("model", "evaluation")
+    expected = t.dequantize(tensors)
+    assert weights.keys() == expected.keys() and all(torch.equal(w, expected[n]) for n, w in weights.items())
+
+
+@pytest.mark.parametrize("word", [1, "yes", None, [True]])
+def test_only_the_word_true_switches_the_loops_on(env, tmp_path, word):
+    cfg = t.Config.from_env(env)
+    blob = t.pack({}, True, dataclasses.replace(cfg, zstd_level=3))
+    body = unpacked_body(blob)
+    start = 4 + int.from_bytes(body[:4], "little")
+    header = json.loads(body[4:start])
+    path = tmp_path / "x.ptz"
+    for looped, expected in ((True, True), (word, False)):
+        text = json.dumps(header | {"looped": looped}).encode()
+        path.write_bytes(sealed(PACKERS["zstd"](len(text).to_bytes(4, "little") + text), "zstd"))
+        assert t.load_artifact(path, env)[2] is expected

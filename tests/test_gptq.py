@@ -1,0 +1,348 @@
+"""GPTQ, the clip by standard deviations, pruning, and the Hessians that training leaves behind."""
+
+import dataclasses
+import itertools
+import math
+import re
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_model, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import train_gpt as t
+
+CFG = t.Config.from_env({"VARIANT": "smoke"})
+EVEN = t.Grid(4, 8.0)  # a step so coarse that the rounding matters, wide enough to clip nothing
+
+
+def gaussian(rows, cols, seed=0):
+    return torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed))
+
+
+def hessian_of(cols, correlation=0.8, seed=1):
+    """Second moment of inputs whose neighbours are correlated and whose scales differ."""
+    at = torch.arange(cols)
+    covariance = correlation ** (at[:, None] - at).abs().float()
+    x = gaussian(4 * cols, cols, seed) @ torch.linalg.cholesky(covariance).T * torch.linspace(0.5, 2, cols)
+    return x.T @ x
+
+
+def gptq_by_hand(w, steps, top, hessian, damping):
+    """arXiv:2210.17323 without any of its speed-ups: OBQ's inverse, from which each quantized column is eliminated, in float64."""
+    w, h = w.double().numpy().copy(), hessian.double().numpy().copy()
+    h[np.diag_indices_from(h)] += damping * np.diag(h).mean()
+    inverse, codes, left = np.linalg.inv(h), np.zeros_like(w), list(range(len(h)))
+    for j in sorted(left, key=lambda i: -h[i, i]):
+        codes[:, j] = np.clip(np.round(w[:, j] / steps), -top, top)
+        error = (w[:, j] - codes[:, j] * steps) / inverse[j, j]
+        w -= np.outer(error, inverse[j])
+        inverse = inverse - np.outer(inverse[:, j], inverse[j]) / inverse[j, j]
+    return codes
+
+
+def output_error(w, codes, steps, hessian):
+    off = (t.dequantize_rows(codes, steps) - w).double()
+    return float((off @ hessian.double() * off).sum())
+
+
+@pytest.mark.parametrize("block", [1, 5, 16, 48, 1000])
+@pytest.mark.parametrize("grid", [EVEN, t.Grid(6, 12.85), t.Grid(3, 2.0), t.Grid(6, 0.0)])
+def test_the_codes_are_those_of_the_elimination_of_one_column_at_a_time(block, grid):
+    w, hessian, cfg = gaussian(40, 48), hessian_of(48), dataclasses.replace(CFG, gptq_block=block, gptq_damping=0.02)
+    codes, steps = t.quantize_rows(w, grid, cfg, hessian)
+    expected = gptq_by_hand(w, steps.double().numpy(), grid.top, hessian, 0.02)
+    assert codes.dtype == torch.int8 and steps.dtype == torch.float16
+    assert (codes.numpy() != expected).mean() < 1e-3
+    assert (codes != t.quantize_rows(w, grid, cfg)[0]).float().mean() > 0.05
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=st.integers(2, 9), cols=st.integers(2, 40), block=st.integers(1, 50), bits=st.integers(2, 8), seed=st.integers(0, 99))
+def test_the_size_of_a_block_changes_nothing(rows, cols, block, bits, seed):
+    w, hessian = gaussian(rows, cols, seed), hessian_of(cols, seed=seed + 1)
+    (codes, steps), (whole, same) = (t.quantize_rows(w, t.Grid(bits, 4.0), dataclasses.replace(CFG, gptq_block=n), hessian) for n in (block, cols))
+    assert torch.equal(steps, same) and (codes != whole).float().mean() < 0.01
+
+
+def test_it_beats_rounding_by_far_where_inputs_are_correlated():
+    w, hessian = gaussian(64, 96), hessian_of(96, 0.85)
+    rounded, gptq = (output_error(w, *t.quantize_rows(w, EVEN, CFG, h), hessian) for h in (None, hessian))
+    assert rounded / gptq > 2
+
+
+def test_it_rounds_to_the_nearest_where_inputs_are_independent():
+    w = gaussian(64, 96)
+    for scale in (1.0, 1e-6, 1e6):
+        assert torch.equal(t.quantize_rows(w, EVEN, CFG, scale * torch.eye(96))[0], t.quantize_rows(w, EVEN, CFG)[0])
+
+
+@pytest.mark.parametrize("dead", [[3], [0, 47], [*range(1, 48)], [*range(48)]])
+def test_a_column_that_no_input_reaches_is_coded_as_zero(dead):
+    w, hessian = gaussian(8, 48), hessian_of(48)
+    hessian[dead], hessian[:, dead] = 0.0, 0.0
+    codes, steps = t.quantize_rows(w, EVEN, CFG, hessian)
+    alive = [j for j in range(48) if j not in dead]
+    assert not codes[:, dead].any() and steps.isfinite().all() and (not alive or codes[:, alive].any())
+    assert torch.equal(steps, t.quantize_rows(w, EVEN, CFG)[1])
+    if 1 < len(alive):  # the others are coded as if the dead ones were not there; the damping is a share of the mean of all
+        cfg = dataclasses.replace(CFG, gptq_damping=CFG.gptq_damping * len(alive) / 48)
+        alone = t.gptq(w[:, alive], steps.float(), EVEN.top, hessian[alive][:, alive], cfg)
+        assert (codes[:, alive] != alone).float().mean() < 1e-2
+
+
+def test_a_singular_hessian_is_damped():
+    x = gaussian(3, 48)
+    codes, _ = t.quantize_rows(gaussian(8, 48), EVEN, CFG, x.T @ x)
+    assert codes.abs().max() <= EVEN.top and codes.any()
+
+
+def test_inputs_stay_as_they_were():
+    w, hessian = gaussian(8, 48), hessian_of(48)
+    before = w.clone(), hessian.clone()
+    t.quantize_rows(w, EVEN, CFG, hessian)
+    assert torch.equal(w, before[0]) and torch.equal(hessian, before[1])
+
+
+def test_it_says_nothing_on_the_terminal():
+    """torch warns once in a process about some deprecated calls; a run must not show that, nor break when they go."""
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            t.quantize_rows(gaussian(8, 48), EVEN, CFG, hessian_of(48))
+    finally:
+        torch.set_warn_always(False)
+
+
+@pytest.mark.parametrize("bits, sigmas", [(6, 12.85), (8, 20.0), (4, 3.0)])
+def test_steps_are_a_number_of_standard_deviations(bits, sigmas):
+    w = gaussian(12, 30) * torch.linspace(0.01, 3, 12)[:, None] + 0.2
+    _, steps = t.quantize_rows(w, t.Grid(bits, sigmas), dataclasses.replace(CFG, step_floor=1.0, clip_shares=(0.1,)))
+    expected = sigmas * w.double().numpy().std(1, ddof=1) / (2 ** (bits - 1) - 1)
+    np.testing.assert_allclose(steps.double(), expected, rtol=6e-4)
+    assert torch.equal(steps, t.quantize_rows(w, t.Grid(bits, sigmas), CFG, hessian_of(30))[1])
+
+
+def test_a_row_of_one_value_has_finite_codes():
+    codes, steps = t.quantize_rows(torch.stack([torch.zeros(16), torch.full((16,), 0.5)]), t.Grid(6, 12.85), CFG)
+    assert (steps > 0).all() and not codes[0].any() and (codes[1] == 31).all()
+
+
+@pytest.mark.parametrize("grid, bits", [(t.Grid(6, 12.85), 3.38), (t.Grid(8, 20.0), 4.74)])
+@pytest.mark.parametrize("compressor, slack", [("brotli", 1.02), ("zstd", 1.02), ("lzma", 1.06)])
+def test_sigmas_set_the_size_of_the_file(grid, bits, compressor, slack):
+    codes, _ = t.quantize_rows(gaussian(256, 512), grid, CFG)
+    packed = 8 * len(t.compress(codes.numpy().tobytes(), compressor, 22)) / codes.numel()
+    counts = np.unique(codes.numpy(), return_counts=True)[1] / codes.numel()
+    entropy = -(counts * np.log2(counts)).sum()
+    assert packed == pytest.approx(bits, rel=0.05) and entropy < packed < slack * entropy + 0.02
+
+
+@settings(max_examples=30, deadline=None)
+@given(bits=st.integers(2, 8), floor=st.sampled_from([0.0, 1.0]), seed=st.integers(0, 99))
+def test_without_sigmas_the_clips_are_searched(bits, floor, seed):
+    cfg, w, top = dataclasses.replace(CFG, step_floor=floor), gaussian(6, 24, seed), 2 ** (bits - 1) - 1
+    tried = torch.stack([(w.abs().amax(1) * (s / top)).clamp_min(max(floor / top, 1e-7)).half().float() for s in cfg.clip_shares])
+    errors = torch.stack([((w / s[:, None]).round().clamp(-top, top) * s[:, None] - w).square().sum(1) for s in tried])
+    steps = t.row_steps(w, t.Grid(bits, 0.0), cfg)
+    assert torch.equal(steps, tried.gather(0, errors.argmin(0)[None])[0])
+    codes, same = t.quantize_rows(w, t.Grid(bits, 0.0), cfg)
+    assert torch.equal(same.float(), steps) and torch.equal(codes.float(), (w / steps[:, None]).round().clamp(-top, top))
+
+
+@pytest.mark.parametrize("share", [0.01, 0.02, 0.25, 0.5, 0.99])
+def test_pruning_zeroes_exactly_the_smallest_share(share):
+    w = gaussian(30, 40)
+    pruned, count = t.prune(w, share), int(share * 1200)
+    smallest = set(w.abs().flatten().argsort()[:count].tolist())
+    assert set((pruned.flatten() == 0).nonzero().flatten().tolist()) == smallest
+    assert torch.equal(pruned[pruned != 0], w[pruned != 0]) and w.all()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.0001])
+def test_pruning_less_than_one_entry_leaves_all(share):
+    w = torch.cat([gaussian(30, 40), torch.tensor([[-0.0] * 40])])
+    assert t.prune(w, share).numpy().tobytes() == w.numpy().tobytes()
+
+
+@pytest.fixture
+def gptq_cfg(cfg):
+    return dataclasses.replace(cfg, quantizer="gptq", gptq_calibration_batches=3, warmup_steps=0, val_loss_every=0)
+
+
+def batches_of(cfg):
+    return t.Batches(t.TokenStream(t.find_shards(cfg, "train"), cfg.vocab_size), cfg, t.Ranks())
+
+
+def trainer_of(cfg):
+    return t.Trainer(make_model(cfg), batches_of(cfg), cfg, t.Ranks())
+
+
+def hessians_by_hand(model, batches, first, count, looped=False):
+    """x x^T of one Linear's inputs, caught by a hook, and of the states that the head reads; row by row in float64."""
+    linear, seen, heads, reached = model.blocks[1].mlp.proj, [], [], model.tok_emb.project
+    hook = linear.register_forward_hook(lambda module, args, output: seen.append(args[0].detach()))
+    model.tok_emb.project = lambda x: heads.append(x.detach()) or reached(x)
+    for step in range(first, first + count):
+        for ids, targets in zip(*batches.load(step)):
+            model(ids, targets, looped)
+    hook.remove()
+    del model.tok_emb.project
+    return [sum(np.einsum("ri,rj->ij", x, x) for x in torch.cat(xs).flatten(0, 1).double().numpy()[:, None]) for xs in (seen, heads)]
+
+
+def hessians_of(trainer, batches):
+    sums = {}
+    for _ in range(batches):
+        trainer.add_hessians(sums)
+    return sums
+
+
+@pytest.mark.parametrize("loops", [0, 2])
+def test_hessians_sum_over_the_batches_that_follow(gptq_cfg, loops):
+    cfg = dataclasses.replace(gptq_cfg, num_loops=loops, loop_start=1, loop_end=2)
+    trainer = trainer_of(cfg)
+    trainer.looped = loops > 0
+    next(trainer.batches)
+    sums = hessians_of(trainer, 3)
+    assert trainer.batches.step == 4 and not any(m._forward_pre_hooks for m in trainer.model.modules())
+    matrices = {n for n, role in t.parameter_roles(trainer.model).items() if role == "matrix" and n.startswith("blocks.")}
+    assert sums.keys() == matrices | {"tok_emb.weight"}
+    assert all(sums[n].shape == (trainer.model.get_parameter(n).size(1),) * 2 for n in sums)
+    linear, head = hessians_by_hand(trainer.model, batches_of(cfg), 1, 3, trainer.looped)
+    np.testing.assert_allclose(sums["blocks.1.mlp.proj.weight"], linear, rtol=1e-4, atol=1e-4 * linear.max())
+    np.testing.assert_allclose(sums["tok_emb.weight"], head, rtol=1e-4, atol=1e-4 * head.max())
+    assert head.trace() == pytest.approx(3 * cfg.train_batch_tokens * cfg.model_dim, rel=1e-3)  # each state has a mean square of 1
+
+
+def test_the_share_of_each_rank_adds_up_to_the_hessians_of_one(gptq_cfg):
+    whole, parts = hessians_of(trainer_of(gptq_cfg), 2), []
+    for rank in range(2):
+        trainer = trainer_of(gptq_cfg)
+        trainer.batches = t.Batches(trainer.batches.stream, gptq_cfg, t.Ranks(rank, 2))
+        parts.append(hessians_of(trainer, 2))
+    for name, total in whole.items():
+        torch.testing.assert_close(parts[0][name] + parts[1][name], total, rtol=1e-3, atol=1e-4 * float(total.max()))
+
+
+def test_training_leaves_the_hessians_of_the_averaged_weights(gptq_cfg, log):
+    cfg = dataclasses.replace(gptq_cfg, iterations=4)
+    trainer = trainer_of(cfg)
+    trainer.batches.seek(0)
+    sums = t.train(trainer, None, log)
+    raw = {n: p.clone() for n, p in trainer.model.state_dict().items()}
+    averaged = t.GPT(cfg)
+    averaged.load_state_dict(trainer.average.values)
+    head = hessians_by_hand(averaged, batches_of(cfg), 4, 3)[1]
+    np.testing.assert_allclose(sums["tok_emb.weight"], head, rtol=1e-4, atol=1e-4 * head.max())
+    assert not torch.equal(raw["tok_emb.weight"], trainer.average.values["tok_emb.weight"]) and trainer.batches.step == 7
+    assert t.train(trainer_of(dataclasses.replace(cfg, quantizer="rtn")), None, log) == {}
+
+
+def test_warm_up_sets_time_aside_and_leaves_no_trace(gptq_cfg, log):
+    trainer = trainer_of(dataclasses.replace(gptq_cfg, warmup_steps=2))
+    before = {n: p.clone() for n, p in trainer.model.state_dict().items()}
+    first, (seconds, reserve) = trainer.batches.load(0), trainer.warm_up(log)
+    assert seconds > 0 and reserve > 0 and not (trainer.looped or trainer.qat)
+    assert all(torch.equal(p, before[n]) for n, p in trainer.model.state_dict().items())
+    assert all(torch.equal(a, b) for a, b in zip(next(trainer.batches), first))
+    assert trainer_of(dataclasses.replace(gptq_cfg, quantizer="rtn")).warm_up(log)[1] == 0
+
+
+def test_calibration_happens_inside_the_budget(env):
+    limits = dict(QUANTIZER="gptq", MAX_WALLCLOCK_SECONDS="6", ITERATIONS="100000", GPTQ_CALIBRATION_BATCHES="64", VAL_LOSS_EVERY="0", TTT_EPOCHS="0")
+    done = run(env | limits)
+    lines = done.stdout.splitlines()
+    reserved = next(float(re.search(r"[\d.]+", line)[0]) for line in lines if line.startswith("gptq:reserving"))
+    order = [next(i for i, line in enumerate(lines) if line.startswith(key)) for key in ("gptq:reserving", "stopping_early", "gptq:coll", "training ended")]
+    assert order == sorted(order) and "Hessians" in lines[order[2]]
+    stopped, ended = (int(re.search(r"train_time:(\d+)ms", lines[i])[1]) for i in (order[1], order[3]))
+    assert reserved > 0 and stopped < 6000 - 1000 * reserved and stopped < ended < 6000
+
+
+def test_a_reserve_that_leaves_no_time_to_train_is_refused():
+    cfg = dataclasses.replace(CFG, max_wallclock_seconds=6.0)
+    assert t.less_time(cfg, 2.5) == dataclasses.replace(cfg, max_wallclock_seconds=3.5) and t.less_time(cfg, 0.0) == cfg
+    for reserve in (6.0, 7.0):
+        with pytest.raises(t.InputError, match="MAX_WALLCLOCK_SECONDS=6.0 leaves no time.*GPTQ_CALIBRATION_BATCHES"):
+            t.less_time(cfg, reserve)
+    endless = dataclasses.replace(cfg, max_wallclock_seconds=0.0)
+    assert t.less_time(endless, 7.0) is endless
+
+
+def weights_of(model):
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def test_names_with_a_hessian_get_gptq_and_no_others():
+    model, cfg = make_model(CFG), dataclasses.replace(CFG, gptq_block=8)
+    weights, grid_of = weights_of(model), t.grids(model, cfg)
+    chosen = ["blocks.0.mlp.fc.weight", "blocks.3.attn.c_v.weight", "tok_emb.weight"]
+    hessians = {n: hessian_of(weights[n].size(1)) for n in chosen}
+    plain, coded = t.quantize(weights, grid_of, cfg), t.quantize(weights, grid_of, cfg, hessians)
+    assert plain.keys() == coded.keys()
+    assert {n for n in plain if not torch.equal(plain[n], coded[n])} == {f"{n}.codes" for n in chosen}
+    for name in chosen:
+        codes = t.gptq(weights[name], plain[f"{name}.steps"].float(), grid_of[name].top, hessians[name], cfg)
+        assert torch.equal(coded[f"{name}.codes"], codes.to(torch.int8))
+
+
+def test_only_matrices_of_the_blocks_are_pruned():
+    model = make_model(CFG)
+    weights, cfg = weights_of(model), dataclasses.replace(CFG, prune_share=0.3)
+    pruned, whole = (t.quantize(weights, t.grids(model, c), c) for c in (cfg, CFG))
+    matrices = {n for n in weights if n.startswith("blocks.") and f"{n}.codes" in whole}
+    for name in matrices:
+        assert not pruned[f"{name}.codes"][t.prune(weights[name], 0.3) == 0].any()
+        assert not torch.equal(pruned[f"{name}.codes"], whole[f"{name}.codes"])
+    assert all(torch.equal(pruned[n], w) for n, w in whole.items() if n.rpartition(".")[0] not in matrices) and len(matrices) == 6 * CFG.num_layers
+
+
+def widths(model, cfg):
+    """bits of each tensor of the artifact, by its codes: the highest that occurs bounds it from below, the top from above."""
+    tensors, result = t.quantize(weights_of(model), t.grids(model, cfg), cfg), {}
+    for name, tensor in tensors.items():
+        if name.endswith(".codes"):
+            result[name.removesuffix(".codes")] = 1 + math.ceil(math.log2(int(tensor.abs().max()) + 1))
+        elif not name.endswith(".steps"):
+            assert tensor.dtype == torch.float16
+            result[name] = 16
+    return result
+
+
+@pytest.mark.parametrize("embed, table, tokens, others", [(8, 0, 8, 8), (16, 0, 16, 16), (16, 6, 16, 6), (8, 16, 8, 16), (6, 8, 6, 8)])
+def test_which_tensors_are_wide(embed, table, tokens, others):
+    cfg = dataclasses.replace(CFG, embed_bits=embed, table_bits=table, matrix_bits=6, step_floor=0.0)
+    model = make_model(cfg)
+    bits, kinds = widths(model, cfg), {name: role for name, role in t.parameter_roles(model).items()}
+    assert bits.keys() == kinds.keys() and bits.pop("tok_emb.weight") == tokens
+    assert [bits.pop(f"{n}.embed.weight") for n in ("bigram", "value_embed")] == [others] * 2
+    assert {b for n, b in bits.items() if kinds[n] == "matrix" and n.startswith("blocks.")} == {6}
+    assert {b for n, b in bits.items() if kinds[n] != "matrix" or not n.startswith("blocks.")} == {16}
+
+
+def test_sigmas_of_matrices_and_of_tables_are_separate():
+    model = make_model(CFG)
+    for matrix, table in itertools.product((0.0, 12.85), (0.0, 20.0)):
+        grid_of = t.grids(model, dataclasses.replace(CFG, matrix_clip_sigmas=matrix, embed_clip_sigmas=table))
+        assert {g.sigmas for n, g in grid_of.items() if n.startswith("blocks.") and g.bits < 16} == {matrix}
+        assert {grid_of[f"{n}.weight"].sigmas for n in ("tok_emb", "bigram.embed", "value_embed.embed")} == {table}
+
+
+def test_a_model_coded_by_gptq_predicts_the_training_set_better_than_one_rounded(gptq_cfg):
+    cfg = dataclasses.replace(gptq_cfg, matrix_bits=3, embed_bits=4, gptq_calibration_batches=8)
+    trainer = trainer_of(cfg)
+    weights, grid_of, hessians = weights_of(trainer.model), t.grids(trainer.model, cfg), hessians_of(trainer, 8)
+    ids = batches_of(cfg).load(0)[0].flatten(0, 1)
+    with torch.no_grad():
+        exact, off = trainer.model.hidden(ids), []
+        for found in ({}, hessians):
+            model = t.GPT(cfg)
+            model.load_state_dict(t.dequantize(t.quantize(weights, grid_of, cfg, found)))
+            off.append(float(F.mse_loss(model.hidden(ids), exact)))
+    assert off[1] < off[0]
