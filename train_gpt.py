@@ -26,9 +26,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import Field, dataclass, field, fields, replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_type_hints
 
@@ -1123,7 +1124,19 @@ def average_weight(step: int, scale: float, averaged: int, cfg: Config) -> float
     return 1 - cfg.ema_decay if cfg.averaging == "ema" else 1.0
 
 # ----------------------------------------
-# Averaging: EMA and SWA are one recurrence, in fp32.
+# Averaging: EMA and SWA are one recurrence, in fp32. Its weights are tried on and taken off.
+
+@contextmanager
+def swapped(params: list[Tensor], values: list[Tensor]) -> Iterator[None]:
+    """Inside, the parameters hold `values`; afterwards what they held before."""
+    before = [p.detach().clone() for p in params]
+    try:
+        with torch.no_grad():
+            torch._foreach_copy_(params, values)
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(params, before)
 
 class Average:
     """average += weight * (model - average); `count` says how many times the weights went in."""
@@ -1138,14 +1151,9 @@ class Average:
             torch._foreach_lerp_(list(self.values.values()), [p.float() for p in self.source.values()], weight)
             self.count += 1
 
-    @contextmanager
-    @torch.no_grad()
-    def applied(self) -> Iterator[None]:
+    def applied(self) -> AbstractContextManager[None]:
         """Inside, the model has the averaged weights."""
-        raw = [p.detach().clone() for p in self.source.values()]
-        torch._foreach_copy_(list(self.source.values()), list(self.values.values()))
-        yield
-        torch._foreach_copy_(list(self.source.values()), raw)
+        return swapped(list(self.source.values()), list(self.values.values()))
 
 # ----------------------------------------
 # Quantization: weights -> integer codes and a step a row. Late QAT and the export share one function, hence one grid.
@@ -1215,32 +1223,27 @@ def dequantize_rows(codes: Tensor, steps: Tensor) -> Tensor:
 
 def grids(model: nn.Module, cfg: Config) -> dict[str, Grid]:
     """The grid of every parameter by name; gains and the small projections of hash and value tables stay fp16."""
-    exact, matrix = Grid(16, 0.0), Grid(cfg.matrix_bits, cfg.matrix_clip_sigmas)
-    tokens, others = (Grid(bits, cfg.embed_clip_sigmas) for bits in (cfg.embed_bits, cfg.table_bits or cfg.embed_bits))
-    kinds = dict(matrix=lambda name: matrix if name.startswith("blocks.") else exact, scalar=lambda name: exact,
-                 table=lambda name: tokens if name.startswith("tok_emb.") else others)
-    return {name: kinds[role](name) for name, role in parameter_roles(model).items()}
+    def grid(name: str, role: str) -> Grid:
+        if role == "matrix" and name.startswith("blocks."):
+            return Grid(cfg.matrix_bits, cfg.matrix_clip_sigmas)
+        bits = cfg.embed_bits if name.startswith("tok_emb.") else cfg.table_bits or cfg.embed_bits
+        return Grid(bits, cfg.embed_clip_sigmas) if role == "table" else Grid(16, 0.0)
 
-@contextmanager
-def on_export_grid(model: GPT, cfg: Config) -> Iterator[None]:
+    return {name: grid(name, role) for name, role in parameter_roles(model).items()}
+
+@torch.no_grad()
+def on_export_grid(model: GPT, cfg: Config) -> AbstractContextManager[None]:
     """Inside, the blocks' matrices stand on their export grid; gradients pass straight through (arXiv:1308.3432).
 
     The graph is the one of plain training: switching this on compiles nothing, and no compiler can fold it away.
     """
-    grid_of = grids(model, cfg)
-    names = [name for name, _ in model.blocks.named_parameters(prefix="blocks") if grid_of[name].bits < 16]
-    matrices = [model.get_parameter(name) for name in names]
-    exact = [p.detach().clone() for p in matrices]
-    try:
-        with torch.no_grad():
-            for cols in {p.size(1) for p in matrices}:  # rows are rounded one by one: all of one length go together
-                alike = [p for p in matrices if p.size(1) == cols]
-                rounded = dequantize_rows(*quantize_rows(torch.cat(alike), grid_of[names[0]], cfg))
-                torch._foreach_copy_(alike, rounded.split([len(p) for p in alike]))
-        yield
-    finally:
-        with torch.no_grad():
-            torch._foreach_copy_(matrices, exact)
+    grid, rounded = Grid(cfg.matrix_bits, cfg.matrix_clip_sigmas), []
+    matrices = sorted((m.weight for m in model.blocks.modules() if type(m) is Linear), key=lambda w: w.size(1))
+    for _, alike in groupby(matrices, key=lambda w: w.size(1)):  # rows are rounded one by one, so many go together
+        together = list(alike)
+        values = dequantize_rows(*quantize_rows(torch.cat(together), grid, cfg))
+        rounded += values.split([len(w) for w in together])
+    return swapped(matrices, rounded)
 
 def prune(w: Tensor, share: float) -> Tensor:
     """`w` with the `share` of its entries that are smallest in magnitude set to 0."""

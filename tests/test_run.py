@@ -119,7 +119,7 @@ def test_ctrl_c_keeps_the_average(env, tmp_path):
     process = subprocess.Popen([sys.executable, str(ROOT / "train_gpt.py")], env=os.environ | settings, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True)
     log = tmp_path / "logs" / "test.txt"
-    for _ in range(600):
+    for _ in range(1800):
         if log.is_file() and "step:10/" in log.read_text():
             break
         time.sleep(0.1)
