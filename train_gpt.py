@@ -351,7 +351,9 @@ def usage() -> str:
     for group, members in option_groups():
         defaults = as_env({f.name: f.default for f in members})
         lines += ["", f"{group}:"]
-        lines += [f"  {f'{f.name.upper()}={defaults[f.name.upper()]}':56s} {f.metadata['help']}" for f in members]
+        for f in members:
+            choices = f" ({' | '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
+            lines.append(f"  {f.name.upper() + '=' + defaults[f.name.upper()]:56s} {f.metadata['help']}{choices}")
     return "\n".join(lines)
 
 def as_env(values: Mapping[str, Any]) -> dict[str, str]:
