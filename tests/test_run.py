@@ -116,8 +116,9 @@ def test_what_all_ranks_find_too_late_keeps_the_average(env, tmp_path, processes
 
 def test_ctrl_c_keeps_the_average(env, tmp_path):
     settings = env | {"ITERATIONS": "100000", "MAX_WALLCLOCK_SECONDS": "0", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "VAL_LOSS_EVERY": "0"}
+    # a job in the background of a shell, as CI may be, inherits an ignored Ctrl-C
     process = subprocess.Popen([sys.executable, str(ROOT / "train_gpt.py")], env=os.environ | settings, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
+                               stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     log = tmp_path / "logs" / "test.txt"
     for _ in range(1800):
         if log.is_file() and "step:10/" in log.read_text():
