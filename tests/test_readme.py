@@ -56,7 +56,7 @@ def test_the_submission_is_what_its_log_says():
 
 
 def test_every_score_in_the_readme_is_in_a_log():
-    logs = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "logs").glob("*.txt"))
+    logs = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "logs").rglob("*.txt"))
     known = {f"{float(x):.4f}" for x in re.findall(r"val_bpb:([\d.]+)", logs)}
     ours = "\n".join(line for line in README.splitlines() if not line.startswith("| `pr") and line not in measured_table())
     scores = re.findall(r"\b[12]\.\d{4}\b", ours)
