@@ -320,6 +320,19 @@ def test_bf16_activations_stay_close_to_fp32(dataset, variant):
     assert half.hidden(ids_of(cfg), looped).dtype == torch.bfloat16
 
 
+def test_a_run_compiles_nothing_after_its_warm_up(cfg, log, monkeypatch):
+    """Late QAT, the loops and the hooks of GPTQ come on in the middle of the budget; every graph is there by then. Backend eager."""
+    torch._dynamo.reset()
+    counter, after_warm_up = torch._dynamo.testing.CompileCounter(), []
+    monkeypatch.setattr(t.Ranks, "compile", lambda _, fn: torch.compile(fn, dynamic=False, fullgraph=True, backend=counter))
+    trainer = trainer_of(dataclasses.replace(cfg, **PR1812 | LOOPS, quantizer="gptq", gptq_calibration_batches=2, iterations=6, warmdown_iters=3,
+                                             late_qat_threshold=0.5, enable_looping_at=0.4))
+    warm_up = trainer.warm_up
+    monkeypatch.setattr(trainer, "warm_up", lambda log: (warm_up(log), after_warm_up.append(counter.frame_count))[0])
+    t.train(trainer, None, log)
+    assert trainer.looped and trainer.qat and after_warm_up == [counter.frame_count] and counter.frame_count >= 2
+
+
 @pytest.mark.parametrize("options", [PR150, PR490, PR1127, PR1812 | LOOPS], ids=["pr150", "pr490", "pr1127", "pr1812"])
 def test_there_is_one_graph_before_the_loops_and_one_with_them(cfg, options):
     """What CUDA compiles has no graph break and is not compiled again when a run goes back and forth. Backend eager."""
