@@ -270,7 +270,7 @@ def run_rules(c: Config) -> dict[str, bool]:
         "TTT_SCOPE of document needs TTT_GRAD_CLIP of 0: it would bind documents":
             not document or c.ttt_grad_clip == 0,
         "TTT_NESTEROV needs TTT_OPTIMIZER of sgd and TTT_MOMENTUM":
-            not c.ttt_nesterov or "sgd" == c.ttt_optimizer and c.ttt_momentum > 0,
+            not c.ttt_nesterov or c.ttt_optimizer == "sgd" and c.ttt_momentum > 0,
     }
 
 def option_groups() -> list[tuple[str, list[Field]]]:
@@ -594,8 +594,8 @@ class TokenStream:
 class RowOrder:
     """Where each training row starts in the stream: one after the other, or in a new random order every epoch.
 
-    Shuffled, each shard is cut into rows from a random offset on, and all rows of all shards are permuted (PR #1493,
-    whose draw of a shard in proportion to its remaining rows is the same distribution).
+    Shuffled, each shard is cut into rows from a random offset on, and all rows of all shards are permuted. PR #1493
+    draws a shard in proportion to its remaining rows, which permutes the rows that one process owns in this way.
     """
     def __init__(self, stream: TokenStream, cfg: Config):
         sizes = np.array([len(s) for s in stream.shards])
@@ -1631,7 +1631,7 @@ class Score(NamedTuple):
         return f"val_loss:{self.loss:.4f} val_bpb:{self.bpb:.4f} eval_time:{1000 * self.seconds:.0f}ms"
 
 class Scorer:
-    """Scores the validation stream from left to right in chunks; each chunk is final before it leaves."""
+    """Scores the validation stream, or each of its documents, from left to right; a chunk is final before it leaves."""
     def __init__(self, cfg: Config, ranks: Ranks, log: Log):
         stream = np.concatenate([check_tokens(read_shard(p), cfg.vocab_size, p) for p in find_shards(cfg, "val")])
         if len(stream) < 2:
@@ -1796,9 +1796,11 @@ class Adaptation:
     """
     def __init__(self, params: list[Tensor], forward: Callable, cfg: Config, ranks: Ranks):
         self.params, self.forward, self.cfg, self.ranks = params, forward, cfg, ranks
-        adam, betas = cfg.ttt_optimizer == "adamw", (cfg.ttt_momentum, cfg.ttt_beta2)
-        self.optimizer = torch.optim.AdamW(params, cfg.ttt_lr, betas, weight_decay=0.0) if adam else torch.optim.SGD(
-            params, cfg.ttt_lr, cfg.ttt_momentum, nesterov=cfg.ttt_nesterov)
+        if cfg.ttt_optimizer == "adamw":
+            betas = cfg.ttt_momentum, cfg.ttt_beta2
+            self.optimizer = torch.optim.AdamW(params, cfg.ttt_lr, betas, weight_decay=0.0)
+        else:
+            self.optimizer = torch.optim.SGD(params, cfg.ttt_lr, cfg.ttt_momentum, nesterov=cfg.ttt_nesterov)
 
     def __call__(self, chunk: ScoredChunk) -> None:
         wave = 0.5 + 0.5 * math.cos(math.pi * chunk.progress)
@@ -1914,7 +1916,7 @@ def main(argv: list[str], env: Mapping[str, str]) -> None:
         return print(describe(cfg))
     if argv:
         raise InputError(f"unknown argument {argv[0]}; options are environment variables (--help lists them)")
-    if cfg.ttt_epochs:
+    if cfg.ttt_epochs and not cfg.eval_only:  # an artifact brings its own model, and is checked before it is scored
         with torch.device("meta"):  # better an error now than after training
             adapting_parameters(GPT(cfg), cfg)
     with launch(env) as ranks:
