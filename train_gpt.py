@@ -155,11 +155,14 @@ class Config:
     matrix_clip_sigmas: float = knob(0.0, "clip of matrices in standard deviations of a row; 0: CLIP_SHARES")
     embed_clip_sigmas: float = knob(0.0, "the same for tables")
     quantizer: str = knob("rtn", "round to nearest, or GPTQ", choices=("rtn", "gptq"))
+    mean_step: float = knob(0.0, "geometric mean of steps chosen by what an error costs; 0: each row's own, as above")
+    step_power: float = knob(0.75, "how far those follow the cost: 0 all alike, 1 to equal costs", high=1)
     gptq_calibration_batches: int = knob(8, "training batches whose inputs GPTQ measures, on the clock", low=1)
     gptq_damping: float = knob(0.01, "added to the Hessian's diagonal, as a share of its mean", low=1e-6)
     gptq_block: int = knob(128, "columns that GPTQ rounds between two updates of the rest", low=1)
     prune_share: float = knob(0.0, "share of each matrix, the smallest weights, set to 0", high=0.99)
-    compressor: str = knob("zstd", "of the artifact", choices=("zstd", "lzma", "brotli"))
+    fit: bool = knob(True, "scale all steps by one factor, so that code + model fill MAX_ARTIFACT_BYTES")
+    compressor: str = knob("zstd", "of the artifact; rans codes by scale", choices=("zstd", "lzma", "brotli", "rans"))
     zstd_level: int = knob(22, "zstd effort", low=1, high=22)
 
     eval_seq_len: int = knob(0, "tokens a scoring window; 0 is TRAIN_SEQ_LEN", high=2**20, group="evaluation")
@@ -269,6 +272,7 @@ def run_rules(c: Config) -> dict[str, bool]:
             not c.ttt_lora_rank or (c.ttt_params, c.ttt_freeze_blocks, c.ttt_min_elements) == (("*",), 0, 0),
         "TTT_SCOPE of document needs TTT_GRAD_CLIP of 0: it would bind documents":
             not document or c.ttt_grad_clip == 0,
+        "MEAN_STEP needs QUANTIZER of gptq": not c.mean_step or c.quantizer == "gptq",
         "TTT_NESTEROV needs TTT_OPTIMIZER of sgd and TTT_MOMENTUM":
             not c.ttt_nesterov or c.ttt_optimizer == "sgd" and c.ttt_momentum > 0,
     }
@@ -313,20 +317,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
         embed_clip_sigmas=20.0, gptq_block=32, gptq_calibration_batches=64, compressor="brotli", ttt_epochs=4,
         ttt_chunk_tokens=65_536, ttt_lr=0.005, ttt_nesterov=True, ttt_z_loss=1e-5, ttt_min_elements=10_000,
         ttt_cosine_floor=0.0),
+    "frontier": dict(
+        quantizer="gptq", mean_step=0.1, matrix_bits=8, compressor="rans", late_qat_threshold=0.0),
     "demo": dict(
         data_path="./data/datasets/demo_sp1024", tokenizer_path="./data/tokenizers/demo_1024_bpe.model",
         num_layers=6, model_dim=128, num_heads=4, num_kv_heads=2, ve_layers=(4, 5), ve_dim=64, bigram_dim=64,
         train_seq_len=256, train_batch_tokens=2048, micro_batch_tokens=2048, warmup_steps=1, max_wallclock_seconds=120,
         warmdown_iters=0, warmdown_frac=0.5, matrix_lr=0.03, scalar_lr=0.02, tied_embed_lr=0.03, muon_momentum=0.95,
         muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=100, ema_decay=0.97, train_log_every=20,
-        step_floor=0.0, eval_stride=128, ttt_epochs=1, ttt_chunk_tokens=4096, ttt_lr=0.01),
+        step_floor=0.0, fit=False, eval_stride=128, ttt_epochs=1, ttt_chunk_tokens=4096, ttt_lr=0.01),
     "smoke": dict(
         data_path="./data/datasets/smoke", tokenizer_path="./data/tokenizers/smoke.model", dtype="fp32",
         num_layers=4, model_dim=32, num_heads=4, num_kv_heads=2, rope_dims=4, xsa_last_n=2, ve_layers=(2, 3),
         bigram_vocab_size=64, bigram_dim=8, ve_dim=8, train_seq_len=32, train_batch_tokens=256, micro_batch_tokens=128,
         iterations=20, max_wallclock_seconds=60, warmup_steps=1, warmdown_iters=10, muon_momentum_warmup_steps=10,
-        ema_decay=0.8, train_log_every=5, val_loss_every=10, step_floor=0.0, eval_stride=8, ttt_chunk_tokens=256,
-        ttt_lr=0.02),
+        ema_decay=0.8, train_log_every=5, val_loss_every=10, step_floor=0.0, fit=False, eval_stride=8,
+        ttt_chunk_tokens=256, ttt_lr=0.02),
 }
 
 def parse(kind: Any, name: str, text: str) -> Any:
@@ -746,15 +752,15 @@ def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
     return (grouped - (grouped * direction).sum(-1, keepdim=True) * direction).flatten(2, 3)
 
 class Linear(nn.Module):
-    """y = x W^T without bias; the fp32 weight is cast to the dtype of x. An `adapter` adds its own term to y."""
+    """y = x W^T without bias; the fp32 weight is cast to the dtype of x. An `adapter` makes adapter(x, y) of it."""
     def __init__(self, fan_in: int, fan_out: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(fan_out, fan_in))
-        self.adapter: nn.Module | None = None
+        self.adapter: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight.to(x.dtype))
-        return y if self.adapter is None else y + self.adapter(x)
+        return y if self.adapter is None else self.adapter(x, y)
 
 class Table(Linear):
     """An embedding table, fp32 (rows, dim); `project` is the tied head, a Linear of the same weight."""
@@ -1188,40 +1194,151 @@ def row_steps(w: Tensor, grid: Grid, cfg: Config) -> Tensor:
         steps, least = torch.where(error < least, step, steps), torch.minimum(error, least)
     return steps
 
-def gptq(w: Tensor, steps: Tensor, top: int, hessian: Tensor, cfg: Config) -> Tensor:
-    """Codes (R, C) that keep the outputs w x for inputs x of second moment `hessian` (C, C) (arXiv:2210.17323).
+class Observer:
+    """Rides on a Linear or a Table and sums over tokens what tells the cost of an error in its weight (R, C): x x^T of
+    its inputs, the squares of its outputs' gradients, and their mean square for each row that an id looked up.
+    """
+    def __init__(self, module: Linear):
+        rows, cols = module.weight.shape
+        self.inputs, self.outputs, self.lookups, self.count = (
+            module.weight.new_zeros(shape) for shape in ((cols, cols), rows, rows, ()))
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        flat = x.detach().flatten(0, -2).float()
+        self.inputs += flat.T @ flat
+        self.count += len(flat)
+        if y.requires_grad:
+            y.register_hook(self.add_gradient)
+        return y
+
+    def add_gradient(self, gradient: Tensor) -> None:
+        self.outputs += gradient.flatten(0, -2).float().square().sum(0)
+
+    def look_up(self, module: nn.Module, args: tuple[Tensor], y: Tensor) -> None:
+        """A forward hook: counts an id's row, if it was ids that came in."""
+        if y.requires_grad and not args[0].is_floating_point():
+            y.register_hook(partial(self.add_lookup, args[0].flatten()))
+
+    def add_lookup(self, ids: Tensor, gradient: Tensor) -> None:
+        self.lookups.index_add_(0, ids, gradient.flatten(0, -2).float().square().mean(-1))
+
+class Curvature(NamedTuple):
+    """An error e (R, C) in a weight costs about the sum over rows r of rows[r] * e[r] @ inputs @ e[r]."""
+
+    inputs: Tensor  # (C, C), mean of x x^T; the identity for a table that is only looked up
+    rows: Tensor  # (R,), sum of squared gradients; 0 where none flowed
+
+def curvature(seen: Observer, ranks: Ranks) -> Curvature:
+    """What the observers of all ranks saw of one weight: Fisher's matrix as a Kronecker product (arXiv:1503.05671)."""
+    inputs, outputs, lookups, count = map(ranks.sum_, (seen.inputs, seen.outputs, seen.lookups, seen.count))
+    mean = inputs / count if count else torch.eye(len(inputs), device=inputs.device)
+    return Curvature(mean, outputs + lookups / mean.diagonal().mean().clamp_min(1e-30))
+
+class Factor(NamedTuple):
+    """A damped Hessian, ready for GPTQ."""
+
+    order: Tensor  # (C,) columns by falling diagonal
+    upper: Tensor  # (C, C) Cholesky factor of the inverse, in that order
+    dead: Tensor  # (C,) whether no input ever reached the column
+
+def factorize(hessian: Tensor, cfg: Config, columns: Tensor | float = 1.0) -> Factor:
+    """The factor of a Hessian (C, C) whose columns and rows are scaled by `columns` after it was damped."""
+    h = hessian.double()
+    dead = h.diagonal() == 0
+    h = h + torch.diag(cfg.gptq_damping * h.diagonal().mean().clamp_min(1e-30).expand(len(h)))
+    h = h * (scale := torch.as_tensor(columns, dtype=h.dtype, device=h.device).expand(len(h))) * scale[:, None]
+    order = h.diagonal().argsort(descending=True)
+    h = h[order][:, order]
+    try:
+        upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    except torch.linalg.LinAlgError:
+        raise Unusable("GPTQ met a Hessian that cannot be inverted; raise GPTQ_DAMPING, or QUANTIZER=rtn") from None
+    return Factor(order, upper, dead)
+
+def gptq(w: Tensor, steps: Tensor, top: int, factor: Factor, cfg: Config) -> Tensor:
+    """Codes (R, C) that keep the outputs w x for inputs x of the factor's second moment (arXiv:2210.17323).
 
     Columns are rounded by falling diagonal; the error of each is made up for by those that follow.
     """
-    h, w = hessian.double(), w.double()
-    dead = h.diagonal() == 0
-    h = h + torch.diag(dead + cfg.gptq_damping * h.diagonal().mean().clamp_min(1e-30))
-    order = h.diagonal().argsort(descending=True)
-    w, h = w.masked_fill(dead, 0.0)[:, order], h[order][:, order]
-    try:
-        factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
-    except torch.linalg.LinAlgError:
-        raise Unusable("GPTQ met a Hessian that cannot be inverted; raise GPTQ_DAMPING, or QUANTIZER=rtn") from None
-    codes = torch.zeros_like(w)
-    for left in range(0, len(h), cfg.gptq_block):
-        right = min(left + cfg.gptq_block, len(h))
-        errors = torch.zeros_like(w[:, left:right])
-        for j in range(left, right):
-            codes[:, j] = nearest(w[:, j] / steps, top)
-            errors[:, j - left] = (w[:, j] - codes[:, j] * steps) / factor[j, j]
-            w[:, j:right] -= torch.outer(errors[:, j - left], factor[j, j:right])
-        w[:, right:] -= errors @ factor[left:right, right:]
-    return codes[:, order.argsort()]
+    order, upper = factor.order, factor.upper
+    left, steps = w.double().masked_fill(factor.dead, 0.0)[:, order].T.contiguous(), steps.double()  # (C, R)
+    codes = torch.zeros_like(left)
+    for begin in range(0, len(upper), cfg.gptq_block):
+        end = min(begin + cfg.gptq_block, len(upper))
+        errors = torch.zeros_like(left[begin:end])
+        for j in range(begin, end):
+            codes[j] = nearest(left[j] / steps, top)
+            errors[j - begin] = (left[j] - codes[j] * steps) / upper[j, j]
+            left[j:end].addr_(upper[j, j:end], errors[j - begin], alpha=-1)
+        left[end:] -= upper[begin:end, end:].T @ errors
+    return codes[order.argsort()].T
 
-def quantize_rows(w: Tensor, grid: Grid, cfg: Config, hessian: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Codes int8 (R, C) and steps fp16 (R,), such that codes * steps[:, None] is close to w (R, C)."""
-    steps = row_steps(w, grid, cfg)
-    codes = nearest(w / steps[:, None], grid.top) if hessian is None else gptq(w, steps, grid.top, hessian, cfg)
-    return codes.to(torch.int8), steps.half()
+class Plan(NamedTuple):
+    """How a weight is coded: codes within +-top, times steps[:, None], times `columns`; by GPTQ with a factor."""
 
-def dequantize_rows(codes: Tensor, steps: Tensor) -> Tensor:
-    """fp32 weights (R, C) of codes int8 (R, C) and steps fp16 (R,)."""
-    return codes.float() * steps.float()[:, None]
+    weight: Tensor  # (R, C)
+    steps: Tensor  # (R,)
+    top: int
+    factor: Factor | None = None
+    columns: Tensor | None = None  # (C,), exact in fp16
+
+def row_plan(w: Tensor, grid: Grid, cfg: Config, hessian: Tensor | None = None) -> Plan:
+    """Steps from each row's own weights."""
+    return Plan(w, row_steps(w, grid, cfg), grid.top, None if hessian is None else factorize(hessian, cfg))
+
+def loss_plan(w: Tensor, cost: Curvature, cfg: Config) -> Plan:
+    """Steps, up to one factor for all weights, by what an error costs in each row and, after GPTQ, in each column.
+
+    For a given total of entropy the cost is least if step**2 * cost is the same everywhere (power 1, as WaterSIC,
+    arXiv:2603.04956); where many codes are 0 that is too much of a good thing, hence STEP_POWER.
+    """
+    plain, half = factorize(cost.inputs, cfg), cfg.step_power / 2
+    column_cost = plain.upper.diagonal()[plain.order.argsort()] ** -2
+    rows = cost.rows.double() + cfg.gptq_damping * cost.rows.double().mean().clamp_min(1e-30)
+    typical = column_cost.log().mean().exp()
+    columns = ((column_cost / typical) ** -half).half().float()
+    return Plan(w, (rows * typical) ** -half, 127, factorize(cost.inputs, cfg, columns), columns)
+
+def plan(weights: Mapping[str, Tensor], grid_of: Mapping[str, Grid], cfg: Config,
+         costs: Mapping[str, Curvature] | None = None) -> dict[str, Plan]:
+    """How each weight that is not kept in fp16 is coded. With MEAN_STEP `costs` must name them all."""
+    plans = {}
+    for name, grid in grid_of.items():
+        if grid.bits < 16:
+            w = prune(weights[name].float(), cfg.prune_share if name.startswith("blocks.") else 0.0)
+            cost = (costs or {}).get(name)
+            if cfg.mean_step and not cost.rows.sum() > 0:
+                raise Unusable(f"MEAN_STEP cannot weigh errors in {name}, which no gradient reached; use MEAN_STEP=0")
+            plans[name] = (loss_plan(w, cost, cfg) if cfg.mean_step else
+                           row_plan(w, grid, cfg, None if cost is None else cost.inputs))
+    if cfg.mean_step:
+        logs = torch.stack([p.steps.log().mean() * p.weight.numel() for p in plans.values()]).sum()
+        factor = cfg.mean_step * (-logs / sum(p.weight.numel() for p in plans.values())).exp()
+        plans = {name: p._replace(steps=p.steps * factor) for name, p in plans.items()}
+    return plans
+
+def quantize_rows(p: Plan, cfg: Config, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Codes int8 (R, C) and steps fp16 (R,), for steps `factor` times the plan's, within the same clip.
+
+    An int8 holds no more than 127 steps, so those of a clip shrink no further; MEAN_STEP never clips a row's largest.
+    """
+    if p.columns is None:
+        factor = max(factor, p.top / 127)
+        top, w, least = min(127, round(p.top / factor)), p.weight, 0.0
+    else:
+        top, w = p.top, p.weight / p.columns
+        least = w.abs().amax(1) / top
+    steps = (p.steps * factor).clamp_min(least).half().clamp_min(2**-24)  # fp16's smallest
+    if p.factor is None:
+        codes = nearest(w / steps.float()[:, None], top)
+    else:
+        codes = gptq(w, steps, top, p.factor, cfg)
+    return codes.to(torch.int8), steps
+
+def dequantize_rows(codes: Tensor, steps: Tensor, columns: Tensor | None = None) -> Tensor:
+    """fp32 weights (R, C) of codes int8 (R, C), steps fp16 (R,) and, where there are any, factors fp16 (C,)."""
+    w = codes.float() * steps.float()[:, None]
+    return w if columns is None else w * columns.float()
 
 def grids(model: nn.Module, cfg: Config) -> dict[str, Grid]:
     """The grid of every parameter by name; gains and the small projections of hash and value tables stay fp16."""
@@ -1243,7 +1360,7 @@ def on_export_grid(model: GPT, cfg: Config) -> AbstractContextManager[None]:
     matrices = sorted((m.weight for m in model.blocks.modules() if type(m) is Linear), key=lambda w: w.size(1))
     for _, alike in groupby(matrices, key=lambda w: w.size(1)):  # rows are rounded one by one, so many go together
         together = list(alike)
-        values = dequantize_rows(*quantize_rows(torch.cat(together), grid, cfg))
+        values = dequantize_rows(*quantize_rows(row_plan(torch.cat(together), grid, cfg), cfg))
         rounded += values.split([len(w) for w in together])
     return swapped(matrices, rounded)
 
@@ -1252,39 +1369,139 @@ def prune(w: Tensor, share: float) -> Tensor:
     count = int(share * w.numel())
     return w.masked_fill(w.abs() <= w.abs().flatten().kthvalue(count).values, 0.0) if count else w
 
-def quantize(weights: Mapping[str, Tensor], grid_of: Mapping[str, Grid], cfg: Config,
-             hessians: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The tensors of an artifact: `name.codes` and `name.steps` of coded weights, `name` in fp16 of the rest."""
-    tensors = {}
-    for name, w in weights.items():
-        if grid_of[name].bits == 16:
-            tensors[name] = w.half()
-        else:
-            w = prune(w.float(), cfg.prune_share if name.startswith("blocks.") else 0.0)
-            coded = quantize_rows(w, grid_of[name], cfg, (hessians or {}).get(name))
-            tensors[f"{name}.codes"], tensors[f"{name}.steps"] = coded
+def quantize(weights: Mapping[str, Tensor], plans: Mapping[str, Plan], cfg: Config,
+             factor: float = 1.0) -> dict[str, Tensor]:
+    """The tensors of an artifact: `name.codes`, `.steps` and perhaps `.columns` of what is coded, fp16 of the rest."""
+    tensors = {name: w.half() for name, w in weights.items() if name not in plans}
+    for name, p in plans.items():
+        tensors[f"{name}.codes"], tensors[f"{name}.steps"] = quantize_rows(p, cfg, factor)
+        if p.columns is not None:
+            tensors[f"{name}.columns"] = p.columns.half()
     return {name: t.cpu().contiguous() for name, t in tensors.items()}
 
 def dequantize(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """fp32 weights of an artifact's tensors. Raises InputError if codes, steps and columns do not match."""
     weights = {}
     for name, t in tensors.items():
         base, _, kind = name.rpartition(".")
         if kind == "codes":
-            steps = tensors[f"{base}.steps"]
-            if t.ndim != 2 or steps.shape != t.shape[:1]:
-                raise InputError(f"{base} has codes {list(t.shape)} but steps {list(steps.shape)}")
-            weights[base] = dequantize_rows(t, steps)
-        elif kind != "steps":
+            steps, columns = tensors[f"{base}.steps"], tensors.get(f"{base}.columns")
+            if t.ndim != 2 or steps.shape != t.shape[:1] or (columns is not None and columns.shape != t.shape[1:]):
+                raise InputError(f"{base} has codes {list(t.shape)} but steps {list(steps.shape)} or other columns")
+            weights[base] = dequantize_rows(t, steps, columns)
+        elif kind not in ("steps", "columns"):
             weights[name] = t.float()
     return weights
+
+# ----------------------------------------
+# Entropy coding: codes -> words of 16 bits, near the entropy of each code's own scale. Decoding is integers alone.
+
+LANES, PRECISION, CONTEXTS = 1024, 12, 48  # states side by side, bits of a probability, scales in quarters of an octave
+
+def scale_classes(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A class a row and a class a column of codes (R, C), uint8; their sum stands for the scale of a code."""
+    energy, columns = codes.astype(np.float64) ** 2 + 1e-3, np.ones(codes.shape[1])
+    for _ in range(2):
+        rows = (energy / columns).mean(1)
+        columns = (energy / rows[:, None]).mean(0)
+    both = [np.round(2 * np.log2(v)) for v in (rows, columns)]  # quarters of an octave of the square root
+    low = both[1].min(initial=0)
+    return tuple((v + shift).clip(0, CONTEXTS - 1).astype(np.uint8) for v, shift in zip(both, (low + 20, -low)))
+
+def context_of(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """The context of every code (R, C), flat: the sum of its two classes."""
+    return np.minimum(rows[:, None] + columns, CONTEXTS - 1).astype(np.uint8).ravel()
+
+def frequencies(symbols: np.ndarray, contexts: np.ndarray) -> np.ndarray:
+    """Share of each symbol in each context, uint16 (CONTEXTS, 256), in units of 2**-PRECISION; if present not 0."""
+    counts = np.bincount(contexts * 256 + symbols, minlength=CONTEXTS * 256).reshape(CONTEXTS, 256)
+    seen, total = counts > 0, np.maximum(counts.sum(1, keepdims=True), 1)
+    ends = counts.cumsum(1) * (2**PRECISION - seen.sum(1, keepdims=True)) // total
+    return (np.diff(ends, axis=1, prepend=0) + seen).astype(np.uint16)
+
+def rans_encode(symbols: np.ndarray, contexts: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """States uint32 (LANES,) and words uint16 of `symbols` (N,) uint8, the last first (rANS, arXiv:1311.2540)."""
+    share, base = table.astype(np.uint64), table.cumsum(1, dtype=np.uint64) - table
+    state, words = np.full(LANES, 2**16, np.uint64), []
+    for first in range((len(symbols) - 1) // LANES * LANES, -1, -LANES):
+        s, k = symbols[first : first + LANES], contexts[first : first + LANES]
+        x, f = state[: len(s)], share[k, s]
+        full = x >= f << np.uint64(32 - PRECISION)
+        words.append(x[full].astype(np.uint16))
+        x = np.where(full, x >> np.uint64(16), x)
+        state[: len(s)] = (x // f << np.uint64(PRECISION)) + x % f + base[k, s]
+    return state.astype(np.uint32), np.concatenate([*words[::-1], np.zeros(0, np.uint16)])
+
+def rans_decode(contexts: np.ndarray, table: np.ndarray, state: np.ndarray, words: np.ndarray) -> np.ndarray:
+    """The symbols (N,) uint8. Raises ValueError if the stream does not end where and how it began."""
+    total = table.sum(1, dtype=np.int64)
+    if not np.isin(total, (0, 2**PRECISION)).all() or not total[np.unique(contexts)].all() or len(state) != LANES:
+        raise ValueError("tables of its entropy coder")
+    rows = [np.repeat(np.arange(256, dtype=np.uint8), row) if row.any() else np.zeros(2**PRECISION, np.uint8)
+            for row in table.astype(np.int64)]
+    symbol_at = np.concatenate(rows)
+    at = np.repeat(np.arange(CONTEXTS), 2**PRECISION), symbol_at
+    share, offset = table[at], (np.arange(len(symbol_at)) % 2**PRECISION - (table.cumsum(1) - table)[at])
+    share, offset = share.astype(np.uint32), offset.astype(np.uint32)
+    symbols, position, state = np.empty(len(contexts), np.uint8), 0, state.copy()
+    for first in range(0, len(symbols), LANES):
+        k = contexts[first : first + LANES]
+        x = state[: len(k)]
+        slot = (k.astype(np.uint32) << PRECISION) + (x & (2**PRECISION - 1))
+        symbols[first : first + LANES] = symbol_at[slot]
+        x = share[slot] * (x >> PRECISION) + offset[slot]
+        low = np.flatnonzero(x < 2**16)
+        x[low] = (x[low] << 16) | words[position : position + len(low)]
+        state[: len(k)], position = x, position + len(low)
+    if position != len(words) or (state != 2**16).any():
+        raise ValueError("words of its entropy coder")
+    return symbols
+
+def code_stream(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list]:
+    """`tensors` with all codes as one rANS stream, and the names and shapes that it replaces."""
+    coded = {name: t.numpy() for name, t in tensors.items() if name.endswith(".codes") and t.numel()}
+    if not coded:
+        return dict(tensors), []
+    rows, columns = zip(*map(scale_classes, coded.values()))
+    contexts = np.concatenate([*map(context_of, rows, columns)])
+    symbols = np.concatenate([codes.ravel() for codes in coded.values()]).view(np.uint8)
+    table = frequencies(symbols, contexts.astype(np.int64))
+    state, words = rans_encode(symbols, contexts, table)
+    streams = dict(rows=np.concatenate(rows), columns=np.concatenate(columns), table=table.T.copy(), state=state,
+                   words=words)
+    rest = {name: t for name, t in tensors.items() if name not in coded}
+    return rest | {f"rans.{k}": torch.from_numpy(v) for k, v in streams.items()}, [
+        [name, list(codes.shape)] for name, codes in coded.items()]
+
+def decode_stream(tensors: dict[str, Tensor], coded: list) -> dict[str, Tensor]:
+    """The inverse of `code_stream`. Raises ValueError, LookupError or TypeError if no stream has these shapes."""
+    streams = {k: tensors.pop(f"rans.{k}").numpy() for k in ("rows", "columns", "table", "state", "words")}
+    shapes = np.array([shape for _, shape in coded], np.int64).reshape(len(coded), 2)
+    counts, ends = shapes.prod(1), shapes.cumsum(0)
+    if (shapes < 0).any() or (shapes > 2**20).any() or counts.sum() > 64 * len(streams["words"]) + 2**26:
+        raise ValueError("shapes of its entropy coder")
+    kinds = "uint8", "uint8", "uint16", "uint32", "uint16"
+    sizes = *((n,) for n in shapes.sum(0)), (256, CONTEXTS), (LANES,), streams["words"].shape
+    if [(v.dtype.name, v.shape) for v in streams.values()] != list(zip(kinds, sizes)):
+        raise ValueError("streams of its entropy coder")
+    if max(streams[k].max(initial=0) for k in ("rows", "columns")) >= CONTEXTS:
+        raise ValueError("classes of its entropy coder")
+    if len({*tensors, *(name for name, _ in coded)}) < len(tensors) + len(coded):
+        raise ValueError("names of its entropy coder")
+    parts = [np.split(streams[k], ends[:-1, i]) for i, k in enumerate(("rows", "columns"))]
+    contexts = np.concatenate([context_of(*pair) for pair in zip(*parts)])
+    symbols = rans_decode(contexts, streams["table"].T, streams["state"], streams["words"]).view(np.int8)
+    split = np.split(symbols, counts.cumsum()[:-1])
+    return tensors | {name: torch.from_numpy(part.reshape(shape)) for (name, shape), part in zip(coded, split)}
 
 # ----------------------------------------
 # Artifact: tensors and settings <-> one checked file that cannot run code.
 # magic, format (uint32), sha256 of the rest | compressor (8 bytes), compressed: length (uint32), JSON header, tensors
 
-ARTIFACT_MAGIC, ARTIFACT_FORMAT, ARTIFACT_MOST_UNPACKED = b"PGLF", 2, 2**30
-DTYPES = {"int8": "<i1", "float16": "<f2", "float32": "<f4"}
-COMPRESSORS = dict(zstd=("zstandard", "ZstdError"), lzma=("lzma", "LZMAError"), brotli=("brotli", "error"))
+ARTIFACT_MAGIC, ARTIFACT_FORMAT, ARTIFACT_MOST_UNPACKED = b"PGLF", 3, 2**30
+DTYPES = {"int8": "<i1", "uint8": "|u1", "float16": "<f2", "uint16": "<u2", "float32": "<f4", "uint32": "<u4"}
+COMPRESSORS = dict(zstd=("zstandard", "ZstdError"), rans=("zstandard", "ZstdError"), lzma=("lzma", "LZMAError"),
+                   brotli=("brotli", "error"))
 
 def compressor_module(name: str) -> Any:
     """The module behind a compressor. Raises InputError if it cannot be imported: nothing stands in for it."""
@@ -1295,9 +1512,9 @@ def compressor_module(name: str) -> Any:
                          "pip install -r requirements.txt") from None
 
 def compress(body: bytes, name: str, level: int) -> bytes:
-    """`body` at the highest effort of the compressor, except for zstd, which takes `level`."""
+    """`body` at the highest effort of the compressor, except for zstd, which takes `level` (and packs rANS streams)."""
     module = compressor_module(name)
-    if name == "zstd":
+    if name in ("zstd", "rans"):
         return module.ZstdCompressor(level=level).compress(body)
     return module.compress(body, preset=9 | module.PRESET_EXTREME) if name == "lzma" else module.compress(body)
 
@@ -1305,7 +1522,7 @@ def decompress(data: bytes, name: str) -> bytes:
     """The inverse of `compress`. Raises ValueError if the data are damaged or unpack to more than a model can be."""
     module, most = compressor_module(name), ARTIFACT_MOST_UNPACKED
     try:
-        if name == "zstd":
+        if name in ("zstd", "rans"):
             whole = 0 <= module.get_frame_parameters(data).content_size <= most
             body = module.ZstdDecompressor().decompress(data) if whole else b""
         elif name == "lzma":
@@ -1333,9 +1550,10 @@ def pack(tensors: Mapping[str, Tensor], looped: bool, cfg: Config) -> bytes:
 
     Bytes of equal weight stand together: first all low bytes of a tensor, then all high ones.
     """
+    tensors, coded = code_stream(tensors) if cfg.compressor == "rans" else (tensors, [])
     arrays = {name: tensors[name].numpy() for name in sorted(tensors, key=lambda n: (tensors[n].element_size(), n))}
     header = json.dumps({
-        "settings": artifact_settings(cfg), "looped": looped,
+        "settings": artifact_settings(cfg), "looped": looped, "coded": coded,
         "tokenizer_sha256": hashlib.sha256(Path(cfg.tokenizer_path).read_bytes()).hexdigest(),
         "tensors": [[name, str(a.dtype), list(a.shape)] for name, a in arrays.items()],
     }, separators=(",", ":")).encode()
@@ -1344,6 +1562,20 @@ def pack(tensors: Mapping[str, Tensor], looped: bool, cfg: Config) -> bytes:
     body = b"".join([len(header).to_bytes(4, "little"), header, *raw])
     packed = cfg.compressor.encode().ljust(8) + compress(body, cfg.compressor, cfg.zstd_level)
     return b"".join([ARTIFACT_MAGIC, ARTIFACT_FORMAT.to_bytes(4, "little"), hashlib.sha256(packed).digest(), packed])
+
+def read_tensors(header: dict, body: bytes, start: int) -> dict[str, Tensor]:
+    """The tensors that the header lists, from body[start:]. Raises ValueError, LookupError or TypeError if it lies."""
+    tensors = {}
+    for name, dtype, shape in header["tensors"]:
+        size = np.dtype(DTYPES[dtype]).itemsize
+        if name in tensors or not all(type(n) is int and n >= 0 for n in shape):
+            raise ValueError(f"tensor {name}")
+        planes = np.frombuffer(body, np.uint8, math.prod(shape) * size, start).reshape(size, -1)
+        array = np.frombuffer(planes.T.tobytes(), DTYPES[dtype]).reshape(shape)
+        tensors[name], start = torch.from_numpy(array.astype(dtype)), start + array.nbytes
+    if start != len(body):
+        raise ValueError("length")
+    return decode_stream(tensors, header["coded"]) if header.get("coded", []) != [] else tensors
 
 def unpack(blob: bytes) -> tuple[dict, dict[str, Tensor]]:
     """(header, tensors) of a packed file. Raises InputError when it is foreign, newer, cut or damaged."""
@@ -1357,19 +1589,12 @@ def unpack(blob: bytes) -> tuple[dict, dict[str, Tensor]]:
     try:
         body = decompress(blob[48:], blob[40:48].decode().rstrip())
         start = 4 + int.from_bytes(body[:4], "little")
-        header, tensors = json.loads(body[4:start]), {}
-        for name, dtype, shape in header["tensors"]:
-            size = np.dtype(DTYPES[dtype]).itemsize
-            planes = np.frombuffer(body, np.uint8, math.prod(shape) * size, start).reshape(size, -1)
-            array = np.frombuffer(planes.T.tobytes(), DTYPES[dtype]).reshape(shape)
-            tensors[name], start = torch.from_numpy(array.astype(dtype)), start + array.nbytes
-        if start != len(body):
-            raise ValueError("length")
+        header = json.loads(body[4:start])
+        return header, read_tensors(header, body, start)
     except InputError:
         raise
-    except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
-        raise InputError(f"its contents do not fit its header ({error})") from None
-    return header, tensors
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise InputError(f"its contents do not fit its header ({' '.join(str(error).split())})") from None
 
 def write_file(path: Path, blob: bytes) -> None:
     """Write all of `blob` or nothing: an interrupted write leaves the old file."""
@@ -1388,31 +1613,71 @@ def save_average(average: Average, looped: bool, cfg: Config, log: Log) -> None:
         write_file(path, pack({name: v.cpu() for name, v in average.values.items()}, looped, quick))
         log(f"checkpoint:{path} averaging:{cfg.averaging} updates:{average.count}")
 
-def save_artifact(tensors: Mapping[str, Tensor], looped: bool, cfg: Config, ranks: Ranks, log: Log) -> None:
-    """Pack the coded weights and write them; refuses a file that is over the cap with the code."""
-    blob, code = pack(tensors, looped, cfg) if ranks.is_main else b"", Path(__file__).stat().st_size
+def fit(pack_at: Callable[[float], tuple[int, Any]], room: int, coded: int, log: Log) -> Any:
+    """What pack_at(factor) -> (bytes, result) makes of a factor that leaves at most 0.5 % of `room` bytes unused.
+
+    Twice the step saves each of the `coded` weights a bit, about, or what the latest two trials say. Factors lie in
+    [1/4, 8]; if none fits, the result of the last is returned.
+    """
+    low, high, at, best, tried, rate = -2.0, 3.0, 0.0, None, {}, coded / 8  # octaves; bytes that one more saves
+    for left in range(11, -1, -1):
+        size, result = pack_at(2.0**at)
+        log(f"fit:factor {2.0**at:.4f} bytes:{size} of {room}")
+        best = result if size <= room or best is None else best
+        if 0 <= room - size <= room // 200 or at == (-2.0 if size <= room else 3.0):
+            break
+        low, high = (low, at) if size <= room else (at, high)
+        if tried:
+            before = [*tried][-1]
+            rate = min(max((tried[before] - size) / (at - before), coded / 80), coded / 2)
+        tried[at] = size
+        at = min(max(at + (size - room + room // 400) / rate, low), high)
+        if at in tried:
+            at = (low + high) / 2
+        if left == 1 and high == 3.0:
+            at = high  # nothing below it has fitted
+    return best
+
+def save_artifact(plans: Mapping[str, Plan], weights: Mapping[str, Tensor], looped: bool, cfg: Config, ranks: Ranks,
+                  log: Log) -> None:
+    """Code and pack the weights, by FIT as large as the cap allows, and write them; refuses a file that is over it."""
+    begin, code = time.perf_counter(), Path(__file__).stat().st_size
+
+    def pack_at(factor: float) -> tuple[int, tuple[bytes, dict[str, Tensor]]]:
+        tensors = quantize(weights, plans, cfg, factor)
+        blob = pack(tensors, looped, cfg) if ranks.is_main else b""
+        return int(ranks.agree(len(blob))[0]), (blob, tensors)
+
+    if cfg.fit:
+        blob, tensors = fit(pack_at, cfg.max_artifact_bytes - code, sum(p.weight.numel() for p in plans.values()), log)
+    else:
+        blob, tensors = pack_at(1.0)[1]
     size = int(ranks.agree(len(blob))[0])
     payload = sum(t.nbytes for t in tensors.values())
-    count = sum(t.numel() for name, t in tensors.items() if not name.endswith(".steps"))
+    count = sum(w.numel() for w in weights.values())
     kind, total = f"int{cfg.matrix_bits}+{cfg.compressor}", size + code
+    log(f"quantize_and_pack:{time.perf_counter() - begin:.1f}s, off the training clock")
     log(f"Serialized model {kind}: {size} bytes (payload:{payload} payload_ratio:{4 * count / payload:.2f}x)")
     log(f"Code size: {code} bytes")
     log(f"Total submission size {kind}: {total} bytes")
     if (excess := total - cfg.max_artifact_bytes) > 0:
-        lever = "MATRIX_CLIP_SIGMAS" if cfg.matrix_clip_sigmas else "MUON_WD"
         raise Unusable(f"code + model = {total} bytes, {excess} over MAX_ARTIFACT_BYTES={cfg.max_artifact_bytes}, so "
                        f"{cfg.artifact_path} was not written; at {8 * size / count:.2f} bits a weight it fits with "
-                       f"{excess * count // size} weights less, a larger {lever} or fewer MATRIX_BITS")
+                       f"{excess * count // size} weights less" + (", or set FIT=1" if not cfg.fit else ""))
     if ranks.is_main:
         write_file(cfg.artifact_path, blob)
 
 def load_artifact(path: Path, env: Mapping[str, str]) -> tuple[Config, dict[str, Tensor], bool]:
     """(settings, fp32 weights, looped) of the artifact at `path`. `env` may change how it is scored, not what it is."""
     try:
-        blob = path.read_bytes()
+        blob, cap = b"", Config.from_env(env).max_artifact_bytes
+        if (total := path.stat().st_size + Path(__file__).stat().st_size) <= cap:  # no more is ever read
+            blob = path.read_bytes()
     except OSError as error:
         raise InputError(f"cannot read the artifact {path}: {error.strerror}") from None
     try:
+        if total > cap:
+            raise InputError(f"code + model = {total} bytes, over MAX_ARTIFACT_BYTES={cap}")
         header, tensors = unpack(blob)
         if stray := header["settings"].keys() ^ artifact_settings(Config()).keys():
             raise InputError(f"its settings lack or add {', '.join(sorted(stray))}")
@@ -1420,10 +1685,11 @@ def load_artifact(path: Path, env: Mapping[str, str]) -> tuple[Config, dict[str,
         changed = [k.upper() for k, v in built.group("model").items() if v != vars(cfg)[k]]
         if changed or cfg.vocab_size != built.vocab_size:
             raise InputError(f"{', '.join(changed or ['VOCAB_SIZE'])} is fixed by the artifact; unset it")
-        if (total := len(blob) + Path(__file__).stat().st_size) > cfg.max_artifact_bytes:
-            raise InputError(f"code + model = {total} bytes, over MAX_ARTIFACT_BYTES={cfg.max_artifact_bytes}")
-        if hashlib.sha256(Path(cfg.tokenizer_path).read_bytes()).hexdigest() != header["tokenizer_sha256"]:
-            raise InputError(f"TOKENIZER_PATH={cfg.tokenizer_path} is not the tokenizer it was trained with")
+        tokenizer = Path(cfg.tokenizer_path)
+        if not tokenizer.is_file():
+            raise InputError(f"its tokenizer is not at TOKENIZER_PATH={tokenizer}")
+        if hashlib.sha256(tokenizer.read_bytes()).hexdigest() != header["tokenizer_sha256"]:
+            raise InputError(f"TOKENIZER_PATH={tokenizer} is not the tokenizer it was trained with")
         return cfg, dequantize(tensors), header["looped"] is True
     except (InputError, OSError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"artifact {path}: {error}") from None
@@ -1465,20 +1731,31 @@ class Trainer:
         self.model.zero_grad(set_to_none=True)
         return Reading(self.ranks.sum_(loss) / self.ranks.world + 0 * norm_before)  # a broken gradient shows too
 
-    @torch.no_grad()
-    def add_hessians(self, sums: dict[str, Tensor]) -> None:
-        """Add to `sums` this rank's x x^T over the inputs x of the blocks' matrices and of the head, in a new batch."""
+    @contextmanager
+    def observers(self) -> Iterator[dict[str, Observer]]:
+        """Inside, an Observer by name rides on each module whose weight will be coded."""
+        modules = {f"{n}.weight": m for n, m in self.model.named_modules() if isinstance(m, Linear)}
+        seen = {n: Observer(modules[n]) for n, grid in grids(self.model, self.cfg).items() if grid.bits < 16}
+        hooks = [modules[n].register_forward_hook(o.look_up) for n, o in seen.items()]
+        for name, observer in seen.items():
+            modules[name].adapter = observer
+        try:
+            yield seen
+        finally:
+            for name in seen:
+                modules[name].adapter = None
+            for hook in hooks:
+                hook.remove()
 
-        def add(name: str, x: Tensor) -> None:
-            x = x.flatten(0, -2).float()
-            sums[name] = sums.get(name, 0) + x.T @ x
-
-        modules = [(n, m) for n, m in self.model.blocks.named_modules(prefix="blocks") if type(m) is Linear]
-        hooks = [m.register_forward_pre_hook(lambda _, args, n=n: add(f"{n}.weight", args[0])) for n, m in modules]
-        for x in next(self.batches)[0]:
-            add("tok_emb.weight", self.model.hidden(x, self.looped))
-        for hook in hooks:
-            hook.remove()
+    def observe(self) -> None:
+        """Run this rank's share of a new batch, in pieces, for the observers; backward only if MEAN_STEP needs it."""
+        ids, targets = (t.flatten(0, 1).split(max(1, 16_384 // t.size(-1))) for t in next(self.batches))
+        with torch.set_grad_enabled(self.cfg.mean_step > 0):
+            for x, y in zip(ids, targets):
+                loss = self.model(x, y, self.looped).sum()
+                if loss.requires_grad:
+                    loss.backward()
+        self.model.zero_grad(set_to_none=True)
 
     def switch(self, step: int, share: float, scale: float, log: Log) -> None:
         """Turn late QAT and the loops on when their time has come; both stay on."""
@@ -1499,11 +1776,9 @@ class Trainer:
         self.optimizers.load_state_dict(optimizers)
         self.batches.seek(position)
 
-    def warm_up(self, log: Log) -> tuple[float, float]:
-        """Run the steps that training will run, then undo them. Returns the seconds of the last, 0 if unknown, and the
-        seconds to set aside for GPTQ's batches: what one took, times their number, and a fifth more.
-        """
-        before, cfg, seconds, reserve = self.state(), self.cfg, 0.0, 0.0
+    def warm_up(self, log: Log) -> float:
+        """Run the steps that training will run, then undo them. Returns the seconds of the last, 0 if unknown."""
+        before, cfg, seconds = self.state(), self.cfg, 0.0
         graphs = [(looped, qat) for looped in (True, False) for qat in (True, False)
                   if (cfg.num_loops or not looped) and (cfg.late_qat_threshold or not qat)]
         for self.looped, self.qat in graphs:
@@ -1512,17 +1787,25 @@ class Trainer:
                 self.step(1.0, cfg.muon_momentum).value()
                 seconds = time.perf_counter() - begin if i else 0.0  # the first one compiles
                 log(f"warmup_step:{i + 1}/{cfg.warmup_steps} late_qat:{int(self.qat)} looped:{int(self.looped)}")
-        if cfg.quantizer == "gptq":
-            self.looped = cfg.num_loops > 0
-            for _ in range(2):  # the first one initializes
-                begin, sums = time.perf_counter(), {}
-                self.add_hessians(sums)
-                sums["tok_emb.weight"].sum().item()  # waits for the device
-                reserve = 1.2 * cfg.gptq_calibration_batches * (time.perf_counter() - begin)
-            log(f"gptq:reserving {reserve:.2f}s for {cfg.gptq_calibration_batches} batches")
         self.qat = self.looped = False
         self.restore(before)
-        return seconds, reserve
+        return seconds
+
+    def time_calibration(self, log: Log) -> float:
+        """The seconds to set aside for GPTQ's batches: what one takes, times their number, and a fifth more."""
+        if self.cfg.quantizer != "gptq":
+            return 0.0
+        position, count, self.looped = self.batches.step, self.cfg.gptq_calibration_batches, self.cfg.num_loops > 0
+        with self.observers() as seen:
+            for _ in range(2):  # the first one initializes
+                begin = time.perf_counter()
+                self.observe()
+                sum(o.outputs.sum() + o.count for o in seen.values()).item()  # waits for the device
+                reserve = 1.2 * count * (time.perf_counter() - begin)
+        self.looped = False
+        self.batches.seek(position)
+        log(f"gptq:reserving {reserve:.2f}s for {count} batches")
+        return reserve
 
 def timing(step: int, seconds: float) -> str:
     return f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / step:.2f}ms"
@@ -1546,28 +1829,27 @@ def less_time(cfg: Config, reserve: float) -> Config:
                          "leaves no time to train; lower GPTQ_CALIBRATION_BATCHES")
     return replace(cfg, max_wallclock_seconds=cfg.max_wallclock_seconds - reserve)
 
-def calibrate(trainer: Trainer, reserve: float, clock: Clock, log: Log) -> dict[str, Tensor]:
-    """The Hessians that the averaged weights see, collected on the clock, in fewer batches if they turn out slower."""
+def calibrate(trainer: Trainer, reserve: float, clock: Clock, log: Log) -> dict[str, Curvature]:
+    """What errors in the averaged weights cost, seen on the clock, in fewer batches if they turn out slower."""
     count, limit = trainer.cfg.gptq_calibration_batches, trainer.cfg.max_wallclock_seconds or math.inf
-    sums: dict[str, Tensor] = {}
     used, elapsed, slowest = 0, clock.seconds(), reserve / count
-    with trainer.average.applied():
+    with trainer.average.applied(), trainer.observers() as seen:
         while used == 0 or used < count and elapsed + 2 * slowest < limit:
             before = elapsed
-            trainer.add_hessians(sums)
+            trainer.observe()
             clock.synchronize()
             used, (elapsed,) = used + 1, trainer.ranks.agree(clock.seconds())
             slowest = max(slowest, elapsed - before)
-    log(f"gptq:collected {len(sums)} Hessians from {used} of {count} batches")
-    return {name: trainer.ranks.sum_(total) for name, total in sums.items()}
+    log(f"gptq:collected {sum(o.count > 0 for o in seen.values())} Hessians from {used} of {count} batches")
+    return {name: curvature(observer, trainer.ranks) for name, observer in seen.items()}
 
-def train(trainer: Trainer, validate: Callable[[], Score], log: Log) -> dict[str, Tensor]:
+def train(trainer: Trainer, validate: Callable[[], Score], log: Log) -> dict[str, Curvature]:
     """Train until ITERATIONS or just before the clock's limit; the average is in `trainer.average`.
 
-    Returns the Hessians that GPTQ needs, which the average met on further batches, on the clock. A step is reported
+    Returns what GPTQ must know of the data, which the average met on further batches, on the clock. A step is reported
     while the next one runs, so that the device is never idle.
     """
-    step_seconds, reserve = trainer.ranks.agree(*trainer.warm_up(log))
+    step_seconds, reserve = trainer.ranks.agree(trainer.warm_up(log), trainer.time_calibration(log))
     cfg, average, done = less_time(trainer.cfg, reserve), trainer.average, None
     clock = Clock(trainer.ranks.device, step_seconds)
     bar = progress_bar("training", 1.0, log)
@@ -1595,10 +1877,10 @@ def train(trainer: Trainer, validate: Callable[[], Score], log: Log) -> dict[str
         average.update(1.0)
         log(f"averaging: {cfg.averaging} took no snapshot, so the last weights stand in")
     log(f"averaging:{cfg.averaging} updates:{average.count}{trainer.ranks.memory()}")
-    hessians = calibrate(trainer, reserve, clock, log) if cfg.quantizer == "gptq" else {}
+    costs = calibrate(trainer, reserve, clock, log) if cfg.quantizer == "gptq" else {}
     clock.synchronize()
     log(f"training ended: step:{done[0]}/{cfg.iterations} {timing(done[0], clock.seconds())}")
-    return hessians
+    return costs
 
 # ----------------------------------------
 # Evaluation: stream and model -> chunks whose scores are final -> bits per byte. Only the Scorer holds the stream.
@@ -1763,8 +2045,8 @@ class LoRA(nn.Module):
         self.down = nn.Parameter(down.to(linear.weight.device).repeat(rows, 1, 1))
         self.up = nn.Parameter(linear.weight.new_zeros(rows, fan_out, rank))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.down.mT.to(x.dtype) @ self.up.mT.to(x.dtype)
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return y + x @ self.down.mT.to(x.dtype) @ self.up.mT.to(x.dtype)
 
 def attach_lora(model: GPT, rows: int, cfg: Config) -> list[Tensor]:
     """Freeze the model, give q, v and the head fresh adapters, the same for the same seed; returns their parameters."""
@@ -1850,9 +2132,8 @@ def run_training(cfg: Config, ranks: Ranks, log: Log) -> dict[str, Score]:
     log(f"model_params:{sum(p.numel() for p in model.parameters())} attention:{name} dtype:{dtype} "
         f"grad_accum_steps:{trainer.batches.micro_steps}")
     try:
-        hessians = train(trainer, lambda: scorer.plain(trainer.forward), log)
-        tensors = quantize(trainer.average.values, grids(model, cfg), cfg, hessians)
-        save_artifact(tensors, trainer.looped, cfg, ranks, log)
+        costs, weights = train(trainer, lambda: scorer.plain(trainer.forward), log), trainer.average.values
+        save_artifact(plan(weights, grids(model, cfg), cfg, costs), weights, trainer.looped, cfg, ranks, log)
     except (InputError, KeyboardInterrupt) as error:
         save_average(trainer.average, trainer.looped, cfg, log)
         if isinstance(error, Unusable):

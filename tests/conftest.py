@@ -65,6 +65,17 @@ def make_model(cfg, seed=0):
     return model
 
 
+def coded_rows(w, grid, cfg, hessian=None):
+    """Codes and steps of w by the row rule: rounded, or by GPTQ with a Hessian."""
+    return t.quantize_rows(t.row_plan(w, grid, cfg, hessian), cfg)
+
+
+def coded(weights, grid_of, cfg, hessians=None):
+    """The tensors of an artifact by the row rule; GPTQ for the names that have a Hessian."""
+    costs = {name: t.Curvature(hessian, torch.zeros(len(weights[name]))) for name, hessian in (hessians or {}).items()}
+    return t.quantize(weights, t.plan(weights, grid_of, cfg, costs), cfg)
+
+
 def run(env, *args, processes=1, script=ROOT / "train_gpt.py", check=True, cwd=None):
     """Run the script with only `env` set; returns the finished process."""
     launcher = [sys.executable]

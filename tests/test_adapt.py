@@ -221,6 +221,12 @@ def plain_linear(weight):
     return linear
 
 
+class Added(torch.nn.Sequential):
+    """What a Linear's adapter is, of any modules: y plus what they make of x."""
+    def forward(self, x, y):
+        return y + super().forward(x)
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_a_document_learns_as_an_adapter_written_by_hand(optimizer):
     """One document, one adapter, one step a chunk: against autograd on plain matrices added to q, v and the head."""
@@ -231,7 +237,7 @@ def test_a_document_learns_as_an_adapter_written_by_hand(optimizer):
     owners = {n: m for n, m in model.named_modules() if getattr(m, "adapter", None) is not None}
     assert sorted(owners) == ["blocks.0.attn.c_q", "blocks.0.attn.c_v", "blocks.1.attn.c_q", "blocks.1.attn.c_v", "tok_emb"]
     for m in owners.values():
-        m.adapter = torch.nn.Sequential(plain_linear(m.adapter.down[0]), plain_linear(m.adapter.up[0]))
+        m.adapter = Added(plain_linear(m.adapter.down[0]), plain_linear(m.adapter.up[0]))
     flat = [p for m in owners.values() for p in m.adapter.parameters()]
     make = partial(torch.optim.AdamW, betas=(0.5, 0.95), weight_decay=0.0) if optimizer == "adamw" else partial(torch.optim.SGD, momentum=0.5)
     steps, expected = make(flat, lr=0.05), []

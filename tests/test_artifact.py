@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import zstandard
-from conftest import make_model
+from conftest import coded, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +19,7 @@ def model(cfg):
 
 def saved(model, cfg, log, looped=True):
     weights = {name: p.detach() for name, p in model.named_parameters()}
-    t.save_artifact(t.quantize(weights, t.grids(model, cfg), cfg), looped, cfg, t.Ranks(), log)
+    t.save_artifact(t.plan(weights, t.grids(model, cfg), cfg), weights, looped, cfg, t.Ranks(), log)
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def sealed(header, raw=b"", body=None):
 
 
 def sealed_packed(packed, compressor=b"zstd    "):
-    return b"PGLF" + (2).to_bytes(4, "little") + hashlib.sha256(compressor + packed).digest() + compressor + packed
+    return b"PGLF" + (3).to_bytes(4, "little") + hashlib.sha256(compressor + packed).digest() + compressor + packed
 
 
 def test_tensors_come_back_exactly(cfg):
@@ -53,9 +53,22 @@ def test_the_file_alone_restores_the_model_and_its_settings(model, cfg, artifact
     assert loaded.group("model", "evaluation") == cfg.group("model", "evaluation") and loaded.variant == "smoke"
     assert not list(artifact.parent.glob("final_model.int6.ptz?*"))
     rebuilt = t.load_model(loaded, weights, t.Ranks())
-    expected = t.dequantize(t.quantize(dict(model.named_parameters()), t.grids(model, cfg), cfg))
+    expected = t.dequantize(coded({n: p.detach() for n, p in model.named_parameters()}, t.grids(model, cfg), cfg))
     assert all(torch.equal(p, expected[n]) and p.requires_grad for n, p in rebuilt.named_parameters())
     torch.testing.assert_close(rebuilt.cos, model.cos, rtol=0, atol=0)
+
+
+def test_a_model_coded_by_cost_is_restored_from_its_entropy_coded_file(model, cfg, env, log):
+    cfg = dataclasses.replace(cfg, quantizer="gptq", mean_step=0.01, compressor="rans", num_loops=1, loop_start=1, loop_end=2)
+    model = make_model(cfg)
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    costs = {name: t.Curvature(torch.eye(w.size(1)), torch.ones(len(w))) for name, w in weights.items() if w.ndim == 2}
+    plans = t.plan(weights, t.grids(model, cfg), cfg, costs)
+    t.save_artifact(plans, weights, True, cfg, t.Ranks(), log)
+    loaded, read, looped = t.load_artifact(cfg.artifact_path, {k: v for k, v in env.items() if k in ("DATA_PATH", "TOKENIZER_PATH")})
+    expected = t.dequantize(t.quantize(weights, plans, cfg))
+    rebuilt = t.load_model(loaded, read, t.Ranks())
+    assert looped and all(torch.equal(p, expected[n]) and (p - weights[n]).abs().max() < 0.02 for n, p in rebuilt.named_parameters())
 
 
 def test_packing_is_deterministic(model, cfg, artifact, log):
@@ -67,7 +80,7 @@ def test_packing_is_deterministic(model, cfg, artifact, log):
 @pytest.mark.parametrize("damage, words", [
     (lambda b: b[: len(b) // 2], "cut or damaged"), (lambda b: b[:20], "cut or damaged"), (lambda b: b"", "not an artifact"),
     (lambda b: b[:-9] + bytes([b[-9] ^ 4]) + b[-8:], "cut or damaged"), (lambda b: b"PK\x03\x04" + b[4:], "not an artifact"),
-    (lambda b: b[:4] + (1).to_bytes(4, "little") + b[8:], "format 1, not 2"),
+    (lambda b: b[:4] + (1).to_bytes(4, "little") + b[8:], "format 1, not 3"),
     (lambda b: b[:40] + b"lzma    " + b[48:], "cut or damaged"),
 ])
 def test_a_damaged_file_is_told_in_one_line(artifact, env, damage, words):
@@ -80,6 +93,7 @@ def test_a_damaged_file_is_told_in_one_line(artifact, env, damage, words):
 @pytest.mark.parametrize("header", [
     {}, [], {"tensors": [["a", "int8", [2**50]]]}, {"tensors": [["a", "int8", [-4]]]}, {"tensors": [["a", "object", [1]]]},
     {"tensors": [["a", "int8", [2**70]]]}, {"tensors": [["a", "int8"]]}, {"tensors": [["a", "int8", ["x"]]]}, {"tensors": 7}, {"tensors": [], "settings": 3},
+    {"tensors": [[7, "int8", [0]]]}, {"tensors": [], "coded": [[7, [0, 0]]]}, {"tensors": [], "coded": 7}, {"tensors": [], "coded": [["a", [2**50, 2**50]]]},
     {"tensors": [], "settings": {"NUM_LAYERS": 4}}, {"tensors": [], "settings": {"NUM_LAYERS": "4"}, "tokenizer_sha256": "0"},
 ])
 def test_a_malicious_header_is_refused_without_allocating_what_it_claims(tmp_path, env, header):
@@ -103,6 +117,14 @@ def test_settings_of_a_malicious_header_build_nothing(cfg, tmp_path, env, change
 def test_codes_and_steps_that_do_not_match_are_refused(codes, steps):
     with pytest.raises(t.InputError, match="codes"):
         t.dequantize({"a.codes": torch.zeros(codes, dtype=torch.int8), "a.steps": torch.ones(steps).half()})
+
+
+@pytest.mark.parametrize("columns", [(3,), (5,), (4, 1), (1, 4), ()])
+def test_columns_that_do_not_match_are_refused(columns):
+    tensors = {"a.codes": torch.ones(3, 4, dtype=torch.int8), "a.steps": torch.full((3,), 2.0).half(), "a.columns": torch.arange(4).half()}
+    assert torch.equal(t.dequantize(tensors)["a"], 2.0 * torch.arange(4).expand(3, 4))
+    with pytest.raises(t.InputError, match="columns"):
+        t.dequantize(tensors | {"a.columns": torch.ones(columns).half()})
 
 
 def test_deeply_nested_json_is_refused():

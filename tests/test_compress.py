@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 
 import train_gpt as t
 
-NAMES = ("zstd", "lzma", "brotli")
+NAMES = ("zstd", "lzma", "brotli", "rans")
 CFG = t.Config.from_env({"VARIANT": "smoke", "TOKENIZER_PATH": __file__, "ZSTD_LEVEL": "3"})  # pack only hashes that file
 PACKERS = dict(zstd=lambda body: zstandard.ZstdCompressor(level=1).compress(body), lzma=lambda body: lzma.compress(body, preset=0),
                brotli=lambda body: brotli.compress(body, quality=1))
+PACKERS["rans"] = PACKERS["zstd"]
 ON_WIRE = {torch.int8: "int8", torch.float16: "float16", torch.float32: "float32"}
 
 
@@ -34,6 +35,12 @@ def sealed(data, name):
 def body_of(tensors, raw):
     header = json.dumps({"tensors": tensors}).encode()
     return len(header).to_bytes(4, "little") + header + raw
+
+
+def claimed(header):
+    """Name, dtype and shape of each tensor that a file says it holds."""
+    plain = {name: (dtype, shape) for name, dtype, shape in header["tensors"] if not (header.get("coded") and str(name).startswith("rans."))}
+    return plain | {name: ("int8", shape) for name, shape in header.get("coded", [])}
 
 
 def zeros_of(size):
@@ -55,7 +62,8 @@ def test_tensors_come_back_bit_for_bit(name, data):
     tensors = {}
     for i, (dtype, shape) in enumerate(data.draw(st.lists(st.tuples(st.sampled_from(sorted(ON_WIRE.values())), shapes), max_size=6), "tensors")):
         raw = draw.integers(0, 256, math.prod(shape) * np.dtype(dtype).itemsize, dtype=np.uint8)  # NaN, infinities and subnormals too
-        tensors[f"t{i}.codes"] = torch.from_numpy(np.frombuffer(raw.tobytes(), dtype).reshape(shape).copy())
+        name_of = f"t{i}.codes" if dtype == "int8" and len(shape) == 2 else f"t{i}"
+        tensors[name_of] = torch.from_numpy(np.frombuffer(raw.tobytes(), dtype).reshape(shape).copy())
     looped = data.draw(st.booleans(), "looped")
     blob = t.pack(tensors, looped, dataclasses.replace(CFG, compressor=name))
     header, back = t.unpack(blob)
@@ -69,7 +77,7 @@ def test_tensors_come_back_bit_for_bit(name, data):
 def test_packing_is_deterministic_and_small(name):
     codes, cfg = (3 * torch.randn(64, 64, generator=torch.Generator().manual_seed(0))).round().to(torch.int8), dataclasses.replace(CFG, compressor=name)
     blob = t.pack({"a.codes": codes}, False, cfg)
-    assert blob == t.pack({"a.codes": codes.clone()}, False, cfg) and len(blob) < 4096
+    assert blob == t.pack({"a.codes": codes.clone()}, False, cfg) and len(blob) < 4096 + 4 * t.LANES * (name == "rans")
 
 
 def test_low_bytes_come_before_high_bytes():
@@ -94,7 +102,7 @@ def test_a_file_written_by_hand_is_read(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_any_cut_is_told_even_if_the_checksum_is_right(name):
-    data = t.pack({"a.codes": torch.arange(-60, 60).to(torch.int8)}, False, dataclasses.replace(CFG, compressor=name))[48:]
+    data = t.pack({"a.codes": torch.arange(-60, 60).view(10, 12).to(torch.int8)}, False, dataclasses.replace(CFG, compressor=name))[48:]
     for kept in {0, 1, 5, len(data) // 2, len(data) - 1, *range(0, len(data), 97)}:
         with pytest.raises(t.InputError):
             t.unpack(sealed(data[:kept], name))
@@ -105,13 +113,13 @@ def test_any_cut_is_told_even_if_the_checksum_is_right(name):
 @given(at=st.integers(0, 10**6), bit=st.integers(0, 7), sign=st.booleans())
 def test_damage_is_an_input_error_or_nothing_but_other_values(name, at, bit, sign):
     """A checksum that was made anew hides the damage; whatever then unpacks has the names and shapes of its own header."""
-    blob = bytearray(t.pack({"a.codes": torch.arange(-60, 60).to(torch.int8)}, False, dataclasses.replace(CFG, compressor=name)))
+    blob = bytearray(t.pack({"a.codes": torch.arange(-60, 60).view(10, 12).to(torch.int8)}, False, dataclasses.replace(CFG, compressor=name)))
     blob[48 + at % (len(blob) - 48)] ^= 1 << bit
     try:
         header, tensors = t.unpack(sealed(bytes(blob[48:]), name) if sign else bytes(blob))
     except t.InputError:
         return
-    assert sign and [[n, ON_WIRE[w.dtype], list(w.shape)] for n, w in tensors.items()] == header["tensors"]
+    assert sign and {n: (ON_WIRE[w.dtype], list(w.shape)) for n, w in tensors.items()} == claimed(header)
 
 
 @settings(max_examples=100, deadline=None)
@@ -170,7 +178,7 @@ def test_an_unknown_compressor_in_the_file_is_refused(name):
         t.unpack(t.ARTIFACT_MAGIC + t.ARTIFACT_FORMAT.to_bytes(4, "little") + hashlib.sha256(packed).digest() + packed)
 
 
-@pytest.mark.parametrize("name, package", [("brotli", "brotli"), ("zstd", "zstandard"), ("lzma", "lzma")])
+@pytest.mark.parametrize("name, package", [("brotli", "brotli"), ("zstd", "zstandard"), ("lzma", "lzma"), ("rans", "zstandard")])
 def test_a_missing_package_is_named(name, package, monkeypatch):
     cfg = dataclasses.replace(CFG, compressor=name)
     blob = t.pack({"a": torch.zeros(3)}, False, cfg)
@@ -193,12 +201,13 @@ def test_a_run_without_its_compressor_refuses_before_it_trains(env, tmp_path):
 def test_whether_the_loops_run_travels_with_the_weights(cfg, env, log, name, looped):
     cfg = dataclasses.replace(cfg, compressor=name, zstd_level=3, num_loops=2, loop_start=1, loop_end=2)
     model = make_model(cfg)
-    tensors = t.quantize({n: p.detach() for n, p in model.named_parameters()}, t.grids(model, cfg), cfg)
-    t.save_artifact(tensors, looped, cfg, t.Ranks(), log)
+    weights = {n: p.detach() for n, p in model.named_parameters()}
+    plans = t.plan(weights, t.grids(model, cfg), cfg)
+    t.save_artifact(plans, weights, looped, cfg, t.Ranks(), log)
     paths = {k: v for k, v in env.items() if k in ("DATA_PATH", "TOKENIZER_PATH")}
     loaded, weights, found = t.load_artifact(cfg.artifact_path, paths)
     assert found is looped and loaded.num_loops == 2 and loaded.group("model", "evaluation") == cfg.group("model", "evaluation")
-    expected = t.dequantize(tensors)
+    expected = t.dequantize(t.quantize(weights, plans, cfg))
     assert weights.keys() == expected.keys() and all(torch.equal(w, expected[n]) for n, w in weights.items())
 
 

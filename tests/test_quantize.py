@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from conftest import make_model
+from conftest import coded, coded_rows, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,7 +24,7 @@ def matrix(rows=40, cols=64, scale=0.1, seed=0):
 def test_each_row_takes_the_best_of_its_clips(bits, floor, scale, seed):
     """Brute force in float64, a row at a time."""
     cfg, w, top = dataclasses.replace(CARD, step_floor=floor), matrix(6, 16, scale, seed), 2 ** (bits - 1) - 1
-    codes, steps = t.quantize_rows(w, t.Grid(bits, 0.0), cfg)
+    codes, steps = coded_rows(w, t.Grid(bits, 0.0), cfg)
     assert codes.dtype == torch.int8 and steps.dtype == torch.float16 and codes.abs().max() <= top
     restored = t.dequantize_rows(codes, steps).double().numpy()
     for row, got in zip(w.double().numpy(), restored):
@@ -39,45 +39,45 @@ def test_the_search_is_per_row_and_beats_the_row_maximum():
     w = matrix()
     w[::2, 0] *= 8  # outliers in every other row only
     one = dataclasses.replace(FREE, clip_shares=(1.0,))
-    searched, plain = (t.dequantize_rows(*t.quantize_rows(w, FOUR, c)) for c in (FREE, one))
+    searched, plain = (t.dequantize_rows(*coded_rows(w, FOUR, c)) for c in (FREE, one))
     better = (searched - w).square().sum(1) < (plain - w).square().sum(1)
     assert ((searched - w).square().sum(1) <= (plain - w).square().sum(1)).all() and better[1::2].any()
-    shares = t.quantize_rows(w, FOUR, FREE)[1] / t.quantize_rows(w, FOUR, one)[1]
+    shares = coded_rows(w, FOUR, FREE)[1] / coded_rows(w, FOUR, one)[1]
     assert len(shares.unique()) > 1
 
 
 def test_unclipped_weights_are_off_by_at_most_half_a_step():
     w = matrix()
-    codes, steps = t.quantize_rows(w, SIX, dataclasses.replace(FREE, clip_shares=(1.0,)))
+    codes, steps = coded_rows(w, SIX, dataclasses.replace(FREE, clip_shares=(1.0,)))
     error = (t.dequantize_rows(codes, steps) - w).abs() / steps.float()[:, None]
     assert error.max() < 0.52  # the step itself is rounded to fp16
 
 
 def test_the_floor_is_the_published_step_of_small_rows():
-    _, steps = t.quantize_rows(matrix(scale=0.01), SIX, CARD)
+    _, steps = coded_rows(matrix(scale=0.01), SIX, CARD)
     assert (steps == torch.tensor(1 / 31).half()).all()
-    assert t.quantize_rows(matrix(scale=0.01), SIX, FREE)[1].max() < 1 / 310
+    assert coded_rows(matrix(scale=0.01), SIX, FREE)[1].max() < 1 / 310
 
 
 def test_quantizing_twice_changes_nothing():
     cfg = dataclasses.replace(FREE, clip_shares=(1.0,))
-    once = t.dequantize_rows(*t.quantize_rows(matrix(), SIX, cfg))
-    assert torch.equal(t.dequantize_rows(*t.quantize_rows(once, SIX, cfg)), once)
-    assert not t.quantize_rows(torch.zeros(2, 3), SIX, FREE)[0].any()
+    once = t.dequantize_rows(*coded_rows(matrix(), SIX, cfg))
+    assert torch.equal(t.dequantize_rows(*coded_rows(once, SIX, cfg)), once)
+    assert not coded_rows(torch.zeros(2, 3), SIX, FREE)[0].any()
 
 
 def exported(model, cfg):
     weights = {name: p.detach() for name, p in model.named_parameters()}
-    return t.dequantize(t.quantize(weights, t.grids(model, cfg), cfg))
+    return t.dequantize(coded(weights, t.grids(model, cfg), cfg))
 
 
 def test_what_is_coded_and_how_wide(cfg):
     model = make_model(cfg)
     weights = {name: p.detach() for name, p in model.named_parameters()}
-    tensors = t.quantize(weights, t.grids(model, dataclasses.replace(cfg, embed_bits=16)), cfg)
+    tensors = coded(weights, t.grids(model, dataclasses.replace(cfg, embed_bits=16)), cfg)
     assert tensors["tok_emb.weight"].dtype == torch.float16 and tensors["blocks.0.attn.q_gain"].dtype == torch.float16
     assert tensors["blocks.0.mlp.fc.weight.codes"].abs().max() <= 31
-    eight = t.quantize(weights, t.grids(model, cfg), cfg)["tok_emb.weight.codes"]
+    eight = coded(weights, t.grids(model, cfg), cfg)["tok_emb.weight.codes"]
     assert 31 < eight.abs().max() <= 127
     assert {n: w.shape for n, w in exported(model, cfg).items()} == {n: w.shape for n, w in weights.items()}
 

@@ -94,7 +94,7 @@ def copied(env, tmp_path, change):
     (lambda e, p: {"TRAIN_BATCH_TOKENS": "100"}, "multiple of TRAIN_SEQ_LEN"), (lambda e, p: {"OUTPUT_DIR": "/proc/none"}, "cannot write"),
     (lambda e, p: {"EVAL_ONLY": "1", "ARTIFACT": str(p / "none")}, "cannot read the artifact"),
     (lambda e, p: {"AUDIT": str(p / "no" / "a.npz")}, "there is no folder .*no to hold a.npz"),
-    (lambda e, p: {"MAX_ARTIFACT_BYTES": "1000", "ITERATIONS": "1"}, "over MAX_ARTIFACT_BYTES=1000"),
+    (lambda e, p: {"MAX_ARTIFACT_BYTES": "1000", "ITERATIONS": "1"}, "over MAX_ARTIFACT_BYTES=1000.*, or set FIT=1$"),
     (lambda e, p: {"MATRIX_LR": "1e30", "TIED_EMBED_LR": "1e30", "SCALAR_LR": "1e30", "WARMUP_STEPS": "0"}, "at step [23]; lower MATRIX_LR"),
 ])
 def test_bad_input_ends_in_one_line_and_overwrites_nothing(env, tmp_path, wrong, words):
