@@ -58,7 +58,7 @@ def test_the_submission_is_what_its_log_says():
 def test_every_score_in_the_readme_is_in_a_log():
     logs = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "logs").rglob("*.txt"))
     known = {f"{float(x):.4f}" for x in re.findall(r"val_bpb:([\d.]+)", logs)}
-    ours = "\n".join(line for line in README.splitlines() if not line.startswith("| `pr") and line not in measured_table())
+    ours = "\n".join(line for line in README.splitlines() if not line.startswith("| `pr"))
     scores = re.findall(r"\b[12]\.\d{4}\b", ours)
     assert scores and set(scores) <= known, set(scores) - known
 
@@ -71,6 +71,6 @@ def measured_table():
 
 
 def test_the_table_of_the_variants_is_what_the_tool_prints_from_their_logs():
-    assert set(measured_table()) <= set(README.splitlines())
+    assert set(measured_table()) <= set((ROOT / "logs" / "README.md").read_text(encoding="utf-8").splitlines())
     runs = [path.stem for path in (ROOT / "logs" / "five").glob("*.txt")]
     assert {run.rpartition("-")[0] for run in runs} == {"card", "pr150", "pr455", "pr490", "pr1127", "pr1812"} and len(runs) == 18

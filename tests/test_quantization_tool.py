@@ -1,0 +1,43 @@
+"""tools/quantization.py on the checkpoint of a tiny run."""
+
+import sys
+
+import pytest
+from conftest import ROOT, run
+
+import train_gpt as t
+
+sys.path.insert(0, str(ROOT / "tools"))
+import quantization  # noqa: E402
+
+
+@pytest.fixture
+def study(env, tmp_path, monkeypatch):
+    done = run(env | {"CHECKPOINT_EVERY": "20", "TTT_EPOCHS": "0"})
+    for name in ("DATA_PATH", "TOKENIZER_PATH"):
+        monkeypatch.setenv(name, env[name])
+    return quantization.Study(tmp_path / "final_model.average.ptz", 700, 2), done.stdout
+
+
+def test_it_starts_from_the_averaged_weights_and_leaves_them_alone(study):
+    study, log = study
+    averaged = float(log.split("DIAGNOSTIC post_ema")[1].split("val_bpb:")[1].split()[0])
+    assert study.base == pytest.approx(averaged, abs=1e-4)
+    before = {n: w.clone() for n, w in study.weights.items()}
+    line = quantization.row(study, "row maximum, int8").split("|")
+    assert abs(float(line[-2])) < 5 and 7 < float(line[-4]) < 8 and int(line[2].replace(",", "")) > 10_000
+    assert all((w == before[n]).all() for n, w in study.weights.items())
+    assert float(quantization.row(study, "row maximum, int4").split("|")[-2]) > abs(float(line[-2]))
+    assert study.score(study.weights) == study.base
+
+
+def test_equal_bytes_are_equal_and_a_correction_helps(study):
+    study, _ = study
+    settings, gptq, _ = quantization.METHODS["SDClip 12.85, GPTQ (#1812)"]
+    cfg, plans = study.plans(settings, gptq)
+    size = study.size(t.quantize(study.weights, plans, cfg), "rans")
+    (found, gap), = quantization.at_bytes(study, "SDClip 12.85, GPTQ (#1812)", [round(0.95 * size)], "rans")
+    assert found == pytest.approx(0.95 * size, rel=0.01)
+    more, corrected = quantization.low_rank(study, "row maximum, int4", 32, 99)
+    assert more > 0 and abs(corrected) < abs(quantization.low_rank(study, "row maximum, int4", 0, 0)[1])
+    assert len(quantization.layouts(study, "row maximum, int4")) == 5

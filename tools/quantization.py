@@ -1,0 +1,219 @@
+"""Every way of coding one checkpoint: bytes by coder, bits a weight, entropy, bits per byte after the round trip.
+
+    CHECKPOINT_EVERY=100 OUTPUT_DIR=run python train_gpt.py    # leaves run/final_model.average.ptz, the averaged weights
+    python tools/quantization.py run/final_model.average.ptz --tokens 65536 -o logs/quantization.png
+
+DATA_PATH and TOKENIZER_PATH must be set as for the run. The gap is that to the checkpoint's own bits per byte, on the
+first --tokens targets of the validation split; costs are measured on --batches training batches, as a run would.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from scipy.interpolate import PchipInterpolator
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train_gpt as t  # noqa: E402
+
+ROW_MAX = dict(clip_shares=(1.0,), step_floor=0.0)
+SEARCH = dict(clip_shares=(1.0, 0.95, 0.9, 0.85, 0.8, 0.7), step_floor=0.0)
+SIGMAS = dict(matrix_clip_sigmas=12.85, embed_clip_sigmas=20.0)
+METHODS = {  # label: (settings, whether GPTQ, the coder that it was published with)
+    "row maximum, int4": (ROW_MAX | dict(matrix_bits=4), False, "zstd"),
+    "row maximum, int5": (ROW_MAX | dict(matrix_bits=5), False, "zstd"),
+    "row maximum, int6": (ROW_MAX, False, "zstd"),
+    "row maximum, int8": (ROW_MAX | dict(matrix_bits=8), False, "zstd"),
+    "row maximum, floor 1/31 (#455)": (ROW_MAX | dict(step_floor=1.0), False, "zstd"),
+    "row maximum, floor 1/31, GPTQ (#490)": (ROW_MAX | dict(step_floor=1.0), True, "zstd"),
+    "clip search, int4": (SEARCH | dict(matrix_bits=4), False, "zstd"),
+    "clip search": (SEARCH, False, "zstd"),
+    "clip search, floor 1/31 (#1233)": (SEARCH | dict(step_floor=1.0), False, "zstd"),
+    "clip search, GPTQ": (SEARCH, True, "zstd"),
+    "SDClip 12.85": (SIGMAS, False, "brotli"),
+    "SDClip 12.85, GPTQ (#1812)": (SIGMAS, True, "brotli"),
+    "mean step, power 0": (dict(mean_step=0.1, step_power=0.0), True, "rans"),
+    "mean step, power 0.5": (dict(mean_step=0.1, step_power=0.5), True, "rans"),
+    "mean step, power 0.75": (dict(mean_step=0.1, step_power=0.75), True, "rans"),
+    "mean step, power 1": (dict(mean_step=0.1, step_power=1.0), True, "rans"),
+}
+RIVALS = ("row maximum, floor 1/31 (#455)", "clip search, floor 1/31 (#1233)", "SDClip 12.85, GPTQ (#1812)",
+          "mean step, power 0", "mean step, power 0.75")
+CODERS = ("zstd", "lzma", "brotli", "rans")
+
+
+class Study:
+    """A checkpoint, what errors in it cost, and the text that it is scored on."""
+
+    def __init__(self, path: Path, tokens: int, batches: int):
+        env = {k: os.environ[k] for k in ("DATA_PATH", "TOKENIZER_PATH") if k in os.environ}
+        self.cfg, self.weights, self.looped = t.load_artifact(path, env | {"MAX_ARTIFACT_BYTES": str(2**31)})
+        self.cfg = replace(self.cfg, val_max_tokens=tokens, quantizer="gptq", mean_step=1.0, embed_bits=8, table_bits=0)
+        self.ranks = t.Ranks()
+        self.model = t.load_model(self.cfg, {n: w.clone() for n, w in self.weights.items()}, self.ranks)
+        self.scorer = t.Scorer(self.cfg, self.ranks, t.Log(self.cfg, t.Ranks(rank=1)))
+        stream = t.TokenStream(t.find_shards(self.cfg, "train"), self.cfg.vocab_size)
+        trainer = t.Trainer(self.model, t.Batches(stream, self.cfg, self.ranks), self.cfg, self.ranks)
+        trainer.looped = self.looped
+        with trainer.observers() as seen:
+            for _ in range(batches):
+                trainer.observe()
+        self.costs = {name: t.curvature(observer, self.ranks) for name, observer in seen.items()}
+        self.base = self.score(self.weights)
+
+    def score(self, weights: dict[str, torch.Tensor]) -> float:
+        """Bits per byte of the model with these weights."""
+        self.model.load_state_dict(weights)
+        with torch.no_grad():
+            return self.scorer.plain(lambda ids, targets: self.model(ids, targets, self.looped)).bpb
+
+    def plans(self, settings: dict, gptq: bool) -> tuple[t.Config, dict[str, t.Plan]]:
+        cfg = replace(self.cfg, **{"mean_step": 0.0} | settings)
+        return cfg, t.plan(self.weights, t.grids(self.model, cfg), cfg, self.costs if gptq else None)
+
+    def size(self, tensors: dict[str, torch.Tensor], coder: str) -> int:
+        return len(t.pack(tensors, self.looped, replace(self.cfg, compressor=coder)))
+
+
+def entropy(tensors: dict[str, torch.Tensor]) -> tuple[float, int]:
+    """(mean over all codes of the zero-order entropy of their own tensor, in bits; the number of codes)."""
+    bits = count = 0
+    for codes in (v for name, v in tensors.items() if name.endswith(".codes")):
+        share = np.unique(codes.numpy(), return_counts=True)[1] / codes.numel()
+        bits, count = bits - codes.numel() * float((share * np.log2(share)).sum()), count + codes.numel()
+    return bits / count, count
+
+
+def row(study: Study, label: str) -> str:
+    """A line of the table of methods, at the step that each was published with."""
+    settings, gptq, _ = METHODS[label]
+    cfg, plans = study.plans(settings, gptq)
+    tensors = t.quantize(study.weights, plans, cfg)
+    sizes, (bits, count) = [study.size(tensors, coder) for coder in CODERS], entropy(tensors)
+    bpb = study.score(t.dequantize(tensors))
+    return (f"| {label} | {' | '.join(f'{s:,}' for s in sizes)} | {8 * min(sizes) / count:.3f} | {bits:.3f} | {bpb:.4f} "
+            f"| {1000 * (bpb - study.base):+.2f} |")
+
+
+def at_bytes(study: Study, label: str, budgets: list[int], coder: str) -> list[tuple[int, float]]:
+    """(bytes, gap in bits per byte) of a method whose steps are scaled to come out at each budget, by interpolation."""
+    settings, gptq, _ = METHODS[label]
+    cfg, plans = study.plans(settings, gptq)
+    octaves = np.arange(-1.0, 3.6, 0.75)
+    sizes = [study.size(t.quantize(study.weights, plans, cfg, 2**x), coder) for x in octaves]
+    octave_of = PchipInterpolator(np.log(sizes[::-1]), octaves[::-1])
+    points = []
+    for budget in budgets:
+        tensors = t.quantize(study.weights, plans, cfg, float(2 ** octave_of(np.log(budget))))
+        points.append((study.size(tensors, coder), study.score(t.dequantize(tensors)) - study.base))
+    return points
+
+
+def frontier(study: Study, budgets: list[int], out: Path) -> list[str]:
+    """Every rival at every budget, by its own coder and, if that is another, by rANS: lines of a table, and a picture."""
+    lines, figure = [], plt.figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.gca()
+    for color, label in enumerate(RIVALS):
+        for coder in dict.fromkeys((METHODS[label][2], "rans")):
+            points = at_bytes(study, label, budgets, coder)
+            gaps = " | ".join(f"{1000 * gap:+.2f}" for _, gap in points)
+            lines.append(f"| {label} | {coder} | {gaps} |")
+            print(lines[-1], file=sys.stderr, flush=True)
+            axis.plot([size / 1e6 for size, _ in points], [max(1000 * gap, 0.01) for _, gap in points], marker="o",
+                      markersize=3.5, color=f"C{color}", linestyle="-" if coder == "rans" else ":", label=f"{label}, {coder}")
+    axis.set_yscale("log")
+    axis.set_xlabel("bytes of the model file, millions")
+    axis.set_ylabel("gap to the unquantized weights, 1/1000 bit per byte")
+    axis.grid(alpha=0.25, which="both")
+    axis.legend(fontsize=7, frameon=False)
+    figure.savefig(out, dpi=150)
+    return lines
+
+
+def low_rank(study: Study, label: str, rank: int, top: int) -> tuple[int, float]:
+    """(bytes more, gap) with the errors of the `top` worst weights corrected by int8 factors of `rank` (LQER)."""
+    settings, gptq, _ = METHODS[label]
+    cfg, plans = study.plans(settings, gptq)
+    back = t.dequantize(t.quantize(study.weights, plans, cfg))
+    errors = {n: study.weights[n] - back[n] for n in plans}
+    worst = sorted(plans, key=lambda n: -float(((errors[n] @ study.costs[n].inputs) * errors[n]).sum(1) @ study.costs[n].rows))
+    more = 0
+    for name in worst[:top]:
+        root = torch.linalg.cholesky(study.costs[name].inputs.double() + 1e-6 * torch.eye(errors[name].size(1)))
+        u, s, v = torch.linalg.svd(errors[name].double() @ root, full_matrices=False)
+        parts = []
+        for part in ((u[:, :rank] * s[:rank]).T, torch.linalg.solve(root.T, v[:rank].T).T):
+            step = part.abs().amax(1, keepdim=True) / 127
+            parts.append((part / step).round() * step)
+            more += part.numel() + 2 * rank
+        back[name] = back[name] + (parts[0].T @ parts[1]).float()
+    return more, study.score(back) - study.base
+
+
+def layouts(study: Study, label: str) -> list[str]:
+    """Bytes of all codes in one zstd-22, Brotli-11 or lzma stream, by the order in which they stand."""
+    settings, gptq, _ = METHODS[label]
+    cfg, plans = study.plans(settings, gptq)
+    tensors = {n: v.numpy() for n, v in t.quantize(study.weights, plans, cfg).items() if n.endswith(".codes")}
+    role = sorted(tensors, key=lambda n: (n.split(".", 2)[-1] if n.startswith("blocks.") else n, n))
+    orders = {
+        "by name, rows": [tensors[n] for n in sorted(tensors)],
+        "by role, rows": [tensors[n] for n in role],
+        "by role, columns": [tensors[n].T for n in role],
+        "by role, rows by scale": [tensors[n][np.argsort(np.abs(tensors[n].astype(int)).sum(1))] for n in role],
+        "by role, columns by scale": [tensors[n].T[np.argsort(np.abs(tensors[n].astype(int)).sum(0))] for n in role],
+    }
+    lines = []
+    for name, arrays in orders.items():
+        body = b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)
+        sizes = " | ".join(f"{len(t.compress(body, coder, 22)):,}" for coder in ("zstd", "lzma", "brotli"))
+        lines.append(f"| {label} | {name} | {sizes} |")
+    return lines
+
+
+def main() -> None:
+    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.add_argument("checkpoint", type=Path)
+    cli.add_argument("--tokens", type=int, default=65_536, help="validation targets (default: 65536)")
+    cli.add_argument("--batches", type=int, default=8, help="training batches that the costs are measured on (default: 8)")
+    cli.add_argument("-o", "--out", type=Path, default=Path("quantization.png"), help="picture of the frontier")
+    args = cli.parse_args()
+    begin = time.perf_counter()
+    study = Study(args.checkpoint, args.tokens, args.batches)
+    print(f"unquantized: {study.base:.4f} bpb on {args.tokens} targets; costs and score in {time.perf_counter() - begin:.0f} s\n")
+    print(f"| method | {' | '.join(CODERS)} | bits a weight, best coder | zero-order entropy | bpb | gap, 1/1000 bpb |")
+    print("|---|" + "---:|" * (len(CODERS) + 4))
+    for label in METHODS:
+        print(row(study, label), flush=True)
+    settings, gptq, coder = METHODS[RIVALS[0]]
+    cfg, plans = study.plans(settings, gptq)
+    reference = study.size(t.quantize(study.weights, plans, cfg), coder)
+    budgets = [round(reference * share) for share in (0.5, 0.6, 0.7, 0.8, 1.0)]
+    print(f"\n| gap, 1/1000 bpb, at bytes | coder | {' | '.join(f'{b:,}' for b in budgets)} |\n|---|---|" + "---:|" * len(budgets))
+    print("\n".join(frontier(study, budgets, args.out)), flush=True)
+    print("\n| LQER on | rank | weights | bytes more | gap, 1/1000 bpb |\n|---|---:|---:|---:|---:|")
+    for label, rank, top in ((name, r, k) for name in (RIVALS[2], RIVALS[4]) for r, k in ((0, 0), (4, 3), (8, 10))):
+        more, gap = low_rank(study, label, rank, top)
+        print(f"| {label} | {rank} | {top} | {more:,} | {1000 * gap:+.2f} |", flush=True)
+    print("\n| codes of | order | zstd | lzma | brotli |\n|---|---|---:|---:|---:|")
+    for label in (RIVALS[2], RIVALS[4]):
+        print("\n".join(layouts(study, label)), flush=True)
+    print(f"\n{args.out}; {time.perf_counter() - begin:.0f} s in all")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except t.InputError as error:
+        sys.exit(f"quantization.py: {error}")
