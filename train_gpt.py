@@ -409,6 +409,14 @@ class Ranks:
         dist.all_gather(list(whole.chunk(self.world)), share)
         return whole[: len(stack)]
 
+    def differ(self, tensors: list[Tensor]) -> Tensor:
+        """Whether the bits of fp32 tensors are not the same on all ranks, by sums of them; 0-d, nobody waits for it."""
+        sums = torch.stack([t.detach().view(torch.int32).sum(dtype=torch.int64) for t in tensors])
+        both = torch.stack((sums, -sums))
+        if self.world > 1:
+            dist.all_reduce(both, dist.ReduceOp.MAX)
+        return (both[0] != -both[1]).any()
+
     def agree(self, *values: float) -> list[float]:
         """The main rank's values, on every rank. They stay on the host: no device waits for it."""
         if self.world == 1:
@@ -543,7 +551,7 @@ def progress_bar(label: str, total: float, log: Log) -> Any:
     """A progress bar with the time left when a person watches; silent otherwise."""
     from tqdm import tqdm
 
-    shape = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+    shape = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
     hidden = not (log.active and sys.stderr.isatty())
     return tqdm(desc=label, total=total, bar_format=shape, leave=False, disable=hidden)
 
@@ -1299,23 +1307,25 @@ def loss_plan(w: Tensor, cost: Curvature, cfg: Config) -> Plan:
     columns = ((column_cost / typical) ** -half).half().float()
     return Plan(w, (rows * typical) ** -half, 127, factorize(cost.inputs, cfg, columns), columns)
 
+def with_mean_step(plans: Mapping[str, Plan], mean_step: float) -> dict[str, Plan]:
+    """The plans with all their steps scaled by one factor, so that their geometric mean over all weights is this."""
+    count = sum(p.weight.numel() for p in plans.values())
+    mean_log = torch.stack([p.steps.log().mean() * (p.weight.numel() / count) for p in plans.values()]).sum()
+    return {name: p._replace(steps=p.steps * (mean_step / mean_log.exp())) for name, p in plans.items()}
+
 def plan(weights: Mapping[str, Tensor], grid_of: Mapping[str, Grid], cfg: Config,
          costs: Mapping[str, Curvature] | None = None) -> dict[str, Plan]:
     """How each weight that is not kept in fp16 is coded. With MEAN_STEP `costs` must name them all."""
-    plans = {}
-    for name, grid in grid_of.items():
-        if grid.bits < 16:
-            w = prune(weights[name].float(), cfg.prune_share if name.startswith("blocks.") else 0.0)
-            cost = (costs or {}).get(name)
-            if cfg.mean_step and not cost.rows.sum() > 0:
-                raise Unusable(f"MEAN_STEP cannot weigh errors in {name}, which no gradient reached; use MEAN_STEP=0")
-            plans[name] = (loss_plan(w, cost, cfg) if cfg.mean_step else
-                           row_plan(w, grid, cfg, None if cost is None else cost.inputs))
-    if cfg.mean_step:
-        logs = torch.stack([p.steps.log().mean() * p.weight.numel() for p in plans.values()]).sum()
-        factor = cfg.mean_step * (-logs / sum(p.weight.numel() for p in plans.values())).exp()
-        plans = {name: p._replace(steps=p.steps * factor) for name, p in plans.items()}
-    return plans
+    plans, costs = {}, costs or {}
+    for name, grid in ((n, grid) for n, grid in grid_of.items() if grid.bits < 16):
+        w = prune(weights[name].float(), cfg.prune_share if name.startswith("blocks.") else 0.0)
+        if not cfg.mean_step:
+            plans[name] = row_plan(w, grid, cfg, costs[name].inputs if name in costs else None)
+        elif costs[name].rows.sum() > 0:
+            plans[name] = loss_plan(w, costs[name], cfg)
+        else:
+            raise Unusable(f"MEAN_STEP cannot weigh errors in {name}, which no gradient reached; use MEAN_STEP=0")
+    return with_mean_step(plans, cfg.mean_step) if cfg.mean_step else plans
 
 def quantize_rows(p: Plan, cfg: Config, factor: float = 1.0) -> tuple[Tensor, Tensor]:
     """Codes int8 (R, C) and steps fp16 (R,), for steps `factor` times the plan's, within the same clip.
@@ -1473,26 +1483,32 @@ def code_stream(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list]
     return rest | {f"rans.{k}": torch.from_numpy(v) for k, v in streams.items()}, [
         [name, list(codes.shape)] for name, codes in coded.items()]
 
-def decode_stream(tensors: dict[str, Tensor], coded: list) -> dict[str, Tensor]:
-    """The inverse of `code_stream`. Raises ValueError, LookupError or TypeError if no stream has these shapes."""
-    streams = {k: tensors.pop(f"rans.{k}").numpy() for k in ("rows", "columns", "table", "state", "words")}
-    shapes = np.array([shape for _, shape in coded], np.int64).reshape(len(coded), 2)
-    counts, ends = shapes.prod(1), shapes.cumsum(0)
-    if (shapes < 0).any() or (shapes > 2**20).any() or counts.sum() > 64 * len(streams["words"]) + 2**26:
+def check_stream(streams: Mapping[str, np.ndarray], shapes: np.ndarray) -> None:
+    """Raise ValueError unless the arrays of a rANS stream have the dtypes, sizes and classes for codes of `shapes`."""
+    words = streams["words"]
+    if shapes.dtype != np.int64 or shapes.shape[1:] != (2,) or (shapes < 0).any():
+        raise ValueError("coded shapes")
+    if (shapes > 2**20).any() or shapes.prod(1).sum() > 64 * len(words) + 2**26:
         raise ValueError("shapes of its entropy coder")
     kinds = "uint8", "uint8", "uint16", "uint32", "uint16"
-    sizes = *((n,) for n in shapes.sum(0)), (256, CONTEXTS), (LANES,), streams["words"].shape
+    sizes = *((n,) for n in shapes.sum(0)), (256, CONTEXTS), (LANES,), words.shape
     if [(v.dtype.name, v.shape) for v in streams.values()] != list(zip(kinds, sizes)):
         raise ValueError("streams of its entropy coder")
     if max(streams[k].max(initial=0) for k in ("rows", "columns")) >= CONTEXTS:
         raise ValueError("classes of its entropy coder")
-    if len({*tensors, *(name for name, _ in coded)}) < len(tensors) + len(coded):
+
+def decode_stream(tensors: dict[str, Tensor], coded: list) -> dict[str, Tensor]:
+    """The inverse of `code_stream`. Raises ValueError, LookupError or TypeError if no stream has these shapes."""
+    streams = {k: tensors.pop(f"rans.{k}").numpy() for k in ("rows", "columns", "table", "state", "words")}
+    names, shapes = [name for name, _ in coded], np.array([shape for _, shape in coded])
+    check_stream(streams, shapes)
+    if len({*tensors, *names}) < len(tensors) + len(names):
         raise ValueError("names of its entropy coder")
-    parts = [np.split(streams[k], ends[:-1, i]) for i, k in enumerate(("rows", "columns"))]
-    contexts = np.concatenate([context_of(*pair) for pair in zip(*parts)])
+    parts = [np.split(streams[k], shapes[:, i].cumsum()[:-1]) for i, k in enumerate(("rows", "columns"))]
+    contexts = np.concatenate([*map(context_of, *parts)])
     symbols = rans_decode(contexts, streams["table"].T, streams["state"], streams["words"]).view(np.int8)
-    split = np.split(symbols, counts.cumsum()[:-1])
-    return tensors | {name: torch.from_numpy(part.reshape(shape)) for (name, shape), part in zip(coded, split)}
+    split = np.split(symbols, shapes.prod(1).cumsum()[:-1])
+    return tensors | {n: torch.from_numpy(part.reshape(shape)) for n, part, shape in zip(names, split, shapes)}
 
 # ----------------------------------------
 # Artifact: tensors and settings <-> one checked file that cannot run code.
@@ -1667,18 +1683,20 @@ def save_artifact(plans: Mapping[str, Plan], weights: Mapping[str, Tensor], loop
     if ranks.is_main:
         write_file(cfg.artifact_path, blob)
 
+def read_artifact(path: Path, cap: int) -> tuple[dict, dict[str, Tensor]]:
+    """(header, tensors) of the artifact at `path`, of which nothing is read if it is larger than the cap allows."""
+    try:
+        if (total := path.stat().st_size + Path(__file__).stat().st_size) > cap:
+            raise InputError(f"code + model = {total} bytes, over MAX_ARTIFACT_BYTES={cap}")
+        return unpack(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}") from None
+
 def load_artifact(path: Path, env: Mapping[str, str]) -> tuple[Config, dict[str, Tensor], bool]:
     """(settings, fp32 weights, looped) of the artifact at `path`. `env` may change how it is scored, not what it is."""
+    cap = parse(int, "MAX_ARTIFACT_BYTES", env.get("MAX_ARTIFACT_BYTES", str(Config.max_artifact_bytes)))
     try:
-        blob, cap = b"", Config.from_env(env).max_artifact_bytes
-        if (total := path.stat().st_size + Path(__file__).stat().st_size) <= cap:  # no more is ever read
-            blob = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read the artifact {path}: {error.strerror}") from None
-    try:
-        if total > cap:
-            raise InputError(f"code + model = {total} bytes, over MAX_ARTIFACT_BYTES={cap}")
-        header, tensors = unpack(blob)
+        header, tensors = read_artifact(path, cap)
         if stray := header["settings"].keys() ^ artifact_settings(Config()).keys():
             raise InputError(f"its settings lack or add {', '.join(sorted(stray))}")
         cfg, built = Config.from_env({**header["settings"], **env}), Config.from_env(header["settings"])
@@ -1912,16 +1930,19 @@ class Score(NamedTuple):
     def __str__(self) -> str:
         return f"val_loss:{self.loss:.4f} val_bpb:{self.bpb:.4f} eval_time:{1000 * self.seconds:.0f}ms"
 
+def read_validation(cfg: Config) -> np.ndarray:
+    """The tokens of the validation split, one shard after the other (N,)."""
+    return np.concatenate([check_tokens(read_shard(p), cfg.vocab_size, p) for p in find_shards(cfg, "val")])
+
 class Scorer:
-    """Scores the validation stream, or each of its documents, from left to right; a chunk is final before it leaves."""
-    def __init__(self, cfg: Config, ranks: Ranks, log: Log):
-        stream = np.concatenate([check_tokens(read_shard(p), cfg.vocab_size, p) for p in find_shards(cfg, "val")])
+    """Scores a stream of tokens, or each of its documents, from left to right; a chunk is final before it leaves."""
+    def __init__(self, stream: np.ndarray, cfg: Config, ranks: Ranks, log: Log):
         if len(stream) < 2:
-            raise InputError(f"the validation split in {cfg.data_path} has {len(stream)} token; scoring needs 2")
-        stream = stream[: cfg.val_max_tokens + 1] if cfg.val_max_tokens else stream
+            raise InputError(f"the validation stream has {len(stream)} token; scoring needs 2")
+        stream = check_tokens(stream[: cfg.val_max_tokens + 1] if cfg.val_max_tokens else stream, cfg.vocab_size, "it")
         self.tokens = torch.from_numpy(stream.astype(np.int64)).to(ranks.device)
         self.bytes = load_byte_table(cfg, ranks.device).count(self.tokens[:-1], self.tokens[1:])
-        self.cfg, self.ranks, self.log = cfg, ranks, log
+        self.cfg, self.ranks, self.log, self.audited = cfg, ranks, log, {}
 
     @torch.no_grad()
     def losses(self, forward: Callable, firsts: list[int], count: int) -> Tensor:
@@ -1946,7 +1967,7 @@ class Scorer:
 
     def chunks(self, forward: Callable, stride: int, chunk_tokens: int) -> Iterator[ScoredChunk]:
         """Score the stream chunk by chunk. The sum that commits a chunk is the barrier before anyone trains on it."""
-        total, bar = len(self.tokens) - 1, progress_bar("scoring", len(self.tokens) - 1, self.log)
+        total, show = len(self.tokens) - 1, Progress(self)
         count = -(-total // chunk_tokens)
         for index, low in enumerate(range(0, total, chunk_tokens)):
             high = min(low + chunk_tokens, total)
@@ -1959,8 +1980,8 @@ class Scorer:
             inputs, targets = (t[learn].view(-1, self.cfg.window) for t in (self.tokens[:-1], self.tokens[1:]))
             weight = torch.ones(len(inputs), device=nll.device)
             yield ScoredChunk(index, index / max(count - 1, 1), self.ranks.sum_(nll), inputs, targets, weight)
-            bar.update(high - low)
-        bar.close()
+            show(nll, slice(low, high))
+        show.bar.close()
 
     def evaluate(self, forward: Callable, stride: int, chunk_tokens: int, adapt: Callable | None = None) -> Score:
         """One pass over the stream. `adapt`, if any, gets each chunk after its score is final."""
@@ -1972,10 +1993,11 @@ class Scorer:
         return self.score(*map(torch.cat, zip(*scored)), begin)
 
     def score(self, nll: Tensor, index: Tensor, begin: float) -> Score:
-        """The score of all targets' nll; with AUDIT it is written, beside bytes and the index of each one's chunk."""
+        """The score of all targets' nll; `audited` keeps it beside bytes and the index of each one's chunk."""
+        columns = dict(nll=nll, bytes=self.bytes, chunk=index.long())
+        self.audited = {name: column.cpu().numpy() for name, column in columns.items()}
         if self.cfg.audit and self.ranks.is_main:
-            columns = dict(nll=nll, bytes=self.bytes, chunk=index.long())
-            np.savez(self.cfg.audit, **{name: column.cpu().numpy() for name, column in columns.items()})
+            np.savez(self.cfg.audit, **self.audited)
         loss, size = float(nll.mean()), int(self.bytes.sum())
         return Score(loss, loss * len(nll) / math.log(2) / max(size, 1), time.perf_counter() - begin)
 
@@ -2000,7 +2022,7 @@ class Scorer:
 
         `adapter(n)` makes n fresh ones, each of which learns from the scored chunks of its own document alone.
         """
-        begin, bar = time.perf_counter(), progress_bar("scoring", len(self.bytes), self.log)
+        begin, show = time.perf_counter(), Progress(self)
         nll, index = torch.zeros(2, len(self.bytes), dtype=torch.float64, device=self.tokens.device)
         mine = sorted(self.ranks.share(self.documents()), key=lambda d: d[1] - d[0])
         for i in range(0, len(mine), self.cfg.ttt_batch_seqs):
@@ -2008,9 +2030,9 @@ class Scorer:
             adapt = adapter(len(batch))
             for chunk, positions in self.document_chunks(forward, batch):
                 nll[positions], index[positions] = chunk.nll, float(chunk.index)
+                show(chunk.nll, positions)
                 adapt(chunk)
-            bar.update(sum(end - first for first, end in batch))
-        bar.close()
+        show.bar.close()
         return self.score(self.ranks.sum_(nll), self.ranks.sum_(index), begin)
 
     def document_chunks(self, forward: Callable, batch: list[tuple[int, int]]) -> Iterator[tuple[ScoredChunk, Tensor]]:
@@ -2032,6 +2054,24 @@ class Scorer:
             rows = slice(None if more.any() else 0)
             chunk = ScoredChunk(index, 0.0, losses[scored], inputs[rows], targets[rows], more[rows] * float(len(batch)))
             yield chunk, positions[scored]
+
+class Progress:
+    """Bits per byte so far: on a bar for a person who watches, and a line a minute. Else it keeps nobody waiting."""
+    def __init__(self, scorer: Scorer):
+        self.scorer, self.nll, self.size, self.done = scorer, 0.0, 0, 0
+        self.bar, self.spoken = progress_bar("scoring", len(scorer.bytes), scorer.log), time.perf_counter()
+
+    def __call__(self, nll: Tensor, where: slice | Tensor) -> None:
+        self.nll, self.size = self.nll + nll.sum(), self.size + self.scorer.bytes[where].sum()
+        self.done += len(nll)
+        late = time.perf_counter() - self.spoken > 60
+        if late or not self.bar.disable:
+            bpb = float(self.nll / math.log(2) / self.size.clamp(min=1))
+            self.bar.set_postfix_str(f"{bpb:.4f} bpb", refresh=False)
+            self.bar.update(len(nll))
+        if late:
+            self.spoken = time.perf_counter()
+            self.scorer.log(f"scoring:{self.done}/{len(self.scorer.bytes)} running_bpb:{bpb:.4f}")
 
 # ----------------------------------------
 # Test-time training: scored chunks -> better weights for the next ones.
@@ -2077,7 +2117,7 @@ class Adaptation:
     Ranks split each batch; a short one is filled up with sequences of weight zero, so that all take the same steps.
     """
     def __init__(self, params: list[Tensor], forward: Callable, cfg: Config, ranks: Ranks):
-        self.params, self.forward, self.cfg, self.ranks = params, forward, cfg, ranks
+        self.params, self.forward, self.cfg, self.ranks, self.drift = params, forward, cfg, ranks, torch.tensor(False)
         if cfg.ttt_optimizer == "adamw":
             betas = cfg.ttt_momentum, cfg.ttt_beta2
             self.optimizer = torch.optim.AdamW(params, cfg.ttt_lr, betas, weight_decay=0.0)
@@ -2091,6 +2131,7 @@ class Adaptation:
         for _ in range(self.cfg.ttt_epochs):
             for first in range(0, len(chunk.inputs), self.cfg.ttt_batch_seqs):
                 self.step(chunk, torch.arange(len(chunk.inputs))[first : first + self.cfg.ttt_batch_seqs])
+        self.drift = self.drift.to(chunk.nll.device) | self.ranks.differ(self.params)
 
     def step(self, chunk: ScoredChunk, rows: Tensor) -> None:
         """One step on the mean loss of these rows of a scored chunk, the same for any number of ranks."""
@@ -2109,7 +2150,11 @@ def adaptive_score(scorer: Scorer, model: GPT, params: list[Tensor], forward: Ca
     """The sliding score with test-time training of `params`, or of one LoRA if there are none."""
     cfg, score = scorer.cfg, partial(forward, temperature=scorer.cfg.ttt_temperature)
     learn = partial(forward, z_loss=cfg.ttt_z_loss)
-    return scorer.sliding(score, Adaptation(params or attach_lora(model, 1, cfg), learn, cfg, scorer.ranks))
+    adapt = Adaptation(params or attach_lora(model, 1, cfg), learn, cfg, scorer.ranks)
+    result = scorer.sliding(score, adapt)
+    if adapt.drift:
+        raise Unusable("the ranks adapted to different weights; score with one process, and report this")
+    return result
 
 def document_score(scorer: Scorer, model: GPT, forward: Callable) -> Score:
     """The score of each document alone, with a LoRA of its own: ranks do not meet."""
@@ -2122,7 +2167,7 @@ def document_score(scorer: Scorer, model: GPT, forward: Callable) -> Score:
 
 def run_training(cfg: Config, ranks: Ranks, log: Log) -> dict[str, Score]:
     """Train, average and write the artifact; returns the scores of the raw and of the averaged weights."""
-    scorer, shards = Scorer(cfg, ranks, log), find_shards(cfg, "train")
+    scorer, shards = Scorer(read_validation(cfg), cfg, ranks, log), find_shards(cfg, "train")
     (name, attend), dtype = choose_attention(cfg, ranks.device), compute_dtype(cfg, ranks.device)
     model = GPT(cfg, attend, dtype)
     model.init_weights(cfg)
@@ -2147,30 +2192,57 @@ def run_training(cfg: Config, ranks: Ranks, log: Log) -> dict[str, Score]:
     log(f"DIAGNOSTIC post_{cfg.averaging} {averaged}")
     return {"raw": raw, "averaged": averaged}
 
-def run_evaluation(env: Mapping[str, str], path: Path, ranks: Ranks, log: Log) -> dict[str, Score]:
-    """Score the artifact at `path`, which is all that it knows of the training: plain, sliding, then adapting."""
-    begin = time.perf_counter()
-    cfg, weights, looped = load_artifact(path, env)
-    model = load_model(cfg, weights, ranks)
+def evaluations(scorer: Scorer, model: GPT, looped: bool) -> dict[str, Callable[[], Score]]:
+    """The passes over the stream, by their names in the log: plain, sliding and, with test-time training, adapting."""
+    cfg, forward = scorer.cfg, partial(scorer.ranks.compile(model), looped=looped)
     params = adapting_parameters(model, cfg) if cfg.ttt_epochs and not cfg.ttt_lora_rank else []
-    scorer, forward, scores = Scorer(cfg, ranks, log), partial(ranks.compile(model), looped=looped), {}
-    log(f"artifact:{path} variant:{cfg.variant} seed:{cfg.seed} attention:{choose_attention(cfg, ranks.device)[0]} "
-        f"dtype:{model.dtype} looped:{int(looped)} stride:{cfg.eval_stride} eval_seq_len:{cfg.window} "
-        f"ttt_chunk:{cfg.ttt_chunk_tokens}")
-    stages = {f"final_int{cfg.matrix_bits}_roundtrip": lambda: scorer.plain(forward),
+    passes = {f"final_int{cfg.matrix_bits}_roundtrip": lambda: scorer.plain(forward),
               f"final_int{cfg.matrix_bits}_sliding_window": lambda: scorer.sliding(forward)}
     if cfg.ttt_epochs and cfg.ttt_scope == "document":  # not compiled: every length of context would be another graph
-        stages["legal_ttt"] = lambda: document_score(scorer, model, partial(model, looped=looped))
+        passes["legal_ttt"] = lambda: document_score(scorer, model, partial(model, looped=looped))
     elif cfg.ttt_epochs:
-        stages["legal_ttt"] = lambda: adaptive_score(scorer, model, params, forward)
-    for name, stage in stages.items():
-        scores[name] = score = stage()
+        passes["legal_ttt"] = lambda: adaptive_score(scorer, model, params, forward)
+    return passes
+
+def run_evaluation(artifact: tuple[Config, dict[str, Tensor], bool], begin: float, ranks: Ranks,
+                   log: Log) -> dict[str, Score]:
+    """Score an artifact, all that it knows of the training: plain, sliding, then adapting. It began at `begin`."""
+    cfg, weights, looped = artifact
+    model, scores = load_model(cfg, weights, ranks), {}
+    scorer = Scorer(read_validation(cfg), cfg, ranks, log)
+    passes = evaluations(scorer, model, looped)
+    log(f"artifact:{cfg.artifact_path} variant:{cfg.variant} seed:{cfg.seed} looped:{int(looped)} dtype:{model.dtype} "
+        f"attention:{choose_attention(cfg, ranks.device)[0]} stride:{cfg.eval_stride} eval_seq_len:{cfg.window} "
+        f"ttt_chunk:{cfg.ttt_chunk_tokens} load_time:{1000 * (time.perf_counter() - begin):.0f}ms")
+    for name, evaluation in passes.items():
+        scores[name] = score = evaluation()
         log(f"{name} {score}")
         log(f"{name}_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
     log(f"total_eval_time:{1000 * (time.perf_counter() - begin):.0f}ms{ranks.memory()}")
     count, size = len(scorer.bytes), int(scorer.bytes.sum())
-    log(f"bytes_per_token:{size / count:.6f} targets:{count} bytes:{size}")
+    log(f"bytes_per_token:{size / count:.6f} targets:{count} bytes:{size}{known_stream(cfg, count, size)}")
     return scores
+
+def known_stream(cfg: Config, count: int, size: int) -> str:
+    """Whether the targets and bytes are those of the contest's whole validation split, for data that has its name."""
+    name, known = Path(cfg.data_path).name, {"fineweb10B_sp8192": (40_540_802, 151_080_891)}
+    ratios = {"fineweb10B_sp1024": 2.435930, "fineweb10B_sp4096": 3.319681, "fineweb10B_sp8192": 3.726631}
+    if name not in ratios:
+        return ""
+    whole = (count, size) == known.get(name, (count, size)) and abs(size / count - ratios[name]) < 2e-6
+    return f" signature:{name} {'as published' if whole else f'is not the published {ratios[name]:.6f}'}"
+
+def audit(artifact: str | Path, tokens: np.ndarray, **overrides: Any) -> dict[str, np.ndarray]:
+    """Score any stream of tokens (N,) by the last evaluation of an artifact, as a run would: for each of its N - 1
+    targets `nll` in nats, `bytes` and `chunk`. Overrides are options (tokenizer_path=..., ttt_epochs=0). For auditors.
+    """
+    if stray := overrides.keys() - {f.name for f in fields(Config)}:
+        raise InputError(f"{', '.join(sorted(stray))} is no option; --help lists them")
+    with launch({}) as ranks:
+        cfg, weights, looped = load_artifact(Path(artifact), {"VAL_MAX_TOKENS": "0"} | as_env(overrides))
+        scorer = Scorer(tokens, cfg, ranks, Log(cfg, replace(ranks, rank=1)))
+        [*evaluations(scorer, load_model(cfg, weights, ranks), looped).values()][-1]()
+        return scorer.audited
 
 def describe(cfg: Config) -> str:
     """The resolved settings and the number of parameters; needs no data, no GPU and no memory for weights."""
@@ -2188,23 +2260,35 @@ def report(scores: Mapping[str, Score], path: Path) -> str:
              in [("stage", "val_loss", "val_bpb", "bytes", "seconds"), *rows]]
     return "\n".join([*lines, f"code {code} + model {model} = {code + model} bytes"])
 
+def resolve(env: Mapping[str, str]) -> tuple[Config, tuple[Config, dict[str, Tensor], bool] | None]:
+    """The settings of a run and, for EVAL_ONLY, the artifact: it comes first, since what `env` says must fit it."""
+    artifact = None
+    if env.get("EVAL_ONLY") == "1":
+        place = Config(artifact=env.get("ARTIFACT", ""), output_dir=env.get("OUTPUT_DIR", "."))
+        artifact = load_artifact(place.artifact_path, env)
+    cfg = artifact[0] if artifact else Config.from_env(env)
+    if cfg.ttt_epochs:
+        with torch.device("meta"):  # better an error now than after training
+            adapting_parameters(GPT(cfg), cfg)
+    return cfg, artifact
+
 def main(argv: list[str], env: Mapping[str, str]) -> None:
     """Configuration, then training, then an evaluation that reads only what was written, then the table."""
     if argv == ["--help"]:
         return print(usage())
-    cfg = Config.from_env(env)
+    begin = time.perf_counter()
+    cfg, artifact = resolve(env)
     if argv == ["--describe"]:
         return print(describe(cfg))
     if argv:
         raise InputError(f"unknown argument {argv[0]}; options are environment variables (--help lists them)")
-    if cfg.ttt_epochs and not cfg.eval_only:  # an artifact brings its own model, and is checked before it is scored
-        with torch.device("meta"):  # better an error now than after training
-            adapting_parameters(GPT(cfg), cfg)
     with launch(env) as ranks:
-        log = Log(cfg, ranks)
+        log, scores = Log(cfg, ranks), {}
         log.header(cfg, ranks, [f"{k}={v}" for k, v in as_env(cfg.group()).items() if k in env])
-        scores = {} if cfg.eval_only else run_training(cfg, ranks, log)
-        scores |= run_evaluation(env, cfg.artifact_path, ranks, log)
+        if artifact is None:
+            scores = run_training(cfg, ranks, log)
+            begin, artifact = time.perf_counter(), load_artifact(cfg.artifact_path, env)
+        scores |= run_evaluation(artifact, begin, ranks, log)
         log(report(scores, cfg.artifact_path))
         log(f"log:{log.path} artifact:{cfg.artifact_path}")
 

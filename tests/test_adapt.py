@@ -43,6 +43,7 @@ def text(length=180, vocab_size=40, firsts=FIRSTS):
 def scorer_of(cfg, tokens, ranks=None):
     """A Scorer of any stream of tokens; its score is (nll, chunk) of all targets. It needs no data."""
     scorer = t.Scorer.__new__(t.Scorer)
+    scorer.audited = {}
     scorer.tokens, scorer.bytes = tokens, torch.ones(len(tokens) - 1, dtype=torch.int64)
     scorer.cfg, scorer.ranks, scorer.log = cfg, ranks or t.Ranks(), SimpleNamespace(active=False)
     scorer.score = lambda nll, index, begin: (nll, index)
@@ -452,7 +453,7 @@ def test_settings_that_leave_nothing_to_adapt_are_named(changes, words):
 
 def test_names_of_an_artifact_are_not_looked_for_in_another_model(tmp_path):
     """An artifact brings its own model: what does not fit the default one gets as far as the file, which is missing here."""
-    with pytest.raises(t.InputError, match="cannot read the artifact"):
+    with pytest.raises(t.InputError, match="none: cannot be read"):
         t.main([], {"TTT_PARAMS": "blocks.99.*", "OUTPUT_DIR": str(tmp_path), "EVAL_ONLY": "1", "ARTIFACT": str(tmp_path / "none")})
 
 

@@ -23,7 +23,8 @@ def test_every_target_is_scored_exactly_once_wherever_the_stream_ends(total, str
 
 
 def scorer_of(cfg, log, **changes):
-    return t.Scorer(dataclasses.replace(cfg, **changes), t.Ranks(), log)
+    cfg = dataclasses.replace(cfg, **changes)
+    return t.Scorer(t.read_validation(cfg), cfg, t.Ranks(), log)
 
 
 def audited(scorer, forward, tmp_path, adapt=None, **how):

@@ -62,7 +62,7 @@ class Study:
         self.cfg = replace(self.cfg, val_max_tokens=tokens, quantizer="gptq", mean_step=1.0, embed_bits=8, table_bits=0)
         self.ranks = t.Ranks()
         self.model = t.load_model(self.cfg, {n: w.clone() for n, w in self.weights.items()}, self.ranks)
-        self.scorer = t.Scorer(self.cfg, self.ranks, t.Log(self.cfg, t.Ranks(rank=1)))
+        self.scorer = t.Scorer(t.read_validation(self.cfg), self.cfg, self.ranks, t.Log(self.cfg, t.Ranks(rank=1)))
         stream = t.TokenStream(t.find_shards(self.cfg, "train"), self.cfg.vocab_size)
         trainer = t.Trainer(self.model, t.Batches(stream, self.cfg, self.ranks), self.cfg, self.ranks)
         trainer.looped = self.looped
