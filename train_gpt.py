@@ -2211,9 +2211,10 @@ def run_evaluation(artifact: tuple[Config, dict[str, Tensor], bool], begin: floa
     model, scores = load_model(cfg, weights, ranks), {}
     scorer = Scorer(read_validation(cfg), cfg, ranks, log)
     passes = evaluations(scorer, model, looped)
-    log(f"artifact:{cfg.artifact_path} variant:{cfg.variant} seed:{cfg.seed} looped:{int(looped)} dtype:{model.dtype} "
-        f"attention:{choose_attention(cfg, ranks.device)[0]} stride:{cfg.eval_stride} eval_seq_len:{cfg.window} "
-        f"ttt_chunk:{cfg.ttt_chunk_tokens} load_time:{1000 * (time.perf_counter() - begin):.0f}ms")
+    log(f"artifact:{cfg.artifact_path} variant:{cfg.variant} seed:{cfg.seed} "
+        f"attention:{choose_attention(cfg, ranks.device)[0]} dtype:{model.dtype} looped:{int(looped)} "
+        f"stride:{cfg.eval_stride} eval_seq_len:{cfg.window} ttt_chunk:{cfg.ttt_chunk_tokens} "
+        f"load_time:{1000 * (time.perf_counter() - begin):.0f}ms")
     for name, evaluation in passes.items():
         scores[name] = score = evaluation()
         log(f"{name} {score}")

@@ -1,8 +1,9 @@
 """Token shards for train_gpt.py, in the contest's format.
 
-    python data/prepare.py demo                                    # from text that Python itself carries; needs no network
+    python data/prepare.py demo                               # from text that Python itself carries; needs no network
+    python data/prepare.py download sp1024 --train-shards 80  # the contest's published export
     python data/prepare.py tokenize docs.jsonl.zst --tokenizer data/tokenizers/fineweb_1024_bpe.model --name mine_sp1024
-    python data/prepare.py tokenize docs.jsonl --vocab-size 1024 --name mine_sp1024 --val-docs 500   # trains the tokenizer
+    python data/prepare.py tokenize docs.jsonl --vocab-size 1024 --name mine_sp1024 --val-docs 500  # trains one
     python data/prepare.py verify mine_sp1024
 
 A dataset is data/datasets/NAME/fineweb_{train,val}_%06d.bin and manifest.json; each document is BOS, then its pieces.
@@ -12,144 +13,389 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
+import fcntl
 import functools
 import hashlib
-import io
 import json
 import multiprocessing
 import os
+import resource
+import shutil
+import signal
 import sys
 import sysconfig
+import threading
+import time
 import warnings
-from collections.abc import Iterable, Iterator
-from itertools import chain, islice
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
-import sentencepiece
 import torch
-import zstandard
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+import hub  # noqa: E402
+from encode import (  # noqa: E402
+    Block,
+    Encoded,
+    digest,
+    encode_block,
+    json_blocks,
+    lines_between,
+    processor,
+    read_blocks,
+    sample,
+    train_tokenizer,
+)
+from hub import file_hash  # noqa: E402
 
 import train_gpt  # noqa: E402  (the shard format and the byte rule are the training script's)
+from train_gpt import InputError  # noqa: E402
 
 SHARD_TOKENS = 100_000_000
-CONTEST_TRAINER = dict(
-    model_type="bpe", character_coverage=0.999, byte_fallback=True, split_digits=True, add_dummy_prefix=False,
-    normalization_rule_name="nmt_nfkc", pad_id=0, bos_id=1, eos_id=2, unk_id=3, hard_vocab_limit=False)
+TOKEN_BLOCK = 1 << 22  # tokens that `verify` holds at a time
+DECODED_DOCUMENTS = 50_000  # of each split, whose text `verify` decodes: all of the contest's validation split
+CONTEST_VAL_DOCS = 50_000
+# The validation split of each export in the logs of the records: targets in whole rows of 2,048, bytes a target.
+CONTEST_VAL = dict(fineweb10B_sp1024=(62_021_632, 2.435930), fineweb10B_sp4096=(45_508_608, 3.319681),
+                   fineweb10B_sp8192=(40_540_160, 3.726631))
 
+
+# ---------------------------------------- dataset: ids -> shards, by many processes, and again after a kill
 
 class Shards:
-    """Writes a split as shards of at most SHARD_TOKENS tokens; files appear under their names when they are whole."""
+    """Writes a split as shards of at most SHARD_TOKENS tokens; files appear under their names when they are whole.
 
-    def __init__(self, folder: Path, split: str):
-        self.folder, self.split = folder, split
-        self.parts: list[np.ndarray] = []
-        self.files: list[dict] = []
-        self.documents = self.waiting = 0
+    With each finished shard, progress.json tells how many lines were read before the block that filled it, and how many
+    tokens from there on are in the shard: a run that goes on reads on from that line and leaves out those tokens.
+    """
 
-    def add(self, document: np.ndarray) -> None:
-        self.documents += 1
-        while len(document):
-            part, document = np.split(document, [SHARD_TOKENS - self.waiting])
-            self.parts.append(part)
-            self.waiting += len(part)
-            if self.waiting == SHARD_TOKENS:
+    def __init__(self, folder: Path, split: str, progress: dict):
+        self.folder, self.split, self.progress = folder, split, progress
+        self.counts = dict(progress.get(split) or dict(read=0, documents=0, skip=0, done=False, files=[]))
+        self.skip, self.filled = self.counts["skip"], 0
+        self.buffer = np.zeros(train_gpt.SHARD_HEADER_BYTES // 2 + SHARD_TOKENS, "<u2")
+        self.room = self.buffer[train_gpt.SHARD_HEADER_BYTES // 2 :]
+
+    def add(self, tokens: np.ndarray, documents: int, read: int) -> None:
+        """Append the tokens of `documents` documents, which were `read` lines of the input."""
+        at = min(self.skip, len(tokens))
+        self.skip -= at
+        while at < len(tokens):
+            part = tokens[at : at + SHARD_TOKENS - self.filled]
+            self.room[self.filled : self.filled + len(part)] = part
+            self.filled, at = self.filled + len(part), at + len(part)
+            if self.filled == SHARD_TOKENS:
                 self.flush()
+                self.save(skip=at)
+        self.counts["read"] += read
+        self.counts["documents"] += documents
 
     def flush(self) -> None:
         """Write what has been added since the last flush as one shard."""
-        if not self.waiting:
-            return
-        header = np.zeros(256, "<i4")
-        header[:3] = train_gpt.SHARD_MAGIC, train_gpt.SHARD_VERSION, self.waiting
-        blob = header.tobytes() + np.concatenate(self.parts).astype("<u2").tobytes()
-        path = self.folder / f"fineweb_{self.split}_{len(self.files):06d}.bin"
+        self.buffer[: train_gpt.SHARD_HEADER_BYTES // 2].view("<i4")[:3] = (
+            train_gpt.SHARD_MAGIC, train_gpt.SHARD_VERSION, self.filled)
+        blob = memoryview(self.buffer[: train_gpt.SHARD_HEADER_BYTES // 2 + self.filled]).cast("B")
+        path = self.folder / f"fineweb_{self.split}_{len(self.counts['files']):06d}.bin"
         train_gpt.write_file(path, blob)
-        self.files.append(dict(name=path.name, tokens=self.waiting, sha256=hashlib.sha256(blob).hexdigest()))
-        self.parts, self.waiting = [], 0
+        file = dict(name=path.name, tokens=self.filled, sha256=hashlib.sha256(blob).hexdigest())
+        self.counts["files"] = [*self.counts["files"], file]
+        self.filled = 0
 
-    def summary(self) -> dict:
-        self.flush()
-        return dict(documents=self.documents, tokens=sum(f["tokens"] for f in self.files), files=self.files)
+    def save(self, **now: Any) -> None:
+        self.progress[self.split] = {**self.counts, **now}
+        train_gpt.write_file(self.folder / "progress.json", json.dumps(self.progress).encode())
 
-
-def json_lines(paths: Iterable[Path]) -> Iterator[str]:
-    """The `text` of every line of JSON-lines files, plain or .zst, in order."""
-    for path in paths:
-        try:
-            with open(path, "rb") as file:
-                raw = zstandard.ZstdDecompressor().stream_reader(file) if path.suffix == ".zst" else file
-                for number, line in enumerate(io.TextIOWrapper(raw, encoding="utf-8"), 1):
-                    try:
-                        yield json.loads(line)["text"]
-                    except (ValueError, KeyError, TypeError):
-                        raise train_gpt.InputError(f'{path}, line {number}: not a JSON object with a "text"') from None
-        except (OSError, zstandard.ZstdError, UnicodeDecodeError) as error:
-            raise train_gpt.InputError(f"cannot read {path}: {error}") from None
+    def finish(self) -> dict:
+        """Write the last shard; the split's entry of the manifest."""
+        if self.filled:
+            self.flush()
+        self.save(skip=0, done=True)
+        files = self.counts["files"]
+        return dict(documents=self.counts["documents"], tokens=sum(f["tokens"] for f in files), files=files)
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> None:
-    """Train a SentencePiece BPE model with the contest's options and write it to `path`."""
-    model = io.BytesIO()
-    lines = (line for text in texts for line in text.splitlines() if line.strip())
-    try:
-        sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=model, vocab_size=vocab_size,
-                                                 minloglevel=2, **CONTEST_TRAINER)
-    except RuntimeError as error:
-        raise train_gpt.InputError(f"SentencePiece could not train {vocab_size} pieces: {error}") from None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    train_gpt.write_file(path, model.getvalue())
+def start_worker() -> None:
+    """Leave Ctrl-C to the parent, and end with it even when it was killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-@functools.cache
-def processor(model: Path) -> sentencepiece.SentencePieceProcessor:
-    """The tokenizer at `model`, loaded once a process."""
-    return sentencepiece.SentencePieceProcessor(model_file=str(model))
+def in_order(pool: Executor, function: Callable, items: Iterable, ahead: int) -> Iterator:
+    """function(item) of each item in order, at most `ahead` of them at work; pool.map would read all at once."""
+    waiting: deque = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) >= ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
-def encode(model: Path, texts: list[str]) -> list[np.ndarray]:
-    """Each text as BOS and its pieces, uint16."""
-    return [np.array([train_gpt.BOS, *ids], np.uint16) for ids in processor(model).encode(texts)]
+def encode_split(encoded: Iterator[Encoded], shards: Shards, seen: set[bytes]) -> tuple[int, int]:
+    """Add all documents to the shards, but those whose digest is `seen`; (documents, bytes of text) that were read."""
+    documents = text_bytes = 0
+    with tqdm(desc=shards.split, unit=" documents", disable=not sys.stderr.isatty()) as bar:
+        for block in encoded:
+            keep = [d not in seen for d in block.digests]
+            tokens = block.tokens if all(keep) else block.tokens[np.repeat(keep, block.lengths)]
+            shards.add(tokens, sum(keep), len(keep))
+            documents, text_bytes = documents + len(keep), text_bytes + block.text_bytes
+            bar.update(len(keep))
+    return documents, text_bytes
 
 
-def batched(texts: Iterable[str], size: int) -> Iterator[list[str]]:
-    iterator = iter(texts)
-    while batch := list(islice(iterator, size)):
-        yield batch
+def build(folder: Path, model: Path, sources: dict[str, Iterator[Block]], workers: int, progress: dict) -> dict:
+    """Encode val, then train without val's documents, into shards, on from `progress`; returns the manifest's entries.
 
-
-def write_dataset(folder: Path, model: Path, val: Iterable[str], train: Iterable[str], workers: int) -> dict:
-    """Encode both splits in order with `workers` processes; write shards and manifest. Drops val's documents from train."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if old := sorted(folder.glob("fineweb_*.bin")):
-        raise train_gpt.InputError(f"{folder} already holds {old[0].name}; remove the folder or choose another --name")
-    manifest = dict(tokenizer=model.name, tokenizer_sha256=hashlib.sha256(model.read_bytes()).hexdigest())
-    seen: set[bytes] = set()
-    dropped = 0
-    with multiprocessing.Pool(workers) as pool:
-        for split, texts in (("val", val), ("train", train)):
-            shards = Shards(folder, split)
-            encoded = chain.from_iterable(pool.imap(functools.partial(encode, model), batched(texts, 256)))
-            for document in tqdm(encoded, desc=split, unit=" documents", disable=not sys.stderr.isatty()):
-                digest = hashlib.sha256(document.tobytes()).digest()
-                if split == "train" and digest in seen:
-                    dropped += 1
-                    continue
-                if split == "val":
-                    seen.add(digest)
-                shards.add(document)
-            manifest[split] = shards.summary()
-            if not shards.documents:
-                raise train_gpt.InputError(f"no document is left for the {split} split; choose another --val-docs")
-    if dropped:
+    Prints the rate and the memory of this run. The shards depend on the documents and the tokenizer alone.
+    """
+    started, documents, text_bytes, splits, seen = time.perf_counter(), 0, 0, {}, set()
+    processor(model)  # a tokenizer that cannot be used is told before any process starts
+    with ProcessPoolExecutor(workers, initializer=start_worker) as pool:
+        pool.submit(os.getpid).result()  # processes start here, before the progress bar has a thread
+        for split in ("val", "train"):
+            shards = Shards(folder, split, progress)
+            if not shards.counts["done"]:
+                blocks = lines_between(sources[split], shards.counts["read"])
+                encoded = in_order(pool, functools.partial(encode_block, model), blocks, 4 * workers)
+                done = encode_split(encoded, shards, seen)
+                documents, text_bytes = documents + done[0], text_bytes + done[1]
+            splits[split] = shards.finish()
+            if not splits[split]["documents"]:
+                raise InputError(f"no document is left for the {split} split; choose another --val-docs")
+            if split == "val":
+                paths = [folder / file["name"] for file in splits["val"]["files"]]
+                seen = {digest(d.tobytes()) for block in document_blocks(paths, 65536) for d in documents_of(block)}
+    if dropped := shards.counts["read"] - splits["train"]["documents"]:
         print(f"{dropped} training documents are also in the validation split and were left out", file=sys.stderr)
-    train_gpt.write_file(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
-    return manifest
+    seconds = time.perf_counter() - started
+    print(f"{documents} documents, {text_bytes / 1e6:.1f} MB of text in {seconds:.1f} s: "
+          f"{60 * documents / seconds:.0f} documents/min, {text_bytes / 1e6 / seconds:.2f} MB/s; {memory(workers)}")
+    return splits
 
+
+def memory(workers: int) -> str:
+    """The peak resident memory of this process and of the largest of its ended children."""
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    own, child = (resource.getrusage(who).ru_maxrss / unit for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return f"peak memory {own:.0f} MiB and at most {child:.0f} MiB in each of {workers} processes"
+
+
+def document_blocks(paths: Iterable[Path], vocab_size: int) -> Iterator[np.ndarray]:
+    """The tokens of shards in blocks of whole documents; each begins with BOS."""
+    rest = np.empty(0, "<u2")
+    for path in paths:
+        shard = train_gpt.read_shard(path)
+        for at in range(0, len(shard), TOKEN_BLOCK):
+            rest = np.concatenate([rest, train_gpt.check_tokens(shard[at : at + TOKEN_BLOCK], vocab_size, path)])
+            if rest[0] != train_gpt.BOS:
+                raise InputError(f"{path} does not begin with a document")
+            if last := int(np.flatnonzero(rest == train_gpt.BOS)[-1]):
+                yield rest[:last]
+                rest = rest[last:]
+    yield rest
+
+
+def documents_of(block: np.ndarray) -> list[np.ndarray]:
+    return np.split(block, np.flatnonzero(block == train_gpt.BOS)[1:])
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold a folder against other processes that would write into it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise InputError(f"another process is writing {folder}; wait until it has ended") from None
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def unfinished(folder: Path, plan: dict | None) -> Iterator[tuple[Path, dict]]:
+    """The folder NAME.partial in which a dataset is made, and the progress of an earlier run of the same plan.
+
+    A kill leaves it for the next run; an error removes it, unless it holds a finished training shard.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder} already holds {min(folder.iterdir()).name}; remove it or choose another --name")
+    partial = folder.with_name(f"{folder.name}.partial")
+    with alone_in(partial):
+        journal = partial / "progress.json"
+        progress = json.loads(journal.read_text()) if journal.exists() else {}
+        if not plan or plan != progress.get("plan"):
+            if plan and "val" in progress:
+                raise InputError(f"{partial} holds shards of other inputs or options; repeat that command or remove it")
+            progress = dict(plan=plan)
+            for stale in partial.iterdir():
+                stale.unlink()
+        try:
+            yield partial, progress
+        except InputError:
+            if not progress.get("train", {}).get("files"):
+                shutil.rmtree(partial)
+            raise
+
+
+def write_manifest(folder: Path, model: Path, splits: dict, **more: Any) -> None:
+    """Write manifest.json, which `verify` compares the files with."""
+    manifest = dict(tokenizer=model.name, tokenizer_sha256=file_hash(model), **more, **splits)
+    train_gpt.write_file(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
+
+
+def print_result(folder: Path, model: Path, splits: dict) -> None:
+    """What is there now, and the command that trains on it."""
+    for split, has in splits.items():
+        print(f"{folder}: {split} {has['documents']} documents, {has['tokens']} tokens, {len(has['files'])} shards")
+    size = processor(model).vocab_size()
+    print(f"DATA_PATH={folder} TOKENIZER_PATH={model} VOCAB_SIZE={size} python train_gpt.py")
+
+
+def publish(partial: Path, folder: Path, model: Path, splits: dict) -> None:
+    """Write the manifest and give the folder its name; from then on the dataset is there, and whole."""
+    write_manifest(partial, model, splits)
+    (partial / "progress.json").unlink()
+    partial.replace(folder)
+    print_result(folder, model, splits)
+
+
+def write_dataset(folder: Path, model: Path, val: Iterable[str], train: Iterable[str], workers: int) -> None:
+    """A dataset of documents in memory. Drops val's documents from train."""
+    with unfinished(folder, None) as (partial, progress):
+        splits = build(partial, model, dict(val=json_blocks(val), train=json_blocks(train)), workers, progress)
+        publish(partial, folder, model, splits)
+
+
+# ---------------------------------------- verify
+
+def check_files(cfg: train_gpt.Config, split: str, expected: dict) -> None:
+    """The shards of a split are those of the manifest, bit for bit."""
+    paths = train_gpt.find_shards(cfg, split)
+    if [p.name for p in paths] != [f["name"] for f in expected["files"]]:
+        raise InputError(f"{cfg.data_path}: the {split} shards are not those of the manifest")
+    for path, file in zip(paths, expected["files"]):
+        if len(train_gpt.read_shard(path)) != file["tokens"] or file_hash(path) != file["sha256"]:
+            raise InputError(f"{path} is not the file of the manifest")
+
+
+def count_bytes(table: train_gpt.ByteTable, tokens: np.ndarray) -> int:
+    """Bytes of all tokens but the first, by the contest's rule."""
+    ids = torch.from_numpy(tokens.astype(np.int64))
+    return int(table.count(ids[:-1], ids[1:]).sum())
+
+
+class Totals(NamedTuple):
+    """Invariants of a split; row_targets and row_bytes are those in whole rows of 2,048 targets, as most logs score."""
+
+    documents: int
+    tokens: int
+    bytes: int
+    largest: int
+    row_targets: int
+    row_bytes: int
+    digests: set[bytes]
+
+    def __str__(self) -> str:
+        return (f"{self.documents} documents (as many BOS), {self.tokens} tokens, {self.bytes} bytes, "
+                f"{self.bytes / max(self.tokens - 1, 1):.6f} bytes/token, largest id {self.largest}; in rows of 2048: "
+                f"{self.row_targets} targets, {self.row_bytes} bytes, {self.row_ratio:.6f} bytes/target")
+
+    @property
+    def row_ratio(self) -> float:
+        """What val_loss / (ln 2 * val_bpb) of a run's log must be."""
+        return self.row_bytes / max(self.row_targets, 1)
+
+
+def measure(cfg: train_gpt.Config, split: str, only: set[bytes] | None = None) -> Totals:
+    """Totals of a split, with the digests that are in `only`.
+
+    Raises InputError on an id out of range, or when the first DECODED_DOCUMENTS count other bytes than their text has.
+    """
+    table, sp = train_gpt.load_byte_table(cfg, torch.device("cpu")), processor(Path(cfg.tokenizer_path))
+    documents = tokens = total = largest = 0
+    digests, tail = set(), np.empty(0, "<u2")
+    blocks = document_blocks(train_gpt.find_shards(cfg, split), cfg.vocab_size)
+    for block in tqdm(blocks, desc=split, disable=not sys.stderr.isatty()):
+        split_up = documents_of(block)
+        decoded = split_up[: max(DECODED_DOCUMENTS - documents, 0)]
+        text_bytes = sum(len(sp.decode(d[1:].tolist()).encode()) for d in decoded)
+        counted = count_bytes(table, block[: sum(map(len, decoded))])
+        if counted != text_bytes:
+            raise InputError(f"{cfg.data_path}: the {split} tokens count {counted} bytes, their text has {text_bytes}")
+        marks = (digest(d.tobytes()) for d in split_up)
+        digests.update(m for m in marks if only is None or m in only)
+        documents, tokens, largest = documents + len(split_up), tokens + len(block), max(largest, int(block.max()))
+        total, tail = total + count_bytes(table, block), np.concatenate([tail, block])[-2049:]
+    over = (tokens - 1) % 2048
+    row_bytes = total - count_bytes(table, tail[len(tail) - over - 1 :])
+    return Totals(documents, tokens, total, largest, tokens - 1 - over, row_bytes, digests)
+
+
+def check_contest(name: str, val: Totals) -> None:
+    """A folder with the name of a contest's export holds that export's validation split."""
+    if name in CONTEST_VAL:
+        targets, ratio = CONTEST_VAL[name]
+        if val.row_targets != targets or round(val.row_ratio, 6) != ratio:
+            raise InputError(f"{name} is a name of the contest's, whose validation split has {targets} targets in rows "
+                             f"of 2048 and {ratio:.6f} bytes/target: a score on this one compares with no record")
+        print(f"{name}: the validation split has the targets and the bytes of the contest's records")
+
+
+def check_split(cfg: train_gpt.Config, split: str, expected: dict | None, only: set[bytes] | None) -> Totals:
+    """Compare a split with its entry of the manifest, if it has one, and print its totals."""
+    if expected:
+        check_files(cfg, split, expected)
+    found = measure(cfg, split, only)
+    print(f"{split}: {found}")
+    if expected and found.documents != expected["documents"]:
+        raise InputError(f"{cfg.data_path}: {found.documents} {split} documents instead of {expected['documents']}")
+    return found
+
+
+def read_manifest(folder: Path, args: argparse.Namespace) -> tuple[dict, Path]:
+    """(manifest, {} with --no-manifest; its tokenizer). Raises InputError when one is missing or they do not match."""
+    try:
+        manifest = {} if args.no_manifest else json.loads((folder / "manifest.json").read_text())
+        tokenizer = args.tokenizer or args.root / "tokenizers" / manifest["tokenizer"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder} has no readable manifest.json ({error}); for shards of another script add "
+                         "--no-manifest --tokenizer MODEL") from None
+    if not tokenizer.is_file():
+        raise InputError(f"no tokenizer at {tokenizer}; name it with --tokenizer")
+    if manifest and file_hash(tokenizer) != manifest["tokenizer_sha256"]:
+        raise InputError(f"{tokenizer} is not the tokenizer of the manifest")
+    return manifest, tokenizer
+
+
+def verify(args: argparse.Namespace) -> None:
+    """Headers, counts, token range, hashes, bytes against the decoded text, and no document in both splits."""
+    folder = args.root / "datasets" / args.name
+    manifest, tokenizer = read_manifest(folder, args)
+    size = processor(tokenizer).vocab_size()
+    cfg = train_gpt.Config(data_path=str(folder), tokenizer_path=str(tokenizer), vocab_size=size)
+    val = check_split(cfg, "val", manifest.get("val"), None)
+    check_contest(args.name, val)
+    if not manifest or manifest["train"]["files"]:
+        both = check_split(cfg, "train", manifest.get("train"), val.digests).digests
+        if both:
+            raise InputError(f"{folder}: {len(both)} documents are in both splits")
+    print(f"{folder}: {'as the manifest says; ' if manifest else ''}no document in both splits")
+
+
+# ---------------------------------------- commands
 
 def python_documents() -> list[str]:
     """One document a standard-library module: its docstrings, in the order of the source; and pydoc's language topics.
@@ -184,113 +430,139 @@ def demo(args: argparse.Namespace) -> None:
         return
     documents = python_documents()
     train_tokenizer(documents[args.val_docs :], 1024, model)
-    for stale in folder.glob("fineweb_*.bin"):
-        stale.unlink()  # of a run that was interrupted before its manifest
-    print_manifest(folder, write_dataset(folder, model, documents[: args.val_docs], documents[args.val_docs :], args.workers))
+    write_dataset(folder, model, documents[: args.val_docs], documents[args.val_docs :], args.workers)
+
+
+def identity(path: Path) -> list:
+    """What tells one state of an input from another."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    return [str(path.resolve()), found.st_size, found.st_mtime_ns]
 
 
 def tokenize(args: argparse.Namespace) -> None:
     """Shards of JSON lines, with a given tokenizer or one trained on the documents that are not validation."""
-    if args.val is None:
-        print(f"note: the first {args.val_docs} documents become the validation split and are not trained on; the contest "
-              "keeps its first 50000, and a smaller number trains on documents that it scores", file=sys.stderr)
-    split = 0 if args.val else args.val_docs
-    if args.tokenizer is None:
-        args.tokenizer = args.root / "tokenizers" / f"{args.name}.model"
-        train_tokenizer(islice(json_lines(args.inputs), split, split + args.tokenizer_docs), args.vocab_size, args.tokenizer)
-    elif not args.tokenizer.is_file():
-        raise train_gpt.InputError(f"no tokenizer at {args.tokenizer}")
-    val = json_lines([args.val]) if args.val else islice(json_lines(args.inputs), split)
-    train = islice(json_lines(args.inputs), split, None)
-    folder = args.root / "datasets" / args.name
-    print_manifest(folder, write_dataset(folder, args.tokenizer, val, train, args.workers))
-    size = processor(args.tokenizer).vocab_size()
-    print(f"DATA_PATH={folder} TOKENIZER_PATH={args.tokenizer} VOCAB_SIZE={size} python train_gpt.py")
+    folder, val_docs = args.root / "datasets" / args.name, 0 if args.val else args.val_docs
+    if args.tokenizer and not args.tokenizer.is_file():
+        raise InputError(f"no tokenizer at {args.tokenizer}")
+    recipe = file_hash(args.tokenizer) if args.tokenizer else [args.vocab_size, args.tokenizer_docs, args.tokenizer_mb]
+    plan = dict(inputs=[identity(p) for p in args.inputs], val=val_docs or identity(args.val), tokenizer=recipe)
+    with unfinished(folder, plan) as (partial, progress):
+        if val_docs:
+            check_val_docs(args.inputs, val_docs)
+        model = tokenizer = args.tokenizer or own_tokenizer(args, partial, val_docs)
+        train_gpt.write_file(partial / "progress.json", json.dumps(progress).encode())  # the tokenizer is made
+        train = lines_between(read_blocks(args.inputs), val_docs)
+        val = read_blocks([args.val]) if args.val else lines_between(read_blocks(args.inputs), 0, val_docs)
+        splits = build(partial, model, dict(val=val, train=train), args.workers, progress)
+        if model.parent == partial:
+            tokenizer = args.root / "tokenizers" / model.name
+            tokenizer.parent.mkdir(parents=True, exist_ok=True)
+            train_gpt.write_file(tokenizer, model.read_bytes())
+        publish(partial, folder, tokenizer, splits)
+        (folder / model.name).unlink(missing_ok=True)  # the trained one, which has its place now
 
 
-def print_manifest(folder: Path, manifest: dict) -> None:
-    for split in ("train", "val"):
-        counts = manifest[split]
-        print(f"{folder}: {split} {counts['documents']} documents, {counts['tokens']} tokens, {len(counts['files'])} shards")
+def check_val_docs(inputs: list[Path], val_docs: int) -> None:
+    """Say loudly what the validation split is. Raises InputError when nothing would be left to train on."""
+    found = sum(block.lines for block in lines_between(read_blocks(inputs), 0, val_docs + 1))
+    if found <= val_docs:
+        raise InputError(f"the text has {found} documents and the first {val_docs} would be the validation split: give "
+                         "a smaller --val-docs, or the validation text as a file of its own (--val)")
+    print(f"NOTE: the first {val_docs} documents become the validation split and are not trained on. The contest keeps "
+          f"its first {CONTEST_VAL_DOCS}: on its text a smaller number would train on documents that it scores.",
+          file=sys.stderr)
 
 
-def verify_split(cfg: train_gpt.Config, split: str, expected: dict) -> set[bytes]:
-    """Check one split's shards against the manifest and its byte counts against the decoded text; returns its documents."""
-    paths = train_gpt.find_shards(cfg, split)
-    if [p.name for p in paths] != [f["name"] for f in expected["files"]]:
-        raise train_gpt.InputError(f"{cfg.data_path}: the {split} shards are not those of the manifest")
-    for path, file in zip(paths, expected["files"]):
-        if len(train_gpt.read_shard(path)) != file["tokens"] or hashlib.sha256(path.read_bytes()).hexdigest() != file["sha256"]:
-            raise train_gpt.InputError(f"{path} is not the file of the manifest")
-    stream = np.concatenate([train_gpt.check_tokens(train_gpt.read_shard(p), cfg.vocab_size, p) for p in paths])
-    if stream[0] != train_gpt.BOS:
-        raise train_gpt.InputError(f"{paths[0]} does not begin with a document")
-    documents = np.split(stream, np.flatnonzero(stream == train_gpt.BOS)[1:])
-    text = processor(Path(cfg.tokenizer_path)).decode
-    text_bytes = sum(len(text(d[1:].tolist()).encode()) for d in tqdm(documents, desc=split, disable=not sys.stderr.isatty()))
-    table = train_gpt.load_byte_table(cfg, torch.device("cpu"))
-    tokens = torch.from_numpy(stream.astype(np.int64))
-    counted = int(table.count(tokens[:-1], tokens[1:]).sum())
-    if counted != text_bytes:
-        raise train_gpt.InputError(f"{cfg.data_path}: the {split} tokens count {counted} bytes, their text has {text_bytes}")
-    if len(documents) != expected["documents"]:
-        raise train_gpt.InputError(f"{cfg.data_path}: {len(documents)} {split} documents, the manifest has {expected['documents']}")
-    print(f"{split}: {len(documents)} documents, {len(stream)} tokens, {text_bytes} bytes, {text_bytes / (len(stream) - 1):.6f} bytes/token")
-    return {hashlib.sha256(d.tobytes()).digest() for d in documents}
+def own_tokenizer(args: argparse.Namespace, partial: Path, val_docs: int) -> Path:
+    """A tokenizer trained on documents after the validation split, or the one that a killed run has trained."""
+    model, final = partial / f"{args.name}.model", args.root / "tokenizers" / f"{args.name}.model"
+    if final.exists() and not (model.exists() and file_hash(model) == file_hash(final)):
+        raise InputError(f"{final} is there already; use it with --tokenizer or choose another --name")
+    if not model.exists():
+        blocks = lines_between(read_blocks(args.inputs), val_docs, val_docs + args.tokenizer_docs)
+        train_tokenizer(sample(blocks, args.tokenizer_mb), args.vocab_size, model)
+    return model
 
 
-def verify(args: argparse.Namespace) -> None:
-    """Headers, counts, token range, hashes, bytes against the decoded text, and no document in both splits."""
-    folder = args.root / "datasets" / args.name
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-    except (OSError, ValueError) as error:
-        raise train_gpt.InputError(f"{folder} has no readable manifest.json ({error})") from None
-    tokenizer = args.tokenizer or args.root / "tokenizers" / manifest["tokenizer"]
-    if not tokenizer.is_file():
-        raise train_gpt.InputError(f"no tokenizer at {tokenizer}; name it with --tokenizer")
-    if hashlib.sha256(tokenizer.read_bytes()).hexdigest() != manifest["tokenizer_sha256"]:
-        raise train_gpt.InputError(f"{tokenizer} is not the tokenizer of the manifest")
-    size = processor(tokenizer).vocab_size()
-    cfg = train_gpt.Config(data_path=str(folder), tokenizer_path=str(tokenizer), vocab_size=size)
-    both = verify_split(cfg, "val", manifest["val"]) & verify_split(cfg, "train", manifest["train"])
-    if both:
-        raise train_gpt.InputError(f"{folder}: {len(both)} documents are in both splits")
-    print(f"{folder}: as the manifest says; no document in both splits")
+def download(args: argparse.Namespace) -> None:
+    """The contest's published shards: the whole validation split, the first --train-shards shards, the tokenizer."""
+    place = hub.Hub(args.repo, args.revision, args.folder, args.endpoint)
+    published, dataset = place.json("manifest.json"), f"fineweb10B_{args.variant}"
+    paths, tokenizer = hub.choose(place, args, published)
+    folder = args.root / "datasets" / dataset
+    with alone_in(folder):
+        place.fetch(paths, args.workers)
+        splits = {split: hub.describe(place, paths, split) for split in ("val", "train")}
+        hub.check_published(place, published, dataset, splits)
+        source = dict(repository=args.repo, commit=place.commit, folder=args.folder)
+        write_manifest(folder, paths[tokenizer], splits, source=source)
+        print_result(folder, paths[tokenizer], splits)
+
+
+def positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
 
 
 def parser() -> argparse.ArgumentParser:
+    """The commands and their options."""
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("--root", type=Path, default=HERE, help="folder of datasets/ and tokenizers/ (default: data/)")
     commands = cli.add_subparsers(required=True)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     make = commands.add_parser("demo", help=demo.__doc__)
-    make.add_argument("--val-docs", type=int, default=40)
-    make.add_argument("--workers", type=int, default=os.cpu_count())
+    make.add_argument("--val-docs", type=positive, default=40)
+    make.add_argument("--workers", type=positive, default=cores)
     make.set_defaults(run=demo)
+    get = commands.add_parser("download", help=download.__doc__)
+    get.add_argument("variant", help="sp1024, sp4096, sp8192, or what else stands after fineweb10B_ on the hub")
+    get.add_argument("--train-shards", type=int, default=80, help="the first ones, 200 MB each (default: %(default)s)")
+    get.add_argument("--repo", default="willdepueoai/parameter-golf", help="dataset repository (default: %(default)s)")
+    get.add_argument("--revision", default="main", help="branch, tag or commit of it (default: %(default)s)")
+    get.add_argument("--folder", default="datasets", help="of datasets/ and tokenizers/ there (default: %(default)s)")
+    get.add_argument("--endpoint", help="address of the hub (default: HF_ENDPOINT, or huggingface.co)")
+    get.add_argument("--workers", type=positive, default=8, help="files at a time (default: %(default)s)")
+    get.set_defaults(run=download)
     encode = commands.add_parser("tokenize", help=tokenize.__doc__)
     encode.add_argument("inputs", type=Path, nargs="+", help='JSON lines, {"text": ...}, plain or .zst')
     encode.add_argument("--name", required=True, help="name of the dataset")
     encode.add_argument("--tokenizer", type=Path, help="SentencePiece model; without it one is trained")
-    encode.add_argument("--vocab-size", type=int, default=1024, help="pieces of a trained tokenizer")
-    encode.add_argument("--tokenizer-docs", type=int, default=100_000, help="documents it is trained on")
+    encode.add_argument("--vocab-size", type=positive, default=1024, help="pieces of a trained tokenizer")
+    encode.add_argument("--tokenizer-docs", type=positive, default=100_000, help="documents it is trained on, at most")
+    encode.add_argument("--tokenizer-mb", type=positive, default=200, help="megabytes of them, held in memory, at most")
     encode.add_argument("--val", type=Path, help="JSON lines of the validation split")
-    encode.add_argument("--val-docs", type=int, default=50_000, help="without --val: how many first documents are validation")
-    encode.add_argument("--workers", type=int, default=os.cpu_count())
+    encode.add_argument("--val-docs", type=positive, default=CONTEST_VAL_DOCS,
+                        help="without --val: how many first documents are validation (default: %(default)s)")
+    encode.add_argument("--workers", type=positive, default=cores, help="processes (default: one a core)")
     encode.set_defaults(run=tokenize)
     check = commands.add_parser("verify", help=verify.__doc__)
     check.add_argument("name")
     check.add_argument("--tokenizer", type=Path)
+    check.add_argument("--no-manifest", action="store_true", help="of shards that another script has written")
     check.set_defaults(run=verify)
     return cli
 
 
-def main() -> None:
-    args = parser().parse_args()
+def main(arguments: list[str] | None = None) -> None:
+    args = parser().parse_args(arguments)
     args.run(args)
 
 
-if __name__ == "__main__":
+def command_line() -> None:
+    """`main`, where a mistake, a killed process and Ctrl-C end in one line."""
     try:
         main()
-    except train_gpt.InputError as error:
+    except (InputError, OSError) as error:
         sys.exit(f"prepare.py: {error}")
+    except BrokenProcessPool:
+        sys.exit("prepare.py: a process was killed (out of memory?); the same command goes on with what is finished")
+    except KeyboardInterrupt:
+        sys.exit("prepare.py: stopped; the same command goes on with what is finished")
+
+
+if __name__ == "__main__":
+    command_line()

@@ -1,18 +1,30 @@
+import itertools
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import encode
 import numpy as np
 import pytest
 import sentencepiece
 import zstandard
 from conftest import ROOT, prepare, write_json_lines
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import train_gpt as t
 
 
-def cli(*args, check=True):
-    done = subprocess.run([sys.executable, str(ROOT / "data" / "prepare.py"), *map(str, args)], capture_output=True, text=True, timeout=240)
+def cli(*args, check=True, before=""):
+    """The command line in a process of its own; `before` is a statement that changes it for a test."""
+    code = f"import sys; sys.path[:0] = [{str(ROOT / 'data')!r}]; import encode, os, prepare; {before}\nprepare.command_line()"
+    script = ["-c", code] if before else [str(ROOT / "data" / "prepare.py")]
+    done = subprocess.run([sys.executable, *script, *map(str, args)], capture_output=True, text=True, timeout=240)
     assert not check or done.returncode == 0, done.stderr
     return done
 
@@ -96,18 +108,6 @@ def test_an_existing_dataset_is_not_overwritten(made, dataset):
     assert done.returncode == 1 and "already holds" in done.stderr
 
 
-def test_long_splits_are_cut_into_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "SHARD_TOKENS", 10)
-    shards = prepare.Shards(tmp_path, "train")
-    pieces = [np.arange(7, dtype=np.uint16) + 100 * i for i in range(5)]
-    for piece in pieces:
-        shards.add(piece)
-    summary = shards.summary()
-    assert [f["tokens"] for f in summary["files"]] == [10, 10, 10, 5] and summary["documents"] == 5
-    read = np.concatenate([t.read_shard(tmp_path / f["name"]) for f in summary["files"]])
-    np.testing.assert_array_equal(read, np.concatenate(pieces))
-
-
 def test_python_carries_enough_text_for_the_demo():
     documents = prepare.python_documents()
     assert sum(map(len, documents)) > 1_000_000 and len(documents) == len(set(documents)) > 300
@@ -116,3 +116,326 @@ def test_python_carries_enough_text_for_the_demo():
 def test_the_manifest_is_json_with_hashes(made):
     manifest = json.loads((made[0] / "datasets" / "mine" / "manifest.json").read_text())
     assert len(manifest["tokenizer_sha256"]) == len(manifest["train"]["files"][0]["sha256"]) == 64
+
+
+def tokenize(root, *args):
+    prepare.main(["--root", str(root), "tokenize", *map(str, args)])
+
+
+def files_of(root, name="mine"):
+    return {p.name: p.read_bytes() for p in (root / "datasets" / name).iterdir()}
+
+
+# Blocks of lines
+
+
+@given(files=st.lists(st.lists(st.text("ab\u00e9\u2028\r", max_size=8), max_size=12), min_size=1, max_size=3), size=st.integers(1, 60),
+       start=st.integers(0, 20), count=st.integers(0, 20), kind=st.sampled_from(["plain", "zstd", "frames"]), last=st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_blocks_hold_the_lines_of_the_files_whatever_their_size(tmp_path_factory, files, size, start, count, kind, last):
+    folder = tmp_path_factory.mktemp("blocks")
+    compress = zstandard.ZstdCompressor().compress
+    paths = []
+    for i, texts in enumerate(files):
+        lines = [json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n" for text in texts]
+        if lines and last:
+            lines[-1] = lines[-1][:-1]  # no line end at the end of the file
+        frames = lines if kind == "frames" else [b"".join(lines)]
+        paths.append(folder / (f"{i}.jsonl" if kind == "plain" else f"{i}.jsonl.zst"))
+        paths[-1].write_bytes(b"".join(frames if kind == "plain" else map(compress, frames)))
+    expected = [(p, n, text) for p, texts in zip(paths, files) for n, text in enumerate(texts, 1)][start : start + count]
+    old, encode.TEXT_BLOCK = encode.TEXT_BLOCK, size
+    try:
+        blocks = list(encode.lines_between(encode.read_blocks(paths), start, start + count))
+    finally:
+        encode.TEXT_BLOCK = old
+    assert [(b.path, b.first + i, text) for b in blocks for i, text in enumerate(b.texts())] == expected
+    assert all(b.lines == b.data.count(b"\n") for b in blocks)
+
+
+def test_a_cut_zstd_file_is_an_error_even_at_the_end_of_a_line(tmp_path):
+    whole = zstandard.ZstdCompressor().compressobj()
+    blob = whole.compress(b'{"text": "a"}\n') + whole.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)  # a frame without its end
+    (tmp_path / "cut.jsonl.zst").write_bytes(blob)
+    with pytest.raises(t.InputError, match="cut.jsonl.zst: it is cut"):
+        list(encode.read_blocks([tmp_path / "cut.jsonl.zst"]))
+
+
+@pytest.mark.parametrize("line", ['{"text": 3}', '{"text": "\\ud800"}', '["text"]', ""])
+def test_a_line_without_a_text_is_named(tmp_path, dataset, line):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"text": "good"}\n{"text": "better"}\n' + line + "\n")
+    with pytest.raises(t.InputError, match='x.jsonl, line 3: not a JSON object with a "text"'):
+        tokenize(tmp_path, path, "--tokenizer", dataset["TOKENIZER_PATH"], "--name", "mine", "--val-docs", 1, "--workers", 1)
+    assert not list((tmp_path / "datasets").iterdir())
+
+
+def test_work_is_done_in_order_and_not_far_ahead():
+    taken = []
+    endless = (taken.append(i) or i for i in itertools.count())
+    with ThreadPoolExecutor(3) as pool:
+        ordered = prepare.in_order(pool, lambda i: time.sleep(0.01 * (i % 3)) or i, endless, 5)
+        assert list(itertools.islice(ordered, 20)) == list(range(20)) and len(taken) <= 25
+
+
+# Shards, and going on after a kill
+
+
+class Killed(BaseException):
+    pass
+
+
+DOCUMENTS = st.lists(st.tuples(st.integers(1, 12), st.booleans()), min_size=1, max_size=25)
+
+
+@given(documents=DOCUMENTS, size=st.integers(3, 30), parts=st.lists(st.integers(1, 6), min_size=1), others=st.lists(st.integers(1, 6), min_size=1),
+       kills=st.lists(st.integers(1, 3), max_size=3))
+@settings(max_examples=150, deadline=None)
+def test_a_split_that_is_killed_and_goes_on_has_the_same_shards(tmp_path_factory, documents, size, parts, others, kills):
+    """Documents of random lengths, some left out, in blocks that are cut otherwise after each kill."""
+    folder, old, prepare.SHARD_TOKENS = tmp_path_factory.mktemp("shards"), prepare.SHARD_TOKENS, size
+    tokens = [np.arange(n, dtype="<u2") + 100 * i for i, (n, _) in enumerate(documents)]
+    kept = np.concatenate([x for x, (_, keep) in zip(tokens, documents) if keep] or [np.empty(0, "<u2")])
+
+    def attempt(parts, patience):
+        shards = prepare.Shards(folder, "train", json.loads((folder / "progress.json").read_text()) if (folder / "progress.json").exists() else {})
+        save, saves = shards.save, itertools.count(1)
+        shards.save = lambda **now: save(**now) if next(saves) < patience else kill()
+        at = shards.counts["read"]
+        for part in itertools.cycle(parts):
+            block = range(at, min(at + part, len(documents)))
+            if not block:
+                return shards.finish()
+            joined = [tokens[i] for i in block if documents[i][1]]
+            shards.add(np.concatenate(joined or [np.empty(0, "<u2")]), len(joined), len(block))
+            at += len(block)
+
+    def kill():
+        raise Killed
+
+    try:
+        for i, patience in enumerate(kills):
+            try:
+                attempt(parts if i % 2 else others, patience)
+            except Killed:
+                continue
+        summary = attempt(parts, 1 << 30)
+    finally:
+        prepare.SHARD_TOKENS = old
+    read = [t.read_shard(folder / f["name"]) for f in summary["files"]]
+    np.testing.assert_array_equal(np.concatenate(read or [np.empty(0, "<u2")]), kept)
+    assert [len(r) for r in read] == [f["tokens"] for f in summary["files"]] == [size] * (len(kept) // size) + [len(kept) % size] * (len(kept) % size > 0)
+    assert (summary["documents"], summary["tokens"]) == (sum(keep for _, keep in documents), len(kept))
+
+
+SMALL = "encode.TEXT_BLOCK = 20_000; prepare.SHARD_TOKENS = 30_000"
+
+
+@pytest.fixture(scope="module")
+def many(made, dataset, tmp_path_factory):
+    """The arguments of a run with many blocks and shards, and the files that it makes without an interruption."""
+    root = tmp_path_factory.mktemp("many")
+    args = ["tokenize", made[0] / "docs.jsonl.zst", "--tokenizer", dataset["TOKENIZER_PATH"], "--name", "mine", "--val-docs", 3]
+    cli("--root", root, *args, "--workers", 3, before=SMALL)
+    files = files_of(root)
+    assert len(files) >= 5
+    return args, files
+
+
+def test_blocks_and_workers_change_no_document(made, many):
+    def tokens(files, split):
+        return b"".join(files[name][1024:] for name in sorted(files) if split in name)
+
+    for split in ("val", "train"):
+        assert tokens(many[1], split) == tokens(files_of(made[0]), split)
+
+
+def test_a_killed_run_goes_on_with_its_finished_shards(many, tmp_path):
+    """Killed without warning after its second note of progress, in the training split; its processes end with it."""
+    args, files = many
+    kill = """
+save, left = prepare.Shards.save, [2]
+def killed(self, **now):
+    save(self, **now)
+    left[0] -= 1
+    if not left[0]:
+        print(*open(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read().split(), flush=True)
+        os.kill(os.getpid(), 9)
+prepare.Shards.save = killed"""
+    done = cli("--root", tmp_path, *args, "--workers", 2, before=SMALL + kill, check=False)
+    assert done.returncode == -signal.SIGKILL and os.listdir(tmp_path / "datasets") == ["mine.partial"]
+    for _ in range(100):
+        if not any(os.path.exists(f"/proc/{pid}") for pid in done.stdout.split()):
+            break
+        time.sleep(0.1)
+    assert done.stdout.split() and not any(os.path.exists(f"/proc/{pid}") for pid in done.stdout.split())
+    finished = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "datasets" / "mine.partial").glob("*.bin")}
+    other = cli("--root", tmp_path, *args[:-1], 4, before=SMALL, check=False)
+    assert other.returncode == 1 and "holds shards of other inputs or options" in other.stderr
+    cli("--root", tmp_path, *args, "--workers", 1, before=SMALL)
+    assert files_of(tmp_path) == files and os.listdir(tmp_path / "datasets") == ["mine"]
+    assert finished and all((tmp_path / "datasets" / "mine" / name).stat().st_mtime_ns == when for name, when in finished.items())
+
+
+def test_a_process_that_dies_ends_the_run_in_one_line(many, tmp_path):
+    dead = "\ndef dead(model, block):\n    os.kill(os.getpid(), 9)\nprepare.encode_block = dead"
+    done = cli("--root", tmp_path, *many[0], "--workers", 1, before=SMALL + dead, check=False)
+    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("prepare.py: a process was killed")
+    assert "Traceback" not in done.stderr
+
+
+def test_two_runs_do_not_write_the_same_dataset(many, tmp_path):
+    with prepare.alone_in(tmp_path / "datasets" / "mine.partial"), pytest.raises(t.InputError, match="another process is writing"):
+        tokenize(tmp_path, *many[0][1:])
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(many, tmp_path, monkeypatch):
+    part = tmp_path / "datasets" / "mine.partial" / "fineweb_val_000000.bin.part"
+
+    def build(*args, build=prepare.build):
+        part.symlink_to("/dev/full")  # every write to it fails for want of space
+        return build(*args)
+
+    monkeypatch.setattr(prepare, "build", build)
+    with pytest.raises(t.InputError, match="cannot write .*fineweb_val_000000.bin: No space left on device"):
+        tokenize(tmp_path, *many[0][1:])
+    assert not list((tmp_path / "datasets").iterdir())
+
+
+# Splits and tokenizers
+
+
+def test_the_contests_split_is_the_default_and_a_text_that_is_too_short_says_so(made, dataset, tmp_path):
+    with pytest.raises(t.InputError, match="the text has 41 documents and the first 50000 would be the validation split"):
+        tokenize(tmp_path, made[0] / "docs.jsonl", "--tokenizer", dataset["TOKENIZER_PATH"], "--name", "mine")
+    assert not list((tmp_path / "datasets").iterdir())
+    with pytest.raises(t.InputError, match="the text has 41 documents and the first 41 would be"):
+        tokenize(tmp_path, made[0] / "docs.jsonl", "--tokenizer", dataset["TOKENIZER_PATH"], "--name", "mine", "--val-docs", 41)
+
+
+def test_validation_text_of_its_own_leaves_its_documents_out_of_training(documents, dataset, tmp_path, capsys):
+    write_json_lines(tmp_path / "val.jsonl", documents[5:7])
+    write_json_lines(tmp_path / "train.jsonl", documents[:10])
+    tokenize(tmp_path, tmp_path / "train.jsonl", "--val", tmp_path / "val.jsonl", "--tokenizer", dataset["TOKENIZER_PATH"], "--name", "mine", "--workers", 1)
+    sp = sentencepiece.SentencePieceProcessor(model_file=dataset["TOKENIZER_PATH"])
+    train = t.read_shard(tmp_path / "datasets" / "mine" / "fineweb_train_000000.bin")
+    np.testing.assert_array_equal(train, np.concatenate([[1, *sp.encode(d)] for d in documents[:5] + documents[7:10]]))
+    assert "2 training documents are also in the validation split" in capsys.readouterr().err
+
+
+def test_a_tokenizer_learns_from_no_validation_document_and_within_its_bounds(documents, tmp_path, monkeypatch):
+    write_json_lines(tmp_path / "docs.jsonl", documents)
+    learnt = []
+    monkeypatch.setattr(prepare, "train_tokenizer", lambda texts, size, path: learnt.extend(texts) or encode.train_tokenizer(learnt, size, path))
+    tokenize(tmp_path, tmp_path / "docs.jsonl", "--vocab-size", 400, "--name", "mine", "--val-docs", 3, "--tokenizer-docs", 20, "--workers", 1)
+    assert learnt == documents[3:23]
+    assert (tmp_path / "tokenizers" / "mine.model").is_file() and "mine.model" not in files_of(tmp_path)
+    with pytest.raises(t.InputError, match="mine.model is there already"):
+        os.rename(tmp_path / "datasets" / "mine", tmp_path / "datasets" / "old")
+        tokenize(tmp_path, tmp_path / "docs.jsonl", "--vocab-size", 400, "--name", "mine", "--val-docs", 3)
+    size = sum(len(d.encode()) for d in documents[:2])
+    texts = list(encode.sample(encode.json_blocks(documents), (size + 1) / 1e6))
+    assert texts == documents[:2]
+
+
+def test_a_tokenizer_of_another_bos_is_refused(documents, tmp_path, monkeypatch):
+    monkeypatch.setitem(encode.CONTEST_TRAINER, "bos_id", 2)
+    monkeypatch.setitem(encode.CONTEST_TRAINER, "eos_id", 1)
+    encode.train_tokenizer(documents, 384, tmp_path / "other.model")
+    write_json_lines(tmp_path / "docs.jsonl", documents[:5])
+    with pytest.raises(t.InputError, match="other.model has BOS 2 and 384 pieces; shards need BOS 1"):
+        tokenize(tmp_path, tmp_path / "docs.jsonl", "--tokenizer", tmp_path / "other.model", "--name", "mine", "--val-docs", 1)
+
+
+# verify
+
+
+def by_hand(shards, model):
+    """(documents, tokens, bytes; targets and bytes of the whole rows of 2,048) counted piece by piece."""
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    tokens = np.concatenate([t.read_shard(path) for path in shards]).tolist()
+    sizes = [0]
+    for previous, token in zip(tokens, tokens[1:]):
+        piece = sp.id_to_piece(token)
+        bare = len(piece.replace("\u2581", "").encode()) if not sp.is_byte(token) else 1
+        sizes.append(0 if token == 1 else bare + (piece.startswith("\u2581") and previous != 1))
+    rows = (len(tokens) - 1) // 2048 * 2048
+    return tokens.count(1), len(tokens), sum(sizes), rows, sum(sizes[: rows + 1])
+
+
+@pytest.mark.parametrize("block", [700, 5000, 1 << 22])
+def test_verify_prints_the_invariants(many, dataset, tmp_path, monkeypatch, capsys, block):
+    """Shards that cut documents, read in blocks of several sizes, against a count of each token."""
+    folder = tmp_path / "datasets" / "mine"
+    folder.mkdir(parents=True)
+    for name, blob in many[1].items():
+        (folder / name).write_bytes(blob)
+    monkeypatch.setattr(prepare, "TOKEN_BLOCK", block)
+    prepare.main(["--root", str(tmp_path), "verify", "mine", "--tokenizer", dataset["TOKENIZER_PATH"]])
+    out = capsys.readouterr().out
+    for split in ("val", "train"):
+        documents, tokens, size, rows, row_size = by_hand(sorted(folder.glob(f"fineweb_{split}_*")), dataset["TOKENIZER_PATH"])
+        assert f"{split}: {documents} documents (as many BOS), {tokens} tokens, {size} bytes, {size / (tokens - 1):.6f} bytes/token" in out
+        assert f"in rows of 2048: {rows} targets, {row_size} bytes, {row_size / max(rows, 1):.6f} bytes/target" in out and rows >= (split == "train")
+
+
+def write_split(folder, split, tokens):
+    shards = prepare.Shards(folder, split, {})
+    shards.add(np.asarray(tokens, "<u2"), int((np.asarray(tokens) == 1).sum()), 0)
+    return shards.finish()
+
+
+def own_shards(root, model, val, train, name="mine"):
+    folder = root / "datasets" / name
+    folder.mkdir(parents=True)
+    prepare.write_manifest(folder, Path(model), {split: write_split(folder, split, tokens) for split, tokens in (("val", val), ("train", train))})
+    (folder / "progress.json").unlink()
+    return ["--root", str(root), "verify", name, "--tokenizer", model]
+
+
+@pytest.mark.parametrize("val, train, words", [
+    ([1, 300, 301], [1, 310, 1, 300, 301, 1, 311], "1 documents are in both splits"),
+    ([1, 300, 301], [1, 999], "holds token 999, but VOCAB_SIZE=384"),
+    ([1, 300, 4 + 255], [1, 310], "their text has"),  # a lone byte 0xFF is no text, and decodes to three bytes
+    ([300, 301], [1, 310], "does not begin with a document"),
+])
+def test_verify_refuses_what_no_tokenizing_can_make(dataset, tmp_path, val, train, words):
+    with pytest.raises(t.InputError, match=words):
+        prepare.main(own_shards(tmp_path, dataset["TOKENIZER_PATH"], val, train))
+
+
+def test_shards_of_another_script_need_no_manifest(dataset, tmp_path, capsys):
+    args = own_shards(tmp_path, dataset["TOKENIZER_PATH"], [1, 300, 301], [1, 310])
+    (tmp_path / "datasets" / "mine" / "manifest.json").unlink()
+    with pytest.raises(t.InputError, match="no readable manifest.json .* --no-manifest"):
+        prepare.main(args)
+    prepare.main([*args, "--no-manifest"])
+    assert "train: 1 documents" in capsys.readouterr().out
+
+
+def test_every_command_of_the_page_is_one_that_parses():
+    lines = [line.split("#")[0].split() for line in (ROOT / "data" / "README.md").read_text().splitlines() if line.startswith("    python")]
+    assert len(lines) >= 6 and all((ROOT / line[1]).is_file() for line in lines)
+    commands = [line[2:] for line in lines if line[1] == "data/prepare.py"]
+    assert {prepare.parser().parse_args(args).run.__name__ for args in commands} == {"demo", "download", "tokenize", "verify"}
+
+
+def test_a_name_of_the_contests_must_hold_its_validation_split(dataset, tmp_path, monkeypatch, capsys):
+    val = [1, *[300] * 3000]
+    args = own_shards(tmp_path, dataset["TOKENIZER_PATH"], val, [1, 310], name="fineweb10B_sp1024")
+    with pytest.raises(t.InputError, match="62021632 targets in rows of 2048 and 2.435930 bytes/target"):
+        prepare.main(args)
+    sp = sentencepiece.SentencePieceProcessor(model_file=dataset["TOKENIZER_PATH"])
+    ratio = len(sp.decode([300] * 2048).encode()) / 2048
+    monkeypatch.setattr(prepare, "CONTEST_VAL", dict(fineweb10B_sp1024=(2048, round(ratio, 6))))
+    prepare.main(args)
+    assert "has the targets and the bytes of the contest's records" in capsys.readouterr().out
+    monkeypatch.setattr(prepare, "CONTEST_VAL", dict(fineweb10B_sp1024=(2048, round(ratio, 6) + 1e-6)))
+    with pytest.raises(t.InputError, match="compares with no record"):
+        prepare.main(args)
+
+
+def test_the_speed_tool_compares_both_on_the_same_documents(made, dataset):
+    done = subprocess.run([sys.executable, str(ROOT / "tools" / "speed.py"), str(made[0] / "docs.jsonl.zst"), "--tokenizer", dataset["TOKENIZER_PATH"],
+                           "--docs", "30", "--turns", "1"], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0 and "30 documents, " in done.stdout and "documents/min" in done.stdout and "turn 1: tokenize" in done.stdout, done.stderr

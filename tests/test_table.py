@@ -1,37 +1,43 @@
-"""tools/table.py on small logs of known content."""
+"""tools/table.py on logs in logs/five, against numbers that are read from them in another way."""
 
+import re
+import statistics
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, finals
 
-sys.path.insert(0, str(ROOT / "tools"))
-import table  # noqa: E402
-
-
-def write_log(path, variant, raw, ttt, size):
-    path.write_text(f"variant:{variant} seed:1 overrides: none\nmodel_params:1234567 attention:sdpa\nTotal submission size int6+zstd: {size} bytes\n"
-                    f"DIAGNOSTIC raw val_loss:9.0 val_bpb:{raw} eval_time:1ms\nDIAGNOSTIC post_ema val_loss:9.0 val_bpb:2.5 eval_time:1ms\n"
-                    "final_int6_roundtrip val_loss:9 val_bpb:8 eval_time:1ms\nfinal_int6_roundtrip_exact val_loss:9.0 val_bpb:2.60000000\n"
-                    f"final_int6_sliding_window_exact val_loss:9.0 val_bpb:2.40000000\nlegal_ttt_exact val_loss:9.0 val_bpb:{ttt}\n")
-    return path
+FIVE = ROOT / "logs" / "five"
 
 
-def test_a_row_is_the_mean_and_the_standard_deviation_of_its_runs(tmp_path):
-    logs = [write_log(tmp_path / "a.txt", "card", 2.1, 2.0, 1000), write_log(tmp_path / "b.txt", "card", 2.3, 2.0, 3000),
-            write_log(tmp_path / "c.txt", "pr150", 2.0, 1.5, 5)]
-    out = subprocess.run([sys.executable, str(ROOT / "tools" / "table.py"), *map(str, logs)], capture_output=True, text=True, check=True).stdout
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.strip().splitlines()]
-    assert rows[0][:4] == ["variant", "runs", "parameters", "code + model"]
-    assert rows[2] == ["`card`", "2", "1,234,567", "2,000", "2.2000 ± 0.1414", "2.5000 ± 0.0000", "2.6000 ± 0.0000", "2.4000 ± 0.0000", "2.0000 ± 0.0000"]
-    assert rows[3][:4] == ["`pr150`", "1", "1,234,567", "5"] and rows[3][-1] == "1.5000"
+def table(*logs):
+    return subprocess.run([sys.executable, str(ROOT / "tools" / "table.py"), *map(str, logs)], capture_output=True, text=True)
 
 
-def test_a_log_that_is_not_finished_is_named(tmp_path):
+def test_a_row_is_the_mean_and_the_standard_deviation_of_its_runs():
+    done = table(FIVE / "pr490-2.txt", FIVE / "pr150-1.txt", FIVE / "pr490-1.txt")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.strip().splitlines()]
+    assert rows[0] == ["variant", "runs", "parameters", "code + model", "raw", "averaged", "int6", "sliding", "TTT"] and len(rows) == 4
+    texts = [(FIVE / f"pr490-{seed}.txt").read_text() for seed in (1, 2)]
+    sizes = [int(re.search(r"^Total submission size \S+ (\d+)", text, re.M)[1]) for text in texts]
+    assert rows[2][:4] == ["`pr490`", "2", "1,900,397", f"{sum(sizes) / 2:,.0f}"]
+    for column, stage in ((6, "final_int6_roundtrip"), (7, "final_int6_sliding_window"), (8, "legal_ttt")):
+        scores = [finals(text)[stage] for text in texts]
+        assert rows[2][column] == f"{statistics.mean(scores):.4f} ± {statistics.stdev(scores):.4f}"
+    raw = [float(re.search(r"DIAGNOSTIC raw .*val_bpb:(\S+)", text)[1]) for text in texts]
+    assert rows[2][4] == f"{statistics.mean(raw):.4f} ± {statistics.stdev(raw):.4f}"
+    assert rows[3][:2] == ["`pr150`", "1"] and rows[3][-1] == f"{finals((FIVE / 'pr150-1.txt').read_text())['legal_ttt']:.4f}"
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda text: text[: text.index("artifact:")], ":31: the 'artifact' line is missing after this one; the run did not end or was cut"),
+    (lambda text: "".join(line for line in text.splitlines(True) if not line.startswith("legal_ttt")), ":37: there is no stage legal_ttt"),
+    (None, "cannot read")])
+def test_a_log_that_is_not_finished_is_named(tmp_path, change, words):
     path = tmp_path / "x.txt"
-    path.write_text("variant:card seed:1\n")
-    with pytest.raises(SystemExit, match="x.txt has no parameters"):
-        table.read(path)
-    with pytest.raises(SystemExit, match="cannot read"):
-        table.read(tmp_path / "none")
+    if change:
+        path.write_text(change((FIVE / "card-1.txt").read_text()))
+    done = table(FIVE / "card-2.txt", path)
+    assert done.returncode == 1 and done.stdout == "" and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("table.py: ") and words in done.stderr and str(path) in done.stderr

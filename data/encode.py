@@ -1,0 +1,174 @@
+"""Text -> ids: JSON-lines files in blocks, and SentencePiece tokenizers that encode them.
+
+prepare.py reads, many processes encode: a Block goes out, an Encoded comes back. Memory is bounded by the block.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import sentencepiece
+import zstandard
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import train_gpt  # noqa: E402  (the shard format is the training script's)
+from train_gpt import InputError  # noqa: E402
+
+TEXT_BLOCK = 1 << 19  # bytes of JSON lines that one worker encodes at a time
+CONTEST_TRAINER = dict(
+    model_type="bpe", character_coverage=0.999, byte_fallback=True, split_digits=True, add_dummy_prefix=False,
+    normalization_rule_name="nmt_nfkc", pad_id=0, bos_id=1, eos_id=2, unk_id=3, hard_vocab_limit=False)
+
+
+# ---------------------------------------- text: files -> blocks of JSON lines
+
+class Block(NamedTuple):
+    """Whole lines of a JSON-lines file: where they stand, how many, and their bytes."""
+
+    path: Path
+    first: int
+    lines: int
+    data: bytes
+
+    def part(self, low: int, high: int) -> Block:
+        data = b"".join(line + b"\n" for line in self.data.split(b"\n")[low:high])
+        return Block(self.path, self.first + low, high - low, data)
+
+    def texts(self) -> Iterator[str]:
+        """The `text` of each line. Raises InputError that names the line."""
+        for number, line in enumerate(self.data.split(b"\n")[:-1], self.first):
+            try:
+                text = json.loads(str(line, "utf-8"))["text"]
+                text.encode()  # a lone surrogate is no text
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise InputError(f'{self.path}, line {number}: not a JSON object with a "text" of Unicode') from None
+            yield text
+
+
+def unpacked(path: Path) -> Iterator[bytes]:
+    """The bytes of a file, unpacked if its name ends in .zst. Raises InputError where the last frame is cut."""
+    frame = None
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 14):  # zstd can pack text 30,000 times: this bounds what comes out at once
+            while chunk and path.suffix == ".zst":
+                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                yield frame.decompress(chunk)
+                chunk, frame = frame.unused_data, None if frame.eof else frame
+            yield chunk
+    if frame:
+        raise InputError(f"cannot read {path}: it is cut, its last zstd frame has no end")
+
+
+def blocks_of(path: Path) -> Iterator[Block]:
+    """The lines of one file in blocks; a last line without its end gets one."""
+    waiting, size, first = [], 0, 1
+    for chunk in unpacked(path):
+        waiting.append(chunk)
+        size += len(chunk)
+        if size >= TEXT_BLOCK and b"\n" in chunk:
+            whole, _, rest = b"".join(waiting).rpartition(b"\n")
+            block = Block(path, first, whole.count(b"\n") + 1, whole + b"\n")
+            waiting, size, first = [rest], len(rest), first + block.lines
+            yield block
+    if last := b"".join(waiting):
+        last = last if last.endswith(b"\n") else last + b"\n"
+        yield Block(path, first, last.count(b"\n"), last)
+
+
+def read_blocks(paths: Iterable[Path]) -> Iterator[Block]:
+    """The lines of JSON-lines files in order, in blocks of about TEXT_BLOCK bytes."""
+    for path in paths:
+        try:
+            yield from blocks_of(path)
+        except (OSError, zstandard.ZstdError) as error:
+            raise InputError(f"cannot read {path}: {error}") from None
+
+
+def json_blocks(texts: Iterable[str]) -> Iterator[Block]:
+    """Documents in memory, as if they had been read from a file."""
+    for i, text in enumerate(texts, 1):
+        yield Block(Path("memory"), i, 1, json.dumps({"text": text}).encode() + b"\n")
+
+
+def lines_between(blocks: Iterator[Block], start: int, stop: float = float("inf")) -> Iterator[Block]:
+    """Lines start .. stop - 1 of all blocks together."""
+    at = 0
+    for block in blocks:
+        low, high = max(start - at, 0), int(min(stop - at, block.lines))
+        at += block.lines
+        if low < high:
+            yield block if high - low == block.lines else block.part(low, high)
+        if at >= stop:
+            return
+
+
+# ---------------------------------------- tokenizer: text -> ids
+
+@functools.cache
+def processor(model: Path) -> sentencepiece.SentencePieceProcessor:
+    """The tokenizer at `model`, loaded once a process."""
+    try:
+        sp = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    except (RuntimeError, OSError):
+        raise InputError(f"{model} is not a SentencePiece model") from None
+    if sp.bos_id() != train_gpt.BOS or sp.vocab_size() > 65536:
+        raise InputError(f"{model} has BOS {sp.bos_id()} and {sp.vocab_size()} pieces; shards need BOS {train_gpt.BOS} "
+                         "and at most 65536 pieces")
+    return sp
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> None:
+    """Train a SentencePiece BPE model with the contest's options and write it to `path`."""
+    model = io.BytesIO()
+    lines = (line for text in texts for line in text.splitlines() if line.strip())
+    try:
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=model, vocab_size=vocab_size,
+                                                 minloglevel=2, **CONTEST_TRAINER)
+    except RuntimeError as error:
+        raise InputError(f"SentencePiece could not train {vocab_size} pieces: {error}") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    train_gpt.write_file(path, model.getvalue())
+
+
+def sample(blocks: Iterator[Block], megabytes: float) -> Iterator[str]:
+    """The texts of the blocks up to so many megabytes: training a tokenizer holds them all in memory."""
+    left = megabytes * 1e6
+    for block in blocks:
+        for text in block.texts():
+            if (left := left - len(text.encode())) < 0:
+                return
+            yield text
+
+
+class Encoded(NamedTuple):
+    """Documents of one block: their tokens in a row, the length and the digest of each, and the bytes of their text."""
+
+    tokens: np.ndarray
+    lengths: list[int]
+    digests: list[bytes]
+    text_bytes: int
+
+
+def digest(document: bytes) -> bytes:
+    return hashlib.blake2b(document, digest_size=16).digest()
+
+
+def encode_block(model: Path, block: Block) -> Encoded:
+    """Encode each document as BOS and its pieces."""
+    texts = list(block.texts())
+    ids = processor(model).encode(texts, add_bos=True, num_threads=1)
+    documents = [np.fromiter(one, "<u2", len(one)).tobytes() for one in ids]
+    tokens = np.frombuffer(b"".join(documents), "<u2")
+    if np.count_nonzero(tokens == train_gpt.BOS) != len(documents):
+        raise InputError(f"{block.path}, after line {block.first}: {model} makes a BOS inside of a document")
+    lengths, text_bytes = [len(d) // 2 for d in documents], sum(len(text.encode()) for text in texts)
+    return Encoded(tokens, lengths, [digest(d) for d in documents], text_bytes)
