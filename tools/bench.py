@@ -1,4 +1,4 @@
-"""Seconds of our evaluation beside the straightforward one, in turns on this machine, as ratios; random weights.
+"""CPU seconds of our evaluation beside the straightforward one, in turns on one thread, as ratios; random weights.
 
     python tools/bench.py [--tokens 4096] [--repeats 3]
 
@@ -50,9 +50,9 @@ def in_turns(ours: Callable[[], float], theirs: Callable[[], float], repeats: in
     seconds, scores = ([], []), [0.0, 0.0]
     for _ in range(repeats):
         for i, run in enumerate((ours, theirs)):
-            begin = time.perf_counter()
+            begin = time.process_time()
             scores[i] = run()
-            seconds[i].append(time.perf_counter() - begin)
+            seconds[i].append(time.process_time() - begin)
     return *map(statistics.median, seconds), *scores
 
 
@@ -61,6 +61,7 @@ def main() -> None:
     cli.add_argument("--tokens", type=int, default=4096, help="targets to score, a multiple of 64 (default: 4096)")
     cli.add_argument("--repeats", type=int, default=3, help="turns (default: 3)")
     args = cli.parse_args()
+    torch.set_num_threads(1)
     draw = np.random.default_rng(0)
     print("| evaluation | vocabulary | ours, s | straightforward, s | ratio | losses |\n|---|---:|---:|---:|---:|---|")
     for vocabulary in (1024, 8192):
