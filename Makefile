@@ -2,7 +2,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0  # the version that the tests ran with; on the contest's image use TORCH=torch
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint clean
 
 .venv/ready: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv
@@ -19,6 +19,9 @@ demo: .venv/ready
 test: .venv/ready
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m pytest
+
+test-all: test
+	.venv/bin/python -m pytest -m slow
 
 lint: .venv/ready
 	.venv/bin/python -m ruff check .

@@ -258,6 +258,7 @@ def test_warm_up_sets_time_aside_and_leaves_no_trace(gptq_cfg, log):
     assert trainer_of(dataclasses.replace(gptq_cfg, quantizer="rtn")).time_calibration(log) == 0
 
 
+@pytest.mark.slow
 def test_calibration_happens_inside_the_budget(env):
     limits = dict(QUANTIZER="gptq", MAX_WALLCLOCK_SECONDS="8", ITERATIONS="100000", GPTQ_CALIBRATION_BATCHES="16", VAL_LOSS_EVERY="0", TTT_EPOCHS="0")
     done = run(env | limits)

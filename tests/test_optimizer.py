@@ -160,6 +160,7 @@ def steps_in_processes(env, out, processes):
         return dict(file)
 
 
+@pytest.mark.slow
 def test_one_and_several_processes_take_the_same_steps_and_repeat_them_exactly(env, tmp_path):
     import os
 

@@ -76,6 +76,7 @@ def names(code, path="odd.py"):
     return {k: v for k, v in space.items() if k != "__builtins__"}
 
 
+@pytest.mark.slow
 def test_it_trains_and_scores_as_the_source_does(packed, env, tmp_path):
     plain = run(env | {"OUTPUT_DIR": str(tmp_path / "plain")}).stdout
     shipped = run(env | {"OUTPUT_DIR": str(tmp_path / "shipped")}, script=packed).stdout

@@ -1,10 +1,21 @@
+"""tools/plot.py: the numbers behind the pictures, taken from figures and compared with the logs, and the command itself."""
+
+import re
+import statistics
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, finals, make_model
 
-LOG = """source:train_gpt.py
+import train_gpt as t
+
+sys.path.insert(0, str(ROOT / "tools"))
+import inspect_artifact  # noqa: E402
+import plot as tool  # noqa: E402
+
+FIVE = ROOT / "logs" / "five"
+LOG = """variant:smoke seed:7 overrides: VARIANT=smoke SEED=7 TRAIN_BATCH_TOKENS=512
 step:1/9 train_loss:6.9000 train_time:10ms step_avg:10.00ms
 step:2/9 val_loss:6.5000 val_bpb:3.1000 eval_time:5ms train_time:20ms
 step:2/9 train_loss:6.4000 train_time:20ms step_avg:10.00ms
@@ -16,27 +27,117 @@ def plot(*args):
     return subprocess.run([sys.executable, str(ROOT / "tools" / "plot.py"), *map(str, args)], capture_output=True, text=True)
 
 
-def test_logs_are_read_as_written(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    import plot as module
+def written(tmp_path, name="a", **changes):
+    text = LOG
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, new)
+    (tmp_path / f"{name}.txt").write_text(text)
+    return tmp_path / f"{name}.txt"
 
-    (tmp_path / "a.txt").write_text(LOG)
-    points, stages = module.read_log(tmp_path / "a.txt")
-    assert points["train"] == [(1, 10 / 60_000, 6.9), (2, 20 / 60_000, 6.4)] and points["val"] == [(2, 20 / 60_000, 6.5)]
-    assert stages == {"legal_ttt": 2.9}
+
+def test_logs_are_read_as_written(tmp_path):
+    run = tool.read_log(written(tmp_path))
+    assert run.points == {"train": [(1, 10 / 60_000, 6.9), (2, 20 / 60_000, 6.4)], "val": [(2, 20 / 60_000, 6.5)]}
+    assert (run.bpb, run.variant, run.seed, run.overrides["TRAIN_BATCH_TOKENS"]) == (2.9, "smoke", 7, "512")
 
 
-@pytest.mark.parametrize("suffix, magic", [("png", b"\x89PNG"), ("svg", b"<?xml")])
-def test_several_logs_make_one_picture(tmp_path, suffix, magic):
-    for name in "ab":
-        (tmp_path / f"{name}.txt").write_text(LOG)
-    out = tmp_path / f"curve.{suffix}"
-    done = plot(tmp_path / "a.txt", tmp_path / "b.txt", "-o", out)
+def test_several_logs_make_one_picture(tmp_path, monkeypatch):
+    paths = written(tmp_path, "a"), written(tmp_path, "b")
+    done = plot(*paths, "-o", tmp_path / "curve.png")
     assert done.returncode == 0, done.stderr
-    assert out.read_bytes().startswith(magic) and out.stat().st_size > 5000
+    monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, paths), "-o", str(tmp_path / "curve.svg")])
+    tool.main()
+    for suffix, magic in (("png", b"\x89PNG"), ("svg", b"<?xml")):
+        assert (tmp_path / f"curve.{suffix}").read_bytes().startswith(magic) and (tmp_path / f"curve.{suffix}").stat().st_size > 5000
 
 
-def test_a_file_that_is_no_log_is_refused(tmp_path):
-    (tmp_path / "x.txt").write_text("nothing")
-    done = plot(tmp_path / "x.txt", "-o", tmp_path / "x.png")
-    assert done.returncode == 1 and "is it a log" in done.stderr and not (tmp_path / "x.png").exists()
+def test_curves_can_be_told_apart_without_color(tmp_path):
+    run = tool.read_log(written(tmp_path))
+    figure = tool.draw_curves({str(i): [run] for i in range(36)}, ["step", "minutes"])
+    assert [panel.get_xlabel() for panel in figure.axes] == ["step", "training time, minutes"]
+    for panel in figure.axes:
+        looks = {(line.get_marker(), line.get_linestyle(), line.get_markerfacecolor() == "white") for line in panel.lines}
+        assert len(looks) == len(panel.lines) == 72
+
+
+@pytest.mark.parametrize("by, x", [("step", [1, 2]), ("minutes", [10 / 60_000, 20 / 60_000]), ("tokens", [512e-6, 1024e-6])])
+def test_the_axis_counts_what_it_says(tmp_path, by, x):
+    panel, = tool.draw_curves({"a": [tool.read_log(written(tmp_path))]}, [by]).axes
+    assert [*panel.lines[0].get_xdata()] == pytest.approx(x) and [*panel.lines[0].get_ydata()] == [6.9, 6.4]
+
+
+def test_tokens_come_from_the_variant_where_nothing_overrides_them(tmp_path):
+    run = tool.read_log(written(tmp_path, **{" TRAIN_BATCH_TOKENS=512": ""}))
+    assert tool.batch_tokens(run) == t.VARIANTS["smoke"]["train_batch_tokens"]
+    with pytest.raises(tool.Refused, match="VARIANT=old must be"):
+        tool.batch_tokens(tool.read_log(written(tmp_path, smoke="old")))
+
+
+def test_a_group_is_the_mean_and_the_band_of_the_steps_that_all_its_runs_have(tmp_path):
+    runs = [tool.read_log(path) for path in (
+        written(tmp_path, "a"), written(tmp_path, "b", **{"=7": "=8", ":7": ":8", "6.4000": "5.0000", ":20ms": ":40ms"}),
+        written(tmp_path, "c", **{"=7": "=9", ":7": ":9", "step:1/9": "step:0/9", "6.4000": "6.0000"}))]
+    panel, = tool.draw_curves(tool.by_variant(runs), ["minutes"]).axes
+    train, val = panel.lines
+    assert [*train.get_xdata()] == pytest.approx([(20 + 40 + 20) / 3 / 60_000]) and [*train.get_ydata()] == pytest.approx([(6.4 + 5 + 6) / 3])
+    band = panel.collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == (5.0, 6.4)
+    assert train.get_label() == "smoke, final 2.9000 bpb (train, 3 seeds: mean, band min to max)" and [*val.get_ydata()] == [6.5]
+
+
+def test_runs_that_are_no_seeds_of_one_variant_are_not_averaged(tmp_path):
+    run, other = tool.read_log(written(tmp_path)), written(tmp_path, "b", **{"=7": "=8", ":7": ":8", "=512": "=256"})
+    with pytest.raises(tool.Refused, match="both smoke, differ in nothing, not even the seed"):
+        tool.by_variant([run, tool.read_log(written(tmp_path, "c"))])
+    done = plot(run.path, other, "--group", "-o", tmp_path / "x.png")
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and not (tmp_path / "x.png").exists()
+    assert done.stderr.startswith("plot.py: ") and "differ in SEED, TRAIN_BATCH_TOKENS" in done.stderr
+
+
+def test_stages_are_the_scores_of_the_logs_with_their_spread():
+    paths = [FIVE / f"{name}.txt" for name in ("pr490-1", "pr150-3", "pr490-2")]
+    first, second = tool.draw_stages(tool.by_variant([tool.runlog.read_log(path) for path in paths])).axes
+    assert (first.get_title(), second.get_title()) == ("pr490, 2 seeds", "pr150, 1 seed")
+    texts = [paths[at].read_text() for at in (0, 2)]
+    scores = [[float(bpb) for bpb in re.findall(r"^DIAGNOSTIC.* val_bpb:(\S+)", text, re.M)] + [*finals(text).values()] for text in texts]
+    dots, _, (bars,) = first.containers[0]
+    assert [label.get_text() for label in first.get_xticklabels()] == ["raw", "averaged", "int6", "sliding", "TTT"]
+    assert [*dots.get_ydata()] == pytest.approx([statistics.mean(pair) for pair in zip(*scores)], abs=1e-9)
+    for (low, high), pair in zip((segment[:, 1] for segment in bars.get_segments()), zip(*scores)):
+        assert (high - low) / 2 == pytest.approx(statistics.stdev(pair), abs=1e-9)
+    heights = [high - low for low, high in (first.get_ylim(), second.get_ylim())]
+    assert heights[0] == pytest.approx(heights[1])
+
+
+def test_the_bars_of_an_artifact_add_up_to_it(cfg, tmp_path):
+    model = make_model(cfg)
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    path = tmp_path / "model.ptz"
+    path.write_bytes(t.pack(t.quantize(weights, t.plan(weights, t.grids(model, cfg), cfg), cfg), False, cfg))
+    found = inspect_artifact.contents(path, ROOT / "train_gpt.py")
+    panel, = tool.draw_artifact(path).axes
+    widths = [bar.get_width() for bar in panel.patches]
+    assert sum(widths[::2]) == found["raw"] and sum(widths[1::2]) == pytest.approx(found["estimate"], abs=1)
+    names = [label.get_text() for label in panel.get_yticklabels()]
+    assert f"blocks.*.mlp.fc.weight ({cfg.num_layers} x int8)" in names and re.fullmatch(r"\d+ groups below 1 %", names[-1])
+    assert f"{len(path.read_bytes()):,} in the file" in panel.get_title()
+
+
+@pytest.mark.parametrize("text, options, words", [
+    ("nothing", (), "is it a log"), (LOG + LOG, (), "step 1 comes after step 2; are there two logs"), (LOG, ("--stages",), "is missing"),
+    (LOG, ("--stages", "--by", "step"), "give logs"), (LOG, ("--artifact", "x.ptz"), "give logs"), (LOG, ("-o", "x.txt"), "must end in .png")])
+def test_what_cannot_be_drawn_is_told_in_one_line(tmp_path, monkeypatch, capsys, text, options, words):
+    (tmp_path / "x.txt").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["plot.py", "x.txt", "-o", "x.png", *options])
+    with pytest.raises(tool.Refused, match=words) as refused:
+        tool.main()
+    assert "\n" not in str(refused.value) and [path.name for path in tmp_path.iterdir()] == ["x.txt"] and (tmp_path / "x.txt").read_text() == text
+
+
+def test_a_bad_artifact_is_told_in_one_line(tmp_path):
+    (tmp_path / "x.ptz").write_bytes(b"no artifact")
+    with pytest.raises(tool.Refused, match=r"artifact .*x\.ptz: ") as refused:
+        tool.draw_artifact(tmp_path / "x.ptz")
+    assert "\n" not in str(refused.value)

@@ -108,6 +108,7 @@ def test_an_existing_dataset_is_not_overwritten(made, dataset):
     assert done.returncode == 1 and "already holds" in done.stderr
 
 
+@pytest.mark.slow
 def test_python_carries_enough_text_for_the_demo():
     documents = prepare.python_documents()
     assert sum(map(len, documents)) > 1_000_000 and len(documents) == len(set(documents)) > 300
@@ -250,6 +251,7 @@ def test_blocks_and_workers_change_no_document(made, many):
         assert tokens(many[1], split) == tokens(files_of(made[0]), split)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_its_finished_shards(many, tmp_path):
     """Killed without warning after its second note of progress, in the training split; its processes end with it."""
     args, files = many

@@ -1,67 +1,200 @@
-"""Draw training and validation loss of one or several logs of train_gpt.py, by step and by time.
+"""Pictures of logs and artifacts of train_gpt.py, PNG or SVG by the suffix of -o, readable without color.
 
-    python tools/plot.py logs/a.txt logs/b.txt -o curve.png
+    python tools/plot.py logs/a.txt logs/b.txt -o curve.png               # losses by step and by minutes
+    python tools/plot.py logs/five/*.txt --by tokens --group -o five.svg  # seeds of a variant as mean and band
+    python tools/plot.py logs/five/*.txt --stages -o stages.png           # bits per byte of each stage, by variant
+    python tools/plot.py --artifact final_model.int6.ptz -o size.png      # where its bytes are
+
+Curves may be of a run that has not ended; stages need finished runs. Runs are of one variant if nothing but SEED,
+RUN_ID and OUTPUT_DIR differs. Tokens follow from the overrides and from the variant as today's train_gpt.py has it.
 """
-
-from __future__ import annotations
 
 import argparse
 import re
 import sys
+from collections import namedtuple
 from pathlib import Path
 
-import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import runlog  # noqa: E402
+import table  # noqa: E402
+from runlog import Refused  # noqa: E402
 
 LINE = re.compile(r"^step:(\d+)/\d+ (train|val)_loss:([\d.]+) .*train_time:(\d+)ms", re.MULTILINE)
-STAGE = re.compile(r"^(\w+)_exact val_loss:[\d.]+ val_bpb:([\d.]+)$", re.MULTILINE)
+STAGE = re.compile(r"^\w+_exact val_loss:[\d.]+ val_bpb:([\d.]+)$", re.MULTILINE)
+VARIANT = next(pattern for _, name, _, pattern in runlog.PATTERNS if name == "variant")
+AXES = {"step": "step", "minutes": "training time, minutes", "tokens": "training tokens, millions"}
+MARKERS, DASHES = "os^Dv<>PX", ("-", "--", "-.", ":")  # 9 and 4: all pairs of the first 36 curves differ
+# Ended or not. points: {"train" or "val": [(step, minutes, loss in nats a token)]}; bpb: of the last stage, or None.
+Run = namedtuple("Run", "path points bpb variant seed overrides")
 
 
-def read_log(path: Path) -> tuple[dict[str, list[tuple[int, float, float]]], dict[str, float]]:
-    """(points (step, minutes, loss) of `train` and `val`, bpb of each final stage) of a log; exits if it has no step."""
+def read_log(path: Path) -> Run:
+    """Raises Refused if the log has no step, no settings, or the steps of two runs."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        sys.exit(f"plot.py: cannot read {path}: {error}")
-    points: dict[str, list[tuple[int, float, float]]] = dict(train=[], val=[])
+        raise Refused(f"cannot read {path}: {error}") from None
+    points = dict(train=[], val=[])
     for step, kind, loss, milliseconds in LINE.findall(text):
+        if points[kind] and int(step) <= (last := points[kind][-1][0]):
+            raise Refused(f"{path}: step {step} comes after step {last}; are there two logs in this file?")
         points[kind].append((int(step), int(milliseconds) / 60_000, float(loss)))
-    if not points["train"]:
-        sys.exit(f"plot.py: {path} has no line 'step:... train_loss:...'; is it a log of train_gpt.py?")
-    return points, {name: float(bpb) for name, bpb in STAGE.findall(text)}
+    header = next(filter(None, map(VARIANT.fullmatch, text.split("\n"))), None)
+    if not points["train"] or not header:
+        raise Refused(f"{path} lacks a line 'variant:...' or 'step:... train_loss:...'; is it a log of train_gpt.py?")
+    given, bpb = runlog.overrides(runlog.Line(0, header.groupdict())), STAGE.findall(text)
+    return Run(path, points, float(bpb[-1]) if bpb else None, header["variant"], int(header["seed"]), given)
 
 
-def draw(paths: list[Path], out: Path) -> None:
-    """Two panels, the same losses over steps and over minutes; the legend carries each run's final bits per byte."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
-    for i, path in enumerate(paths):
-        points, stages = read_log(path)
-        final = f", {list(stages.values())[-1]:.4f} bpb" if stages else ""
-        for kind, style in (("train", dict(alpha=0.45, linewidth=1)), ("val", dict(marker="o", markersize=3.5, linewidth=1.5))):
-            label = f"{path.stem} ({kind}{final if kind == 'val' else ''})"
-            for axis, column in zip(axes, (0, 1)):
-                if points[kind]:
-                    axis.plot([p[column] for p in points[kind]], [p[2] for p in points[kind]], color=f"C{i}", label=label, **style)
-    lowest = min(line.get_ydata().min() for line in axes[0].lines)
-    axes[0].set_ylim(lowest - 0.1, lowest + 2.5)
-    axes[0].set_ylabel("loss, nats per token")
-    for axis, name in zip(axes, ("step", "training time, minutes")):
-        axis.set_xlabel(name)
-        axis.grid(alpha=0.25)
-    axes[1].legend(fontsize=8, frameon=False)
-    figure.savefig(out, dpi=150)
+def by_variant(runs: list) -> dict[str, list]:
+    """Runs or RunLogs by variant. Raises Refused if those of one differ in more than the seed, or not in it."""
+    found: dict[str, list] = {}
+    for run in runs:
+        for other in found.setdefault(run.variant, []):
+            differ = {name for name, _ in run.overrides.items() ^ other.overrides.items()} - {"RUN_ID", "OUTPUT_DIR"}
+            if differ - {"SEED"} or run.seed == other.seed:
+                what = ", ".join(sorted(differ)) or "nothing, not even the seed"
+                raise Refused(f"{other.path} and {run.path}, both {run.variant}, differ in {what}; draw them apart")
+        found[run.variant].append(run)
+    return found
+
+
+def batch_tokens(run: Run) -> int:
+    """Tokens a step. Raises Refused if train_gpt.py does not know the run's variant or overrides."""
+    from inspect_artifact import train_gpt  # here, as in draw_artifact, because it imports torch, which takes seconds
+    try:
+        return train_gpt.Config.from_env(run.overrides | {"VARIANT": run.variant}).train_batch_tokens
+    except train_gpt.InputError as error:
+        raise Refused(f"{run.path}: this train_gpt.py does not take its settings: {error}") from None
+
+
+def curve(runs: list[Run], kind: str, by: str) -> tuple[np.ndarray, np.ndarray]:
+    """x of each step that all the runs logged (minutes: their mean), and losses [runs, steps]."""
+    logged = [{step: (minutes, loss) for step, minutes, loss in run.points[kind]} for run in runs]
+    steps = sorted(set.intersection(*map(set, logged)))
+    minutes, losses = np.moveaxis(np.array([[run[s] for s in steps] for run in logged]).reshape(len(runs), -1, 2), 2, 0)
+    scale = batch_tokens(runs[0]) / 1e6 if by == "tokens" else 1
+    return minutes.mean(0) if by == "minutes" else np.array(steps) * scale, losses
+
+
+def draw_curves(groups: dict[str, list[Run]], axes: list[str]) -> Figure:
+    """A panel for each x axis; each group a thin line of training with hollow marks and a thick one of validation."""
+    lines = [(i, kind) for i, runs in enumerate(groups.values()) for kind in ("train", "val")
+             if len(curve(runs, kind, "step")[0])]
+    if {i for i, _ in lines} != {*range(len(groups))}:
+        raise Refused("the runs of a variant have no step in common; draw them without --group")
+    figure = Figure(figsize=(4 + 2.5 * len(axes), 4 + 0.2 * -(-len(lines) // len(axes))), layout="constrained")
+    panels = figure.subplots(1, len(axes), sharey=True, squeeze=False)[0]
+    named, lows = [*groups.items()], []
+    for i, kind in lines:
+        name, runs = named[i]
+        final = f", final {np.mean([run.bpb for run in runs]):.4f} bpb" if all(run.bpb for run in runs) else ""
+        band = f", {len(runs)} seeds: mean, band min to max" if len(runs) > 1 else ""
+        for panel, by in zip(panels, axes):
+            x, losses = curve(runs, kind, by)
+            style = dict(lw=0.9, markerfacecolor="white", markevery=max(1, len(x) // 12)) if kind == "train" else {}
+            panel.plot(x, losses.mean(0), color=f"C{i}", marker=MARKERS[i % 9], linestyle=DASHES[i % 4], markersize=4.5,
+                       label=f"{name}{final} ({kind}{band})", **style)
+            if len(runs) > 1:
+                panel.fill_between(x, losses.min(0), losses.max(0), color=f"C{i}", alpha=0.25, linewidth=0)
+        lows.append(losses.min())
+    panels[0].set(ylim=(min(lows) - 0.1, max(lows) + 1.5), ylabel="loss, nats per token")
+    for panel, by in zip(panels, axes):
+        panel.set_xlabel(AXES[by])
+        panel.grid(alpha=0.3)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(axes), fontsize=8.5,
+                  frameon=False, handlelength=3.5)
+    return figure
+
+
+def draw_stages(groups: dict[str, list[runlog.RunLog]]) -> Figure:
+    """A panel for each variant, all of one height in bits per byte: mean and deviation over seeds, and each seed."""
+    columns, rows, limits = min(3, len(groups)), -(-len(groups) // 3), []
+    figure = Figure(figsize=(3 * columns + 0.5, 2.9 * rows + 0.5), layout="constrained")
+    panels = [figure.add_subplot(rows, columns, at + 1) for at in range(len(groups))]
+    for panel, (variant, runs) in zip(panels, groups.items()):
+        stages = {name: key for name, key in table.STAGES.items() if all(key in run.scores for run in runs)}
+        bpb = np.array([[run.scores[key].bpb for key in stages.values()] for run in runs])
+        mean, spread = bpb.mean(0), bpb.std(0, ddof=1) if len(runs) > 1 else np.zeros(len(stages))
+        panel.plot([*stages], bpb.T, color="0.7", linewidth=0.8, zorder=1)
+        panel.errorbar([*stages], mean, spread, fmt="o", color="black", markersize=5, capsize=4 * (len(runs) > 1))
+        low, high = np.minimum(bpb.min(0), mean - spread), np.maximum(bpb.max(0), mean + spread)
+        for at, value in enumerate(mean):
+            panel.annotate(f"{value:.4f}", (at, high[at]), (0, 5), textcoords="offset points", ha="center", fontsize=8,
+                           bbox=dict(facecolor="white", edgecolor="none", pad=0.5))
+        panel.set_title(f"{variant}, {len(runs)} seed{'s' * (len(runs) > 1)}", fontsize=11)
+        limits.append((low.min(), high.max()))
+    half = 0.6 * max(high - low for low, high in limits) + 1e-4
+    for panel, (low, high) in zip(panels, limits):
+        middle = (low + high) / 2 + half / 12  # the numbers on top need room
+        panel.set(xlim=(-0.5, len(table.STAGES) - 0.5), ylim=(middle - half, middle + half))
+        panel.yaxis.set_major_formatter("{x:.3f}")
+        panel.tick_params(labelsize=8.5)
+        panel.grid(axis="y", alpha=0.3)
+    figure.supylabel("bits per byte (panels differ in level, not in scale)", fontsize=10)
+    figure.supxlabel("dots and bars: mean and standard deviation over seeds; grey: each seed", fontsize=9)
+    return figure
+
+
+def draw_artifact(path: Path) -> Figure:
+    """Two bars for each group of tensors: bytes before compression, and by entropy. Raises Refused for a bad file."""
+    import inspect_artifact
+    try:
+        found = inspect_artifact.contents(path, Path(inspect_artifact.train_gpt.__file__))
+    except inspect_artifact.InputError as error:
+        raise Refused(error) from None
+    rows = sorted(inspect_artifact.merged(found["parameters"]), key=lambda row: -row.raw)
+    large = [row for row in rows if row.raw >= 0.01 * found["raw"]]
+    bars = [(f"{r.name} ({r.count} x {r.dtype})", r.raw, r.estimate, f", {r.bits:.2f} bits a weight") for r in large]
+    if small := rows[len(large):]:
+        bars.append((f"{len(small)} groups below 1 %", sum(r.raw for r in small), sum(r.estimate for r in small), ""))
+    panel = Figure(figsize=(9, 1.6 + 0.42 * len(bars)), layout="constrained").add_subplot()
+    for at, (_, raw, estimate, bits) in enumerate(bars):
+        labels = ("before compression", "by entropy") if at == 0 else (None, None)
+        panel.barh(at - 0.2, raw, 0.4, color="0.8", edgecolor="black", linewidth=0.6, label=labels[0])
+        panel.barh(at + 0.2, estimate, 0.4, color="C0", edgecolor="black", linewidth=0.6, hatch="////", label=labels[1])
+        panel.text(max(raw, estimate), at, f"  {raw:,} / {estimate:,.0f}{bits}", va="center", fontsize=8.5)
+    panel.set(xlim=(0, 1.6 * max(raw for _, raw, *_ in bars)), ylim=(len(bars), -1), xlabel="bytes",
+              yticks=range(len(bars)), yticklabels=[name for name, *_ in bars])
+    panel.xaxis.set_major_formatter("{x:,.0f}")
+    panel.legend(loc="lower right", frameon=False)
+    panel.set_title("{0}: {raw:,} bytes before compression, {estimate:,} by entropy, {model_bytes:,} in the file;\n"
+                    "with {code_bytes:,} of code {total_bytes:,} of {cap:,}".format(path.name, **found), fontsize=10)
+    return panel.figure
 
 
 def main() -> None:
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_argument("logs", nargs="+", type=Path)
+    cli.add_argument("logs", nargs="*", type=Path)
+    cli.add_argument("--by", choices=AXES, help="one panel, over this (default: two, step and minutes)")
+    cli.add_argument("--group", action="store_true", help="runs of a variant as their mean and a band, min to max")
+    cli.add_argument("--stages", action="store_true", help="bits per byte of each stage, a panel for each variant")
+    cli.add_argument("--artifact", type=Path, help="bytes of an artifact by group of tensors; takes no logs")
     cli.add_argument("-o", "--out", type=Path, default=Path("curve.png"), help="PNG or SVG (default: curve.png)")
     args = cli.parse_args()
-    draw(args.logs, args.out)
+    if args.out.suffix.lower() not in (".png", ".svg"):
+        raise Refused(f"-o {args.out} must end in .png or .svg")
+    if bool(args.logs) == bool(args.artifact) or bool(args.by or args.group) + args.stages + bool(args.artifact) > 1:
+        raise Refused("give logs, perhaps with --by and --group; or logs with --stages; or --artifact FILE alone")
+    runs = [(runlog.read_log if args.stages else read_log)(path) for path in args.logs]
+    if args.artifact:
+        figure = draw_artifact(args.artifact)
+    elif args.stages:
+        figure = draw_stages(by_variant(runs))
+    else:
+        short = len({run.path.stem for run in runs}) == len(runs)
+        alone = {run.path.stem if short else str(run.path): [run] for run in runs}
+        figure = draw_curves(by_variant(runs) if args.group else alone, [args.by] if args.by else ["step", "minutes"])
+    figure.savefig(args.out, dpi=200)
     print(args.out)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (Refused, OSError) as error:
+        sys.exit(f"plot.py: {error}")
