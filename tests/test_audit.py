@@ -389,15 +389,17 @@ def test_processes_have_the_scores_of_one_also_if_one_of_them_is_late(tiny, plac
 GUARD = """
 import os, runpy, site, sys, tempfile
 here = os.path.realpath(".")
-allowed = [os.path.realpath(p) for p in (sys.prefix, sys.base_prefix, *site.getsitepackages(), *sys.path[1:], tempfile.gettempdir())]
-allowed = tuple(p + os.sep for p in allowed if os.sep != p) + ("/proc/", "/dev/", "/sys/", "/etc/", "/usr/", here + os.sep)
+def folders(*paths):
+    return tuple(p + os.sep for p in map(os.path.realpath, paths) if p != os.sep)
+python = folders(sys.prefix, *site.getsitepackages())
+allowed = python + folders(sys.base_prefix, *sys.path[1:], tempfile.gettempdir(), "/proc", "/dev", "/sys", "/etc", "/usr", here)
 opened = set()
 def guard(event, args):
     if event == "open" and isinstance(args[0], (str, bytes)):
         path = os.path.realpath(os.fsdecode(args[0]))
         if path.startswith(here + os.sep):
             opened.add(os.path.relpath(path, here))
-        elif not path.startswith(allowed) or path.startswith(os.environ["FORBIDDEN"]):
+        elif not path.startswith(allowed) or (path.startswith(os.environ["FORBIDDEN"]) and not path.startswith(python)):  # .venv may lie in it
             print("FORBIDDEN", path, file=sys.stderr, flush=True)
             os._exit(9)
     if event in ("socket.connect", "socket.getaddrinfo", "socket.bind"):
