@@ -2018,6 +2018,19 @@ class Scorer:
         firsts = firsts if firsts[:1] == [0] else [0, *firsts]
         return list(zip(firsts, [*firsts[1:], total]))
 
+    def document_batches(self) -> Iterator[list[tuple[int, int]]]:
+        """This rank's documents, dealt out by length, in batches whose shortest lasts 4/5 of the longest or more."""
+        size, batch = self.cfg.ttt_chunk_tokens, []
+        documents = sorted(self.documents(), key=lambda d: d[1] - d[0])
+        for first, end in documents[self.ranks.rank :: self.ranks.world]:
+            late = batch and 4 * -(-(end - first) // size) > 5 * -(-(batch[0][1] - batch[0][0]) // size)
+            if late or len(batch) == self.cfg.ttt_batch_seqs:
+                yield batch
+                batch = []
+            batch.append((first, end))
+        if batch:
+            yield batch
+
     def by_document(self, forward: Callable, adapter: Callable[[int], Callable[[ScoredChunk], None]]) -> Score:
         """Score each document alone, in chunks, with an adapter of its own (PR #77). Documents run side by side.
 
@@ -2025,9 +2038,7 @@ class Scorer:
         """
         begin, show = time.perf_counter(), Progress(self)
         nll, index = torch.zeros(2, len(self.bytes), dtype=torch.float64, device=self.tokens.device)
-        mine = sorted(self.ranks.share(self.documents()), key=lambda d: d[1] - d[0])
-        for i in range(0, len(mine), self.cfg.ttt_batch_seqs):
-            batch = mine[i : i + self.cfg.ttt_batch_seqs]
+        for batch in self.document_batches():
             adapt = adapter(len(batch))
             for chunk, positions in self.document_chunks(forward, batch):
                 nll[positions], index[positions] = chunk.nll, float(chunk.index)
