@@ -70,6 +70,7 @@ class Config:
     checkpoint_every: int = knob(0, "steps between saves of the averaged weights; 0 saves none")
     attention: str = knob("auto", "kernel; auto: fa3, else fa2, else sdpa", choices=("auto", "fa3", "fa2", "sdpa"))
     dtype: str = knob("auto", "activations; auto: bf16 on CUDA or AMX", choices=("auto", "bf16", "fp32"))
+    compile: str = knob("auto", "torch.compile, which takes minutes; auto: on CUDA", choices=("auto", "on", "off"))
 
     data_path: str = knob("./data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_*.bin", group="data")
     tokenizer_path: str = knob("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model of the shards")
@@ -399,15 +400,23 @@ class Ranks:
             for t, part in zip(tensors, flat.split([t.numel() for t in tensors])):
                 t.copy_(part.view_as(t))
 
-    def spread(self, fn: Callable[[Tensor], Tensor], stack: Tensor) -> Tensor:
-        """fn(stack) (N, ...) for an fn that treats each item alone: every rank does its share, all get the whole."""
+    def scatter(self, stack: Tensor, dtype: torch.dtype) -> tuple[Callable[[], Any], Tensor]:
+        """Begin to add up a stack (N, ...) over ranks, sent as `dtype`: (wait for it, this rank's items of the sum).
+
+        The items are as many on all ranks: behind the last one of the stack there may be zeros.
+        """
         if self.world == 1:
-            return fn(stack)
+            return lambda: None, stack
         padded = torch.cat((stack, stack.new_zeros(-len(stack) % self.world, *stack.shape[1:])))
-        share = fn(padded.chunk(self.world)[self.rank]).contiguous()
-        whole = share.new_empty(padded.shape)
-        dist.all_gather(list(whole.chunk(self.world)), share)
-        return whole[: len(stack)]
+        parts = [*padded.to(dtype).chunk(self.world)]
+        return dist.reduce_scatter(share := torch.empty_like(parts[0]), parts, async_op=True).wait, share
+
+    def gather(self, share: Tensor) -> tuple[Callable[[], Any], Tensor]:
+        """Begin to put the items of all ranks together: (wait for it, the stack with its zeros)."""
+        if self.world == 1:
+            return lambda: None, share
+        whole = share.new_empty(self.world * len(share), *share.shape[1:])
+        return dist.all_gather([*whole.chunk(self.world)], share.contiguous(), async_op=True).wait, whole
 
     def differ(self, tensors: list[Tensor]) -> Tensor:
         """Whether the bits of fp32 tensors are not the same on all ranks, by sums of them; 0-d, nobody waits for it."""
@@ -441,9 +450,13 @@ class Ranks:
         used, held = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
         return f"\npeak memory allocated: {used >> 20} MiB reserved: {held >> 20} MiB"
 
-    def compile(self, fn: Callable) -> Callable:
-        """`fn` as one static graph on CUDA; `fn` itself on a CPU, where compiling costs more than it returns."""
-        return torch.compile(fn, dynamic=False, fullgraph=True) if self.device.type == "cuda" else fn
+    def compile(self, fn: Callable, cfg: Config) -> Callable:
+        """`fn` as one static graph; with COMPILE=auto `fn` itself on a CPU, where only long runs earn it back."""
+        wanted = cfg.compile == "on" or (cfg.compile == "auto" and self.device.type == "cuda")
+        if not wanted:
+            return fn
+        torch._dynamo.config.recompile_limit = 64  # training, scoring and adapting share one forward, in several shapes
+        return torch.compile(fn, dynamic=False, fullgraph=True)
 
 @contextmanager
 def launch(env: Mapping[str, str]) -> Iterator[Ranks]:
@@ -453,7 +466,6 @@ def launch(env: Mapping[str, str]) -> Iterator[Ranks]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-        torch._dynamo.config.recompile_limit = 64  # training, scoring and adapting share one forward, in several shapes
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
@@ -708,9 +720,13 @@ def load_tokenizer(cfg: Config) -> Any:
 # Model: token ids -> loss of each target.
 # B sequences, T tokens, D model width, H query heads, K key/value heads, C head width, V vocabulary.
 
-def norm(x: Tensor) -> Tensor:
-    """x / rms(x) over the last dim. The epsilon is fp32's, pinned: embeddings start with a mean square of 2.5e-5."""
-    return F.rms_norm(x, (x.size(-1),), eps=1.1920929e-07)
+def norm(x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
+    """scale * x / rms(x) over the last dim, in fp32; the scale is a factor of the row's, so that it costs no pass.
+
+    The epsilon is fp32's, pinned: embeddings start with a mean square of 2.5e-5.
+    """
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    return (x * (scale * torch.rsqrt(length.square() / x.size(-1) + 1.1920929e-07))).type_as(x)
 
 def rotary_tables(seq_len: int, dims: int, base: float) -> tuple[Tensor, Tensor]:
     """cos and sin of position * base**(-2j/dims), fp32 (T, 1, dims/2). In bf16 positions above 256 would coincide."""
@@ -757,18 +773,23 @@ def choose_attention(cfg: Config, device: torch.device) -> tuple[str, Callable[[
 def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
     """Remove from each head's output y (B, T, H, C) what lies along the token's own value v (B, T, K, C) (PR #265)."""
     grouped, direction = y.unflatten(2, (v.size(2), -1)), F.normalize(v, dim=-1).unsqueeze(3)
-    return (grouped - (grouped * direction).sum(-1, keepdim=True) * direction).flatten(2, 3)
+    return torch.addcmul(grouped, (grouped * direction).sum(-1, keepdim=True), direction, value=-1).flatten(2, 3)
 
 class Linear(nn.Module):
-    """y = x W^T without bias; the fp32 weight is cast to the dtype of x. An `adapter` makes adapter(x, y) of it."""
+    """y = x W^T without bias; the fp32 weight is cast to the dtype of x. An `adapter` makes adapter(x, y) of it.
+
+    A `scale` of the outputs is folded into W: a product of (D, D) for one of (B, T, D), and none in the backward.
+    """
     def __init__(self, fan_in: int, fan_out: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(fan_out, fan_in))
         self.adapter: Callable[[Tensor, Tensor], Tensor] | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight.to(x.dtype))
-        return y if self.adapter is None else self.adapter(x, y)
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        if self.adapter is not None:
+            y = self.adapter(x, F.linear(x, self.weight.to(x.dtype)))
+            return y if scale is None else scale.to(x.dtype) * y
+        return F.linear(x, (self.weight if scale is None else scale[:, None] * self.weight).to(x.dtype))
 
 class Table(Linear):
     """An embedding table, fp32 (rows, dim); `project` is the tied head, a Linear of the same weight."""
@@ -849,29 +870,30 @@ class CausalSelfAttention(nn.Module):
         dim, kv_dim = cfg.model_dim, cfg.num_kv_heads * cfg.head_dim
         self.c_q, self.c_k, self.c_v = Linear(dim, dim), Linear(dim, kv_dim), Linear(dim, kv_dim)
         self.proj = Linear(dim, dim)
-        self.gain_spans = (cfg.rope_dims, cfg.head_dim - cfg.rope_dims) if cfg.qk_gains == 2 else (cfg.head_dim,)
+        self.gain_spans = (cfg.rope_dims, cfg.head_dim - cfg.rope_dims) if cfg.qk_gains == 2 else ()
         self.q_gain = nn.Parameter(torch.empty(cfg.num_heads, cfg.qk_gains))
         self.value_mix = nn.Parameter(torch.empty(2)) if cfg.value_residual and layer else None
         kinds = [(dim, 1.0, True)] * cfg.gated_attention + [(cfg.attn_gate_dims, 2.0, False)] * (cfg.attn_gate_dims > 0)
         self.gates = nn.ModuleList(HeadGate(channels, cfg.num_heads, peak, bias) for channels, peak, bias in kinds)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], value_embedding: Tensor | None,
-                first_value: Tensor | None) -> tuple[Tensor, Tensor]:
+                first_value: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor]:
         """(what to add to the stream, this layer's own values), for the normalized input x (B, T, D)."""
-        heads = (-1, self.head_dim)
-        q, k = (rotate(norm(c(x).unflatten(-1, heads)), *rotary) for c in (self.c_q, self.c_k))
-        gain = torch.cat([g.expand(-1, n) for g, n in zip(self.q_gain.split(1, 1), self.gain_spans)], 1)
+        heads, gain = (-1, self.head_dim), self.q_gain
+        if self.gain_spans:  # one for what is rotated, one for the rest
+            gain = torch.cat([g.expand(-1, n) for g, n in zip(gain.split(1, 1), self.gain_spans)], 1)
+        q, k = (rotate(norm(c(x).unflatten(-1, heads), g), *rotary) for c, g in ((self.c_q, gain), (self.c_k, 1.0)))
         own = v = self.c_v(x).unflatten(-1, heads)
         if value_embedding is not None:
             v = v + value_embedding.unflatten(-1, heads)
         if self.value_mix is not None:
             first, rest = self.value_mix.to(x.dtype)
             v = first * first_value + rest * v
-        y = self.attend(q * gain.to(x.dtype), k, v)
+        y = self.attend(q, k, v)
         y = exclude_own_value(y, v) if self.exclusive else y
         for gate in self.gates:
             y = y * gate(x)
-        return self.proj(y.flatten(2)), own
+        return self.proj(y.flatten(2), scale), own
 
 class MLP(nn.Module):
     """Two matrices around a squared activation (arXiv:2109.08668; leaky: PR #549; Star-ReLU: arXiv:2210.13452)."""
@@ -883,9 +905,9 @@ class MLP(nn.Module):
         self.activation = F.silu if cfg.activation == "silu" else leaky
         self.scale, self.bias = (nn.Parameter(torch.empty(hidden)) if cfg.mlp_affine else None for _ in range(2))
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.activation(self.fc(x)).square()
-        return self.proj(h if self.scale is None else self.scale.to(x.dtype) * h + self.bias.to(x.dtype))
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        h = self.activation(self.fc(x), inplace=True).square()
+        return self.proj(h if self.scale is None else self.scale.to(x.dtype) * h + self.bias.to(x.dtype), scale)
 
 class Block(nn.Module):
     """Mixes the stream with the embedding x0, then adds attention and MLP; inputs scaled by depth (PR #315)."""
@@ -901,11 +923,10 @@ class Block(nn.Module):
     def forward(self, x: Tensor, x0: Tensor, rotary: tuple[Tensor, Tensor], value_embedding: Tensor | None,
                 first_value: Tensor | None) -> tuple[Tensor, Tensor]:
         keep, add = self.resid_mix.to(x.dtype)
-        x = keep * x + add * x0
-        update, own = self.attn(norm(x) * self.input_scale, rotary, value_embedding, first_value)
-        after = x + self.attn_scale.to(x.dtype) * update
-        seen = x if self.parallel else after
-        return after + self.mlp_scale.to(x.dtype) * self.mlp(norm(seen) * self.input_scale), own
+        x = torch.addcmul(keep * x, add, x0)
+        update, own = self.attn(norm(x, self.input_scale), rotary, value_embedding, first_value, self.attn_scale)
+        after = x + update
+        return after + self.mlp(norm(x if self.parallel else after, self.input_scale), self.mlp_scale), own
 
 def layer_order(cfg: Config, looped: bool) -> list[int]:
     """The blocks in the order in which they run. Looped, LOOP_START..LOOP_END run NUM_LOOPS times more (PR #1493)."""
@@ -984,10 +1005,10 @@ class GPT(nn.Module):
 
     def take_skip(self, x: Tensor, skip: Tensor, row: int) -> Tensor:
         """Add a skip to the stream, or blend the two by a learned gate (PR #1127)."""
-        skip = self.skip_weights[row].to(x.dtype) * skip
+        weight = self.skip_weights[row].to(x.dtype)
         if self.skip_gates is None:
-            return x + skip
-        return torch.lerp(skip, x, self.skip_gates[row].sigmoid().to(x.dtype))
+            return torch.addcmul(x, weight, skip)
+        return torch.lerp(weight * skip, x, self.skip_gates[row].sigmoid().to(x.dtype))
 
     def logits(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
         """Soft-capped fp32 logits (..., V) of final states (..., D), by the tied embedding."""
@@ -1013,7 +1034,7 @@ def parameter_roles(model: nn.Module) -> dict[str, str]:
 # Optimizer: gradients -> weights. Muon for matrices, sharded over ranks; AdamW for tables and scalars.
 
 def orthogonalize(g: Tensor, steps: int) -> Tensor:
-    """Push the singular values of each matrix in g (..., R, C) towards 1 by a quintic Newton-Schulz iteration.
+    """Push the singular values of each matrix in g (N, R, C) towards 1 by a quintic Newton-Schulz iteration.
 
     Five steps land them in about [0.7, 1.2], which trains as well as exactly 1 (kellerjordan.github.io/posts/muon).
     """
@@ -1023,34 +1044,54 @@ def orthogonalize(g: Tensor, steps: int) -> Tensor:
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         s = x @ x.mT
-        x = a * x + (b * s + c * s @ s) @ x
+        x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
 
 class Muon(torch.optim.Optimizer):
     """Momentum SGD with orthogonalized steps, for matrices. A group holds matrices of one shape, stepped as one stack.
 
     `lr` is the spectral norm of a step, times sqrt(rows / cols) for tall matrices. Rows first: MuonEq-R (PR #1493).
+    Each rank has the momentum of its share of a stack, and all have the steps (PR #399).
     """
     def __init__(self, groups: list[dict], ranks: Ranks, cfg: Config, dtype: torch.dtype):
         super().__init__(groups, dict(momentum=0.0))
-        self.ranks, self.row_normalize = ranks, cfg.muon_row_normalize
-        self.orthogonalize = ranks.compile(lambda g: orthogonalize(g.to(dtype), cfg.muon_backend_steps))
+        self.ranks, self.dtype = ranks, dtype
 
-    @torch.no_grad()
-    def step(self) -> None:
-        """Nesterov momentum, then rows of length 1 if asked for, then orthogonal; decay before the step."""
-        for group in self.param_groups:
-            params, lr, momentum = group["params"], group["lr"], group["momentum"]
-            grad, state = torch.stack([p.grad for p in params]), self.state[params[0]]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(grad)
-            update = grad + momentum * state["momentum_buffer"].mul_(momentum).add_(grad)
-            if self.row_normalize:
+        def direction(grad: Tensor, buffer: Tensor, factor: Tensor, momentum: Tensor) -> Tensor:
+            grad = (factor * grad).nan_to_num(0.0, 0.0, 0.0)
+            update = grad + momentum * buffer.mul_(momentum).add_(grad)
+            if cfg.muon_row_normalize:
                 update = F.normalize(update, dim=-1, eps=1e-7)
-            update = self.ranks.spread(self.orthogonalize, update)
-            scale = max(1.0, grad.size(-2) / grad.size(-1)) ** 0.5
+            return orthogonalize(update.to(dtype), cfg.muon_backend_steps)
+
+        self.direction = ranks.compile(direction, cfg)
+
+    def reduce(self) -> list[Tensor]:
+        """This rank's share of each group's summed gradients. All are under way before the first is awaited."""
+        begun = [self.ranks.scatter(torch.stack([p.grad for p in g["params"]]), self.dtype) for g in self.param_groups]
+        return [(wait(), share)[1] for wait, share in begun]
+
+    def turn(self, shares: list[Tensor], factor: Tensor) -> list[tuple[Callable[[], Any], Tensor]]:
+        """Nesterov momentum of `factor` times the gradient, then rows of length 1 if asked for, then orthogonal.
+
+        Returns each group's steps on their way from all ranks: (wait for them, the stack).
+        """
+        begun = []
+        for group, share in zip(self.param_groups, shares):
+            momentum, state = torch.full((), group["momentum"], device=share.device), self.state[group["params"][0]]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(share, dtype=torch.float32)
+            begun.append(self.ranks.gather(self.direction(share, state["momentum_buffer"], factor, momentum)))
+        return begun
+
+    def step(self, begun: list[tuple[Callable[[], Any], Tensor]]) -> None:
+        """Decay, then the steps that `turn` began."""
+        for group, (wait, update) in zip(self.param_groups, begun):
+            wait()
+            params, lr = group["params"], group["lr"]
+            scale = max(1.0, update.size(-2) / update.size(-1)) ** 0.5
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-            torch._foreach_add_(params, list(update.float()), alpha=-lr * scale)
+            torch._foreach_add_(params, list(update.float())[: len(params)], alpha=-lr * scale)
 
 def peak_rate_and_decay(name: str, role: str, cfg: Config) -> tuple[float, float]:
     """Peak learning rate and weight decay of a parameter; the decoder's rate has a factor of its own (PR #1127)."""
@@ -1073,26 +1114,33 @@ class Optimizers:
             group = groups.setdefault(key, dict(params=[], lr=rate, base_lr=rate, weight_decay=decay))
             group["params"].append(p)
         muon, rest = ([g for key, g in groups.items() if key[0] == on] for on in (True, False))
+        muon.sort(key=lambda g: -sum(p.numel() for p in g["params"]))  # the longest way first
         self.muon = Muon(muon, ranks, cfg, model.dtype)
-        fused, betas = ranks.device.type == "cuda", (cfg.beta1, cfg.beta2)
-        self.adam = torch.optim.AdamW(rest, betas=betas, eps=cfg.adam_eps, fused=fused)
-        self.params, self.ranks, self.clip = list(model.parameters()), ranks, cfg.grad_clip_norm or math.inf
+        self.adam = torch.optim.AdamW(rest, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)
+        self.others = [p for g in rest for p in g["params"]]
+        self.ranks, self.clip = ranks, cfg.grad_clip_norm or math.inf
 
     @torch.no_grad()
     def step(self, scale: float, momentum: float) -> Tensor:
-        """One step at `scale` times the peak rates; returns the norm of the averaged gradient, before the clip."""
-        gradients = [p.grad for p in self.params]
-        self.ranks.mean_(gradients)
-        norm_before = nn.utils.clip_grad_norm_(self.params, self.clip)
-        for gradient in gradients:
-            gradient.nan_to_num_(0.0, 0.0, 0.0)  # the host sees a broken loss a step later: spare the weights till then
+        """One step at `scale` times the peak rates; returns the norm of the averaged gradient, before the clip.
+
+        A gradient that is no number counts as 0: the host sees a broken loss a step later, and weights stay till then.
+        """
         for group in self.muon.param_groups + self.adam.param_groups:
             group["lr"] = group["base_lr"] * scale
         for group in self.muon.param_groups:
             group["momentum"] = momentum
-        self.muon.step()
+        shares = self.muon.reduce()
+        flat = self.ranks.sum_(torch.cat([p.grad.flatten() for p in self.others]))
+        squares = torch.stack(torch._foreach_norm(shares, dtype=torch.float32)).square().sum()
+        norm = (self.ranks.sum_(squares) + flat.square().sum()).sqrt() / self.ranks.world
+        factor = (self.clip / (norm + 1e-6)).clamp(max=1.0) / self.ranks.world
+        steps, flat = self.muon.turn(shares, factor), (factor * flat).nan_to_num_(0.0, 0.0, 0.0)
+        for p, part in zip(self.others, flat.split([p.numel() for p in self.others])):
+            p.grad = part.view_as(p)
         self.adam.step()
-        return norm_before
+        self.muon.step(steps)
+        return norm
 
     def state_dict(self) -> list[dict]:
         return [copy.deepcopy(optimizer.state_dict()) for optimizer in (self.muon, self.adam)]
@@ -1731,7 +1779,7 @@ class Trainer:
     def __init__(self, model: GPT, batches: Batches, cfg: Config, ranks: Ranks):
         self.model, self.batches, self.cfg, self.ranks = model, batches, cfg, ranks
         self.optimizers, self.average = Optimizers(model, ranks, cfg), Average(model)
-        self.compiled, self.qat, self.looped = ranks.compile(model), False, False
+        self.compiled, self.qat, self.looped = ranks.compile(model, cfg), False, False
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Losses (B, T) by the graph that is in use: before or after the loops are switched on."""
@@ -2206,7 +2254,8 @@ def run_training(cfg: Config, ranks: Ranks, log: Log) -> dict[str, Score]:
 
 def evaluations(scorer: Scorer, model: GPT, looped: bool) -> dict[str, Callable[[], Score]]:
     """The passes over the stream, by their names in the log: plain, sliding and, with test-time training, adapting."""
-    cfg, forward = scorer.cfg, partial(scorer.ranks.compile(model), looped=looped)
+    cfg = scorer.cfg
+    forward = partial(scorer.ranks.compile(model, cfg), looped=looped)
     params = adapting_parameters(model, cfg) if cfg.ttt_epochs and not cfg.ttt_lora_rank else []
     passes = {f"final_int{cfg.matrix_bits}_roundtrip": lambda: scorer.plain(forward),
               f"final_int{cfg.matrix_bits}_sliding_window": lambda: scorer.sliding(forward)}

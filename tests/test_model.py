@@ -166,12 +166,36 @@ def transplanted(cfg, **changes):
     return losses(changed, model)
 
 
+def test_a_scale_of_the_outputs_is_folded_into_the_weight_or_multiplied_after_an_adapter():
+    linear, x, scale = t.Linear(24, 16), torch.randn(8, 24), torch.randn(16, requires_grad=True)
+    torch.nn.init.normal_(linear.weight)
+    seen, plain = [], (x.double() @ linear.weight.double().T).detach()
+    for linear.adapter in (None, lambda x, y: seen.append(y) or y + 1):
+        y = linear(x, scale)
+        wanted = scale.double() * (plain + (linear.adapter is not None))
+        torch.testing.assert_close(y, wanted.float())
+        for p, gradient in ((scale, (plain + (linear.adapter is not None)).sum(0)), (linear.weight, torch.outer(scale, x.sum(0)))):
+            torch.testing.assert_close(torch.autograd.grad(y.sum(), p, retain_graph=True)[0], gradient.float())
+    torch.testing.assert_close(seen[0], plain.float())  # an adapter sees the output of the weight itself
+
+
+@pytest.mark.parametrize("dtype, digits", [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_the_norm_is_that_of_torch_times_the_scale(dtype, digits):
+    x = torch.randn(4, 6, 32, dtype=torch.float64).mul(torch.logspace(-4, 4, 6)[:, None]).to(dtype).requires_grad_()
+    scale, gradient = torch.randn(6, 1), torch.randn(4, 6, 32).to(dtype)
+    ours, wanted = t.norm(x, scale), (F.rms_norm(x.double(), (32,), eps=1.1920929e-07) * scale)
+    assert ours.dtype == dtype
+    for a, b in ((ours, wanted), *zip(torch.autograd.grad(ours, x, gradient), torch.autograd.grad(wanted, x, gradient.double()))):
+        assert (a - b).norm() <= digits * b.norm()
+    assert not t.norm(torch.zeros(3, 8, dtype=dtype)).any()
+
+
 def test_neutral_values_leave_the_maths_bit_identical(cfg, monkeypatch):
     """ROPE_DIMS = head width is plain RoPE; slope 0 is ReLU squared; power 0, XSA 0 and eval length = train length do nothing."""
     assert torch.equal(transplanted(cfg, rope_dims=0), transplanted(cfg, rope_dims=cfg.head_dim))
     assert torch.equal(transplanted(cfg, eval_seq_len=0), transplanted(cfg, eval_seq_len=cfg.train_seq_len))
     flat = transplanted(cfg, ln_scale_power=0.0, mlp_negative_slope=0.0, xsa_last_n=0)
-    monkeypatch.setattr(t.MLP, "forward", lambda self, x: self.proj(F.relu(self.fc(x)).square()))
+    monkeypatch.setattr(t.MLP, "forward", lambda self, x, scale: self.proj(F.relu(self.fc(x)).square(), scale))
     monkeypatch.setattr(t, "exclude_own_value", None)
     unscaled = t.Block.__init__
 

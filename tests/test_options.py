@@ -82,14 +82,14 @@ def test_a_bigram_gain_of_one_equals_no_gain(cfg):
 
 
 def test_slope_zero_is_relu_squared_and_the_activations_differ(cfg):
-    x = torch.randn(64, cfg.model_dim)
+    x, scale = torch.randn(64, cfg.model_dim), torch.randn(cfg.model_dim)
     out = {}
     for name, change in dict(relu=dict(mlp_negative_slope=0.0), leaky={}, silu=dict(activation="silu")).items():
         mlp = twin(cfg, **change).blocks[1].mlp
-        pre, out[name] = mlp.fc(x), mlp(x)
+        pre, out[name] = mlp.fc(x), mlp(x, scale)
         expected = dict(relu=F.relu(pre), leaky=torch.where(pre > 0, pre, 0.5 * pre), silu=pre / (1 + (-pre).exp()))[name].square()
-        torch.testing.assert_close(out[name], mlp.proj(expected))
-    assert torch.equal(out["relu"], mlp.proj(F.relu(mlp.fc(x)).square()))
+        torch.testing.assert_close(out[name], scale * mlp.proj(expected))
+    assert torch.equal(out["relu"], mlp.proj(F.relu(mlp.fc(x)).square(), scale))
     assert not torch.allclose(out["relu"], out["leaky"]) and not torch.allclose(out["relu"], out["silu"])
 
 
@@ -324,7 +324,7 @@ def test_a_run_compiles_nothing_after_its_warm_up(cfg, log, monkeypatch):
     """Late QAT, the loops and the hooks of GPTQ come on in the middle of the budget; every graph is there by then. Backend eager."""
     torch._dynamo.reset()
     counter, after_warm_up = torch._dynamo.testing.CompileCounter(), []
-    monkeypatch.setattr(t.Ranks, "compile", lambda _, fn: torch.compile(fn, dynamic=False, fullgraph=True, backend=counter))
+    monkeypatch.setattr(t.Ranks, "compile", lambda _, fn, cfg: torch.compile(fn, dynamic=False, fullgraph=True, backend=counter))
     trainer = trainer_of(dataclasses.replace(cfg, **PR1812 | LOOPS, quantizer="gptq", gptq_calibration_batches=2, iterations=6, warmdown_iters=3,
                                              late_qat_threshold=0.5, enable_looping_at=0.4))
     warm_up = trainer.warm_up
@@ -533,7 +533,8 @@ def test_muon_steps_as_the_formula_says_with_and_without_rows_of_length_one(cfg,
     for grads in history:
         for p, g in zip(params, grads):
             p.grad = g.clone()
-        muon.step()
+        with torch.no_grad():
+            muon.step(muon.turn(muon.reduce(), torch.ones(())))
     for i, p in enumerate(params):
         grads = [g[i].double().numpy() for g in history]
         expected = muon_by_hand(start[i], grads, cfg, 0.05, 0.9, 0.1)
@@ -547,7 +548,8 @@ def test_a_row_without_a_gradient_is_not_stepped_by_row_normalization(cfg):
     p.grad = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
     p.grad[2] = 0.0
     muon = t.Muon([dict(params=[p], lr=0.1, weight_decay=0.0)], t.Ranks(), dataclasses.replace(cfg, muon_row_normalize=True), torch.float32)
-    muon.step()
+    with torch.no_grad():
+        muon.step(muon.turn(muon.reduce(), torch.ones(())))
     assert p.isfinite().all() and torch.equal(p[2], torch.ones(6)) and (p[[0, 1, 3]] != 1).all()
 
 
@@ -613,29 +615,45 @@ def test_neutral_values_of_the_optimizer_train_the_same_weights_bit_by_bit(cfg, 
     assert not torch.equal(weights_after_steps(dataclasses.replace(cfg, **live)), base)
 
 
-def test_one_rank_spreads_a_function_by_calling_it():
-    stack, calls = torch.randn(5, 3), []
+def test_one_rank_reduces_and_gathers_by_doing_nothing():
+    stack = torch.randn(5, 3)
+    for wait, out in (t.Ranks().scatter(stack, torch.bfloat16), t.Ranks().gather(stack)):
+        wait()
+        assert out is stack
 
-    def double(x):
-        calls.append(x)
-        return 2 * x
 
-    out = t.Ranks().spread(double, stack)
-    assert len(calls) == 1 and calls[0] is stack and torch.equal(out, 2 * stack)
+class Mailbox:
+    """torch.distributed for ranks that come one after the other: the first round of calls only collects."""
+
+    def __init__(self, world):
+        self.world, self.sent = world, {}
+
+    def reduce_scatter(self, out, parts, async_op):
+        assert async_op and len({part.shape for part in parts}) == 1 and len(parts) == self.world
+        self.sent.setdefault(self.rank, parts)
+        return SimpleNamespace(wait=lambda rank=self.rank: out.copy_(sum(self.sent[r][rank] for r in range(self.world))))
+
+    def all_gather(self, parts, share, async_op):
+        assert async_op and share.is_contiguous() and len(parts) == self.world
+        self.sent.setdefault(self.rank, share)
+        return SimpleNamespace(wait=lambda: [part.copy_(self.sent[r]) for r, part in enumerate(parts)])
 
 
 @pytest.mark.parametrize("world, items", [(2, 6), (2, 5), (4, 5), (4, 1), (3, 3)])
-def test_several_ranks_compute_each_item_once_and_together_the_whole(monkeypatch, world, items):
-    stack, shares, wholes = torch.randn(items, 4, 3), [], []
+def test_several_ranks_add_up_a_stack_and_put_it_together_again(monkeypatch, world, items):
+    stacks, ranks = torch.randint(-8, 9, (world, items, 4, 3)).float(), [t.Ranks(r, world) for r in range(world)]
+    monkeypatch.setattr(t, "dist", box := Mailbox(world))
 
-    def gather(parts, share):
-        shares.append(share)
-        wholes.append(torch.cat(parts))
+    def of_all(call):
+        begun, box.sent = [], {}
+        for box.rank in range(world):
+            begun.append(call(box.rank))
+        return [(wait(), out)[1] for wait, out in begun]
 
-    monkeypatch.setattr(t.dist, "all_gather", gather)
-    outs = [t.Ranks(rank, world).spread(lambda x: (3 * x).bfloat16(), stack) for rank in range(world)]
-    assert len({share.shape for share in shares}) == 1 and torch.equal(torch.cat(shares)[:items], (3 * stack).bfloat16())
-    assert torch.cat(shares).shape == wholes[0].shape and all(out.shape == stack.shape and out.dtype == torch.bfloat16 for out in outs)
+    shares = of_all(lambda r: ranks[r].scatter(stacks[r], torch.bfloat16))
+    assert {(share.shape, share.dtype) for share in shares} == {((-(-items // world), 4, 3), torch.bfloat16)}
+    for whole in of_all(lambda r: ranks[r].gather(shares[r].mT)):
+        assert torch.equal(whole[:items].mT.float(), stacks.sum(0)) and not whole[items:].any()
 
 
 # ---------------------------------------- schedules
