@@ -444,6 +444,8 @@ def identity(path: Path) -> list:
 
 def tokenize(args: argparse.Namespace) -> None:
     """Shards of JSON lines, with a given tokenizer or one trained on the documents that are not validation."""
+    if args.name in ("", ".", "..") or Path(args.name).name != args.name:
+        raise InputError(f"--name {args.name!r} must be the name of a folder in {args.root / 'datasets'}, no path")
     folder, val_docs = args.root / "datasets" / args.name, 0 if args.val else args.val_docs
     if args.tokenizer and not args.tokenizer.is_file():
         raise InputError(f"no tokenizer at {args.tokenizer}")

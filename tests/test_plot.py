@@ -1,6 +1,8 @@
 """tools/plot.py: the numbers behind the pictures, taken from figures and compared with the logs, and the command itself."""
 
+import os
 import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -50,6 +52,29 @@ def test_several_logs_make_one_picture(tmp_path, monkeypatch):
     tool.main()
     for suffix, magic in (("png", b"\x89PNG"), ("svg", b"<?xml")):
         assert (tmp_path / f"curve.{suffix}").read_bytes().startswith(magic) and (tmp_path / f"curve.{suffix}").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("tool, args", [("plot.py", ["a.txt", "-o"]), ("pack.py", ["a.py", "-o"])])
+def test_a_disk_that_is_full_leaves_the_old_file(tmp_path, tool, args):
+    written(tmp_path)
+    (tmp_path / "a.py").write_text("x = 1\n" * 50)
+    (out := tmp_path / "curve.png").write_bytes(b"an earlier one")
+    before = sorted(tmp_path.iterdir())
+    done = subprocess.run([sys.executable, str(ROOT / "tools" / tool), *args, out.name], cwd=tmp_path, capture_output=True, text=True,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (99, 99)), env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"})
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"{tool}: cannot write curve.png: File too large\n")
+    assert sorted(tmp_path.iterdir()) == before and out.read_bytes() == b"an earlier one"
+
+
+@pytest.mark.parametrize("content, words", [(None, "No such file or directory"), (b"\xff", "not UTF-8 text"), ("folder", "Is a directory")])
+def test_what_cannot_be_read_is_told_in_one_line(tmp_path, content, words):
+    path = tmp_path / "a.txt"
+    if content == "folder":
+        path.mkdir()
+    elif content:
+        path.write_bytes(content)
+    with pytest.raises(tool.Refused, match=f"^cannot read {path}: {words}$"):
+        tool.read_log(path)
 
 
 def test_curves_can_be_told_apart_without_color(tmp_path):

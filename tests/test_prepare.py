@@ -109,6 +109,15 @@ def test_an_existing_dataset_is_not_overwritten(made, dataset):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["", ".", "..", "../b", "a/b", "/tmp/b"])
+def test_a_name_is_no_path(dataset, tmp_path, name):
+    write_json_lines(tmp_path / "a.jsonl", ["one", "two"])
+    with pytest.raises(t.InputError, match="must be the name of a folder in .*datasets, no path"):
+        prepare.main(["--root", str(tmp_path / "root"), "tokenize", str(tmp_path / "a.jsonl"), "--name", name, "--val-docs", "1",
+                      "--tokenizer", dataset["TOKENIZER_PATH"]])
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
 def test_python_carries_enough_text_for_the_demo():
     documents = prepare.python_documents()
     assert sum(map(len, documents)) > 1_000_000 and len(documents) == len(set(documents)) > 300

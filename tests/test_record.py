@@ -1,5 +1,6 @@
 """tools/record.py on three real runs: what it writes is what the logs say, and what does not fit together is refused."""
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -9,7 +10,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -105,7 +106,43 @@ def test_the_folder_holds_what_ran(written, folder):
     assert [p.name for p in written.parent.iterdir()] == [written.name]
     assert (written / "train_gpt.py").read_bytes() == SCRIPT.read_bytes()
     for seed in "123":
-        assert (written / f"train_seed{seed}.log").read_bytes() == (folder / seed / "logs" / f"seed{seed}.txt").read_bytes()
+        original = (folder / seed / "logs" / f"seed{seed}.txt").read_text()
+        places = [f"OUTPUT_DIR={folder}/{seed} ", f"artifact:{folder}/{seed}/final", f"log:{folder}/{seed}/logs/seed", f"={folder.parent}/"]
+        assert sum(map(original.count, places)) >= 4
+        assert (written / f"train_seed{seed}.log").read_text() == without_places(original, seed, folder)
+
+
+def without_places(text, seed, folder):
+    """A log of `folder` as record.py publishes it: its places are all absolute paths below the folder's parent."""
+    text = text.replace(f"OUTPUT_DIR={folder}/{seed} ", "OUTPUT_DIR=/path/to ").replace(f":{folder}/{seed}/logs/", ":/path/to/")
+    return re.sub(rf"([=:]){folder.parent}/(?:\w+/)*", r"\1/path/to/", text)
+
+
+def test_nothing_in_the_folder_tells_of_a_machine_or_its_user(written, folder):
+    root = str(folder.parents[1])
+    assert root.count("/") > 1
+    for path in written.iterdir():
+        assert not re.search(rf"{root}|/home/|/Users/|/root/", path.read_text()), path
+    assert "the logs are as the script wrote them, but for local folders, which are `/path/to` here" in (written / "README.md").read_text()
+
+
+def test_a_published_log_is_read_as_the_same_run(written, folder):
+    for seed in "123":
+        ours, theirs = (runlog.read_log(path) for path in (written / f"train_seed{seed}.log", folder / seed / "logs" / f"seed{seed}.txt"))
+        other = dict(path=None, text=None, places=None, overrides=None)
+        assert dataclasses.replace(ours, **other) == dataclasses.replace(theirs, **other) and ours.public() == ours.text
+        assert {name: value.rpartition("/")[2] for name, value in ours.overrides.items() if name != "OUTPUT_DIR"} == {
+            name: value.rpartition("/")[2] for name, value in theirs.overrides.items() if name != "OUTPUT_DIR"}
+
+
+def test_places_with_spaces_and_checkpoints_are_seen_and_relative_ones_stay(texts, tmp_path):
+    text = re.sub("(?<=overrides: ).*", "VARIANT=smoke SEED=1 OUTPUT_DIR=/home/ann DATA_PATH=/home/ann/my data/it TOKENIZER_PATH=../it.model", texts[0])
+    text = re.sub(r"^artifact:\S+", "artifact:/home/ann/x y.ptz", text, flags=re.M)
+    text = re.sub(r"^log:.*", "log:logs/a.txt artifact:/home/ann/x y.ptz", text, flags=re.M)
+    text = re.sub(r"^averaging:", "checkpoint:/home/ann/c.ptz averaging:ema updates:10\naveraging:", text, flags=re.M)
+    (path := tmp_path / "log.txt").write_text(text)
+    want = text.replace("=/home/ann ", "=/path/to ").replace("=/home/ann/my data/", "=/path/to/").replace(":/home/ann/", ":/path/to/")
+    assert text.count("/home/ann") == 5 and runlog.read_log(path).public() == want and "/home" not in want
 
 
 def test_submission_says_what_the_logs_say_to_the_last_digit(written, folder, texts):
@@ -153,11 +190,19 @@ def test_the_page_has_every_figure_of_the_logs(written, texts):
     assert f"(std {statistics.stdev(scores):.8f}, 3 seeds)" in page.splitlines()[0] and f"val_bpb {statistics.mean(scores):.8f}" in page.splitlines()[0]
 
 
-def test_a_reviewer_can_run_the_folder_by_its_command(written, tmp_path, texts):
-    copy = shutil.copytree(written, tmp_path / "copy")
-    command = shlex.split(next(line for line in (copy / "README.md").read_text().splitlines() if line.startswith("    ")))
+def command_of(folder, dataset):
+    """The settings of the page's command, with the data where it lies here."""
+    command = shlex.split(next(line for line in (folder / "README.md").read_text().splitlines() if line.startswith("    ")))
     assert command[-2:] == ["python", "train_gpt.py"] and "SEED=1" in command and not any("OUTPUT_DIR" in part for part in command)
-    out = run(dict(part.split("=", 1) for part in command[:-2]), script=copy / "train_gpt.py", cwd=copy).stdout
+    here = {f"/path/to/{Path(place).name}": place for place in (dataset["DATA_PATH"], dataset["TOKENIZER_PATH"])}
+    given = dict(part.split("=", 1) for part in command[:-2])
+    assert {*here} <= {*given.values()}
+    return {name: here.get(value, value) for name, value in given.items()}
+
+
+def test_a_reviewer_can_run_the_folder_by_its_command(written, tmp_path, texts, dataset):
+    copy = shutil.copytree(written, tmp_path / "copy")
+    out = run(command_of(copy, dataset), script=copy / "train_gpt.py", cwd=copy).stdout
     assert finals(out) == finals(texts[0])
     assert re.findall(r"train_loss:\S+", out) == re.findall(r"train_loss:\S+", texts[0])
 
@@ -186,12 +231,35 @@ def as_contest(text, dataset="fineweb10B_sp1024", targets=62_021_849, size=151_0
     return re.sub(r"(val_loss:|^(?:raw|averaged|final_\w+|legal_ttt) +)([\d.]+)( val_bpb:| +)([\d.]+)", bpb, text, flags=re.M)
 
 
-def test_the_packed_script_is_what_is_shipped_and_counted(write, texts, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pack", types.SimpleNamespace(pack_source=lambda source: source[:1000]))
+def test_the_packed_script_is_what_is_shipped_and_counted_and_runs(write, texts, tmp_path, folder, dataset):
     path = record.main([*map(str, write(texts)), *ARGS, "--out", str(tmp_path / "out"), "--pack"])
-    it, page = json.loads((path / "submission.json").read_text()), (path / "README.md").read_text()
-    assert (path / "train_gpt.py").read_bytes() == SCRIPT.read_bytes()[:1000] and it["bytes_code"] == 1000
-    assert [r["artifact_bytes"] - r["bytes_model"] for r in it["seed_results"].values()] == [1000] * 3 and "it is packed" in page
+    it, page, shipped = json.loads((path / "submission.json").read_text()), (path / "README.md").read_text(), (path / "train_gpt.py").read_bytes()
+    size, models = len(shipped), [(folder / seed / "final_model.int6.ptz").stat().st_size for seed in "123"]
+    assert size < len(SCRIPT.read_bytes()) / 2 and it["bytes_code"] == size
+    assert [r["artifact_bytes"] for r in it["seed_results"].values()] == [size + model for model in models] and it["bytes_total"] == size + max(models)
+    assert f"`train_gpt.py`: {size:,} bytes, sha256 {hashlib.sha256(shipped).hexdigest()}" in page
+    assert f"it is packed: what wrote the logs, and runs, are the {SCRIPT.stat().st_size:,} bytes in it of sha256 " in page
+    assert f"{size + max(models):,} (code {size:,}), {16_000_000 - size - max(models):,} to spare" in page
+    out = run(command_of(path, dataset), script=path / "train_gpt.py", cwd=path).stdout
+    assert finals(out) == finals(texts[0]) and f"sha256:{hashlib.sha256(shipped).hexdigest()} bytes:{size}\n" in out
+    assert f"\ncode {size} + model {models[0]} = {size + models[0]} bytes\n" in out
+
+
+def test_a_script_that_was_packed_before_it_ran_is_recorded_without_packing(write, texts, tmp_path):
+    """Its logs count the bytes that are shipped; its folder need not have a requirements.txt."""
+    import pack
+
+    (script := tmp_path / "train_gpt.py").write_bytes(packed := pack.pack_source(SCRIPT.read_bytes()))
+    code, sha256 = SCRIPT.stat().st_size, hashlib.sha256(packed).hexdigest()
+    logs = []
+    for text in texts:
+        model = int(found(r"^code \d+ \+ model (\d+)", text))
+        text = re.sub("sha256:[0-9a-f]+", f"sha256:{sha256}", text)
+        logs.append(re.sub(rf"\b{code}\b", str(len(packed)), re.sub(rf"\b{code + model}\b", str(len(packed) + model), text)))
+    path = record.main([*map(str, write(logs)), *ARGS, "--script", str(script), "--out", str(tmp_path / "out")])
+    assert (path / "train_gpt.py").read_bytes() == packed and "it is packed" not in (path / "README.md").read_text()
+    assert (path / "requirements.txt").read_bytes() == (ROOT / "requirements.txt").read_bytes()
+    assert json.loads((path / "submission.json").read_text())["bytes_code"] == len(packed)
 
 
 def test_one_log_and_one_file(write, texts, tmp_path):
@@ -202,6 +270,9 @@ def test_one_log_and_one_file(write, texts, tmp_path):
     it = json.loads(out.read_text())
     assert it["val_bpb"] == finals(texts[0])["legal_ttt"] and it["val_bpb_std"] is None and it["logs"] == ["logs/a.txt"] and it["seeds"] == [1]
     assert "1 seed(s)" in it["track"] and sorted(p.name for p in tmp_path.iterdir()) == ["logs", "submission.json"]
+    (tmp_path / "other").mkdir()
+    record.main([str(logs / "a.txt"), *ARGS, "--non-record", "--submission-only", str(tmp_path / "other" / "s.json")])
+    assert json.loads((tmp_path / "other" / "s.json").read_text()) == it | dict(logs=["a.txt"])  # no way through local folders
     kept = out.read_bytes()
     (logs / "a.txt").write_text(texts[0][:-1])
     assert "0.txt" not in refusal([logs / "a.txt"], tmp_path, "--non-record", "--submission-only", str(out)) and out.read_bytes() == kept
@@ -458,7 +529,54 @@ def test_significance_is_written(written, texts):
 
 
 def test_one_seed_proves_nothing(write, texts, tmp_path):
-    assert "one number has no spread" in refusal(write(texts[:1]), tmp_path, "--non-record", "--against", "2135")
+    assert "one number has no spread" in refusal(write(texts[:1]), tmp_path, "--non-record", "--against", "1.08,1.09")
+
+
+def test_a_record_is_compared_with_scores_of_its_own_text_alone(write, texts, tmp_path):
+    assert refusal(write(texts), tmp_path, "--against", "2135") == "--against 2135: that record is scored on the contest's whole validation " \
+        "split, these logs are not (tiny, 300 targets)"
+    path = record.main([*map(str, write([as_contest(text) for text in texts])), *ARGS, "--out", str(tmp_path / "out"), "--against", "#2135"])
+    assert "against those of PR #2135, 1.05679341, 1.05662016, 1.05610947 (mean 1.05650768" in (path / "README.md").read_text()
+
+
+FORMATS = {  # the last lines of logs of the contest's scripts, components.md section 13; each ends in the score 1.08...
+    "150": "final_int8_zlib_roundtrip val_loss:2.1000 val_bpb:1.1712 eval_time:9ms\nfinal_int8_zlib_roundtrip_exact val_loss:2.10000000 val_bpb:1.17125000\n"
+           "final_sliding_window val_loss:1.9000 val_bpb:1.0811 stride:64 eval_seq_len:2048 eval_time:9ms\n"
+           "final_sliding_window_exact val_loss:1.90000000 val_bpb:1.08110001\n",
+    "1194": "final_int6_sliding_window_exact val_loss:1.91000000 val_bpb:1.12165000\n"
+            "final_int8_zlib_roundtrip_exact val_loss:1.91000000 val_bpb:1.12165000\nttt_sliding:start chunks=1893\n"
+            "legal_ttt val_loss:1.9000 val_bpb:1.0812 eval_time:9ms\nlegal_ttt_exact val_loss:1.90000000 val_bpb:1.08120001\n",
+    "1493": "pre-quantization post-ema val_loss:2.80000000 val_bpb:1.08735000 eval_time:9ms\nquantized_sliding_window val_loss:2.79000000 val_bpb:1.08286000 "
+            "eval_time:9ms\nttt:start chunks=1238 ttt_lr=0.005\nquantized_ttt val_loss:2.78000000 val_bpb:1.08130001 eval_time:9ms\n"}
+
+
+def test_scores_to_compare_with_are_read_from_logs_of_the_contests_scripts(write, texts, tmp_path):
+    paths = []
+    for name, text in FORMATS.items():
+        paths.append(tmp_path / f"{name}.log")
+        paths[-1].write_text(f"import os\n{'=' * 100}\nstep:1/9 train_loss:6.9000 train_time:1ms step_avg:1.00ms\n" + text)
+    given = ",".join(map(str, paths))
+    assert record.parse_against(given) == (1.08110001, 1.08120001, 1.08130001)
+    assert record.parse_against(",".join(map(str, write(texts)))) == tuple(finals(text)["legal_ttt"] for text in texts)
+    path = record.main([*map(str, write(texts)), *ARGS, "--out", str(tmp_path / "out"), "--against", given])
+    page, it = (path / "README.md").read_text(), json.loads((path / "submission.json").read_text())
+    assert "against those in 150.log, 1194.log, 1493.log, 1.08110001, 1.08120001, 1.08130001 (mean" in page and str(tmp_path) not in page
+    assert it["against"] == "150.log,1194.log,1493.log"
+    paths[0].write_text("step:1/9 val_loss:1.9000 val_bpb:1.0811\n")
+    assert refusal(write(texts), tmp_path, "--name", "b", "--against", given).startswith(f"{paths[0]} has no line 'STAGE val_loss:")
+    paths[0].unlink()
+    assert refusal(write(texts), tmp_path, "--name", "b", "--against", given) == f"cannot read {paths[0]}: No such file or directory"
+
+
+def test_what_was_written_is_told_at_once(write, texts, tmp_path, capsys):
+    path = record.main([*map(str, write(texts)), *ARGS, "--out", str(tmp_path / "out"), "--against", "2.9,3.0,3.2"])
+    it, out = json.loads((path / "submission.json").read_text()), capsys.readouterr().out.splitlines()
+    assert out[-7] == f"val_bpb {it['val_bpb']:.8f}, std {it['val_bpb_std']:.8f}, 3 seeds"
+    assert out[-6] == f"{it['bytes_total']:,} bytes at most (code {it['bytes_code']:,}), {16_000_000 - it['bytes_total']:,} to spare"
+    assert out[-5] == it["track"].replace("non-record", "no record")
+    for line, test in zip(out[-4:], it["significance"], strict=True):
+        assert line.startswith(f"lower than 2.9,3.0,3.2 by more than {test['lower_by_more_than']}: t {test['t_statistic']:.3f}, ")
+        assert line.endswith(f", p {test['p_value']:.4g}")
 
 
 # Retraction.
@@ -480,7 +598,12 @@ def test_a_retracted_score_is_null_and_kept(written, tmp_path):
     assert before == {p: p.read_bytes() for p in folder.iterdir()}
 
 
-@pytest.mark.parametrize("text, words", [(None, "cannot read"), ("{", "is not what record.py writes"), ("[]", "has no number as val_bpb")])
+def test_retraction_takes_no_logs(written):
+    with pytest.raises(record.Refused, match="takes a folder alone"):
+        record.main(["--retract", str(written), "a.txt"])
+
+
+@pytest.mark.parametrize("text, words", [(None, "^cannot read"), ("{", "is not what record.py writes"), ("[]", "has no number as val_bpb")])
 def test_only_a_folder_of_record_py_can_be_retracted(tmp_path, text, words):
     (tmp_path / "README.md").write_text("page")
     if text is not None:

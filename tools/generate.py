@@ -120,14 +120,14 @@ def main() -> None:
     sys.stdout.reconfigure(encoding="utf-8")
     for piece in generate(arguments(sys.argv[1:]), dict(os.environ)):
         print(piece, end="", flush=True)
-    print()
+    print(flush=True)
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it in silence
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError) as error:
         sys.exit(f"generate.py: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

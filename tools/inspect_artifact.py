@@ -159,14 +159,14 @@ def main() -> None:
     args = cli.parse_args()
     found = contents(args.artifact, args.code)
     if args.json:
-        print(json.dumps(found | {"parameters": [r._asdict() for r in found["parameters"]]}, indent=1))
+        print(json.dumps(found | {"parameters": [r._asdict() for r in found["parameters"]]}, indent=1), flush=True)
     else:
-        print(report(found, args.all))
+        print(report(found, args.all), flush=True)
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it in silence
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError) as error:
         sys.exit(f"inspect_artifact.py: {error}")

@@ -17,6 +17,10 @@ import lzma
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from runlog import Refused, write_file  # noqa: E402
+
 SHIM = """\
 __import__("linecache").cache[__file__]=0,None,[*map(bytes.decode,__import__("lzma").decompress(\
 __import__("base64").b85decode("%s")).splitlines(1))],__file__
@@ -65,12 +69,11 @@ def main() -> None:
         kind = "a folder" if args.out.is_dir() else "the source"
         sys.exit(f"pack.py: {args.out} is {kind}; name another file with -o")
     try:
-        part = args.out.with_name(f"{args.out.name}.part")
-        part.write_bytes(packed)
-        part.replace(args.out)
-    except OSError as error:
-        sys.exit(f"pack.py: cannot write {args.out}: {error.strerror}")
-    print(f"{args.source}: {len(source)} bytes -> {args.out}: {len(packed)} bytes ({len(packed) / len(source):.1%})")
+        write_file(args.out, packed)
+        share = len(packed) / len(source)
+        print(f"{args.source}: {len(source)} bytes -> {args.out}: {len(packed)} bytes ({share:.1%})", flush=True)
+    except (Refused, OSError) as error:
+        sys.exit(f"pack.py: {error}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ RUN_ID and OUTPUT_DIR differs. Tokens follow from the overrides and from the var
 """
 
 import argparse
+import io
 import re
 import sys
 from collections import namedtuple
@@ -37,7 +38,7 @@ def read_log(path: Path) -> Run:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise Refused(f"cannot read {path}: {error}") from None
+        raise Refused(f"cannot read {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
     points = dict(train=[], val=[])
     for step, kind, loss, milliseconds in LINE.findall(text):
         if points[kind] and int(step) <= (last := points[kind][-1][0]):
@@ -189,8 +190,10 @@ def main() -> None:
         short = len({run.path.stem for run in runs}) == len(runs)
         alone = {run.path.stem if short else str(run.path): [run] for run in runs}
         figure = draw_curves(by_variant(runs) if args.group else alone, [args.by] if args.by else ["step", "minutes"])
-    figure.savefig(args.out, dpi=200)
-    print(args.out)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=200, format=args.out.suffix[1:].lower())
+    runlog.write_file(args.out, picture.getvalue())
+    print(args.out, flush=True)
 
 
 if __name__ == "__main__":

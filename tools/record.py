@@ -4,7 +4,12 @@
     python tools/record.py logs/run.txt --name card --non-record --submission-only submission.json
     python tools/record.py --retract records/2026-04-30_card --reason "scored after it was trained on"
 
-Nothing is written unless every log is whole, agrees with itself, with the others, with the script and with the rules.
+The whole way, from text to a folder that runs, stands in logs/rehearsal/README.md. What is counted is the train_gpt.py
+that is shipped. --pack ships a packed one, while the logs tell the bytes of the plain one that wrote them. To have the
+same in both, and to let FIT use the bytes that packing frees, pack first, run that file, and name it with --script.
+
+Logs are published as they are, but for the folders of absolute paths, which become /path/to. Nothing is written unless
+every log is whole, agrees with itself, with the others, with the script and with the rules.
 """
 
 from __future__ import annotations
@@ -24,18 +29,19 @@ import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import date
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from scipy import stats
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
 
-from runlog import Refused, RunLog, read_log  # noqa: E402
+from runlog import Refused, RunLog, public_path, read_log, write_file  # noqa: E402
 
 CAP_BYTES, CAP_SECONDS, FEWEST_SEEDS = 16_000_000, 600.0, 3
 RECORD_DEVICE, RECORD_WORLD = "NVIDIA H100 80GB HBM3", 8  # how torch names the SXM board
-NOT_SETTINGS = ("SEED", "RUN_ID", "OUTPUT_DIR")  # what may differ among the seeds
+NOT_SETTINGS = ("SEED", "RUN_ID", "OUTPUT_DIR", "ARTIFACT", "AUDIT")  # what may differ among the seeds
 
 
 class Split(NamedTuple):
@@ -118,7 +124,8 @@ def check_script(run: RunLog, script: Path, source: bytes) -> None:
 
 
 def configuration(run: RunLog) -> dict[str, str]:
-    return {name: value for name, value in run.overrides.items() if name not in NOT_SETTINGS}
+    """What the environment set, as it is published: the folders of absolute paths may differ among machines, too."""
+    return {name: public_path(name, value) for name, value in run.overrides.items() if name not in NOT_SETTINGS}
 
 
 def check_same(runs: tuple[RunLog, ...]) -> None:
@@ -212,6 +219,10 @@ def check_limits(entry: Entry) -> None:
 # ----------------------------------------
 # What the numbers say.
 
+# The contest's scripts end each stage of the evaluation with such a line, the stage that counts last.
+SCORE = re.compile(r"^\S+ val_loss:\d+\.\d{8} val_bpb:(\d+\.\d{8})(?: eval_time:\d+ms)?\r?$", re.MULTILINE)
+
+
 def spread(values: Iterable[float]) -> tuple[float, float | None]:
     """Mean and sample standard deviation, which a single value does not have."""
     values = [*values]
@@ -248,18 +259,31 @@ class Welch(NamedTuple):
     p: float
 
 
+def last_score(path: Path) -> float:
+    """The score in a log of any of the contest's scripts, or of ours: that of its last line of 8 decimals."""
+    if not (found := SCORE.findall(read_bytes(path).decode("utf-8", errors="replace"))):
+        raise Refused(f"{path} has no line 'STAGE val_loss:... val_bpb:...' of 8 decimals; is it a log of a whole run?")
+    return float(found[-1])
+
+
 def parse_against(text: str) -> tuple[float, ...]:
-    """Scores by seed: a list of numbers, or those of a name in RECORDS."""
+    """Scores by seed: those of a name in RECORDS, a list of numbers, or those of a list of logs."""
     if text.removeprefix("#") in RECORDS:
         return RECORDS[text.removeprefix("#")]
+    parts = text.split(",")
     try:
-        values = tuple(map(float, text.split(",")))
+        values = tuple(map(float, parts))
     except ValueError:
-        values = ()
+        values = tuple(map(last_score, map(Path, parts))) if any(Path(part).is_file() for part in parts) else ()
     if len(values) < 2 or not all(0 < value < 100 for value in values):
-        raise Refused(f"--against {text}: give two or more scores in bits per byte, as in 1.0810,1.0812, or one of "
-                      f"{', '.join(RECORDS)}")
+        raise Refused(f"--against {text}: give two or more scores in bits per byte, as in 1.0810,1.0812, or as many "
+                      f"logs, or one of {', '.join(RECORDS)}")
     return values
+
+
+def against(options: argparse.Namespace) -> str:
+    """What --against names, as it is published: of logs the names without the folders."""
+    return ",".join(PurePath(part).name for part in options.against.split(","))
 
 
 def significance(ours: list[float], theirs: tuple[float, ...], bytes_per_token: float) -> list[Welch]:
@@ -279,6 +303,9 @@ def tests_of(entry: Entry) -> list[Welch]:
     if not entry.options.against:
         return []
     ratio = entry.first.bytes / entry.first.targets
+    if entry.options.against.removeprefix("#") in RECORDS and not compliance(entry)["full_validation_split"]:
+        raise Refused(f"--against {entry.options.against}: that record is scored on the contest's whole validation "
+                      f"split, these logs are not ({entry.first.dataset}, {entry.first.targets} targets)")
     return significance([run.final.bpb for run in entry.runs], parse_against(entry.options.against), ratio)
 
 
@@ -321,7 +348,7 @@ def seed_result(entry: Entry, run: RunLog) -> dict[str, float]:
 def tests_as_json(entry: Entry) -> dict:
     tests = [dict(lower_by_more_than=test.reading, margin_bpb=test.margin, t_statistic=test.t, welch_df=test.df,
                   p_value=test.p) for test in tests_of(entry)]
-    return dict(against=entry.options.against, significance=tests) if tests else {}
+    return dict(against=against(entry.options), significance=tests) if tests else {}
 
 
 def submission(entry: Entry, logs: list[str]) -> dict:
@@ -367,10 +394,13 @@ Bits per byte of each stage, from the logs; the last stage is the score. The dev
 {significance}
 ## Command
 
-Once for each seed, inside this folder, after `pip install -r requirements.txt`; data and tokenizer lie where DATA_PATH
-and TOKENIZER_PATH say. With `EVAL_ONLY=1 ARTIFACT=final_model.int6.ptz` before it, it scores its artifact again.
+Once for each seed, inside this folder, after `pip install -r requirements.txt`:
 
     {command}
+
+{data}.
+
+It writes `final_model.int6.ptz`; with `EVAL_ONLY=1 ARTIFACT=final_model.int6.ptz` before it, it scores that again.
 
 ## Timing budget
 
@@ -390,13 +420,16 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---:"] * len(head), *rows))
 
 
+def stage_name(entry: Entry, stage: str) -> str:
+    return dict(coded="reloaded " + entry.first.kind.partition("+")[0], ttt="TTT").get(stage, stage)
+
+
 def results_table(entry: Entry) -> str:
     """A row a seed, then mean and sample standard deviation; 8 decimals where the logs have them, else 4."""
     columns: dict[str, tuple[Callable[[RunLog], float], str]] = {
         "steps": (lambda run: run.steps, ",.10g"), "ms/step": (lambda run: 1000 * run.train_seconds / run.steps, ".2f")}
-    names = dict(coded="reloaded " + entry.first.kind.partition("+")[0], ttt="TTT")
     for stage in entry.first.scores:
-        columns[names.get(stage, stage)] = (lambda run, stage=stage: run.scores[stage].bpb,
+        columns[stage_name(entry, stage)] = (lambda run, stage=stage: run.scores[stage].bpb,
                                             ".4f" if stage in ("raw", "averaged") else ".8f")
     columns["nats/token"] = (lambda run: run.final.loss, ".8f")
     columns["code + model, bytes"] = (entry.total_bytes, ",.10g")
@@ -412,7 +445,8 @@ def timing_table(entry: Entry) -> str:
     stages = [name for name in entry.first.scores if name not in ("raw", "averaged")]
     rows = [[str(run.seed), f"{run.train_seconds:.3f}", "-" if run.pack_seconds is None else f"{run.pack_seconds:.1f}",
              *(f"{run.scores[name].seconds:.1f}" for name in stages), f"{run.eval_seconds:.3f}"] for run in entry.runs]
-    return table(["seed", "training, s", "packing, s", *(f"{name}, s" for name in stages), "evaluation, s"], rows)
+    names = [f"{stage_name(entry, name)}, s" for name in stages]
+    return table(["seed", "training, s", "packing, s", *names, "evaluation, s"], rows)
 
 
 def command(entry: Entry) -> str:
@@ -421,6 +455,15 @@ def command(entry: Entry) -> str:
     settings = {"SEED": str(run.seed)} | configuration(run)
     launcher = "python" if run.world_size == 1 else f"torchrun --standalone --nproc_per_node={run.world_size}"
     return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in settings.items()), launcher, "train_gpt.py"])
+
+
+def data_places(entry: Entry) -> str:
+    """Where the command looks for data and tokenizer, and how to send it to where the contest keeps its own."""
+    data, tokenizer = (public_path(name, entry.settings[name]) for name in ("DATA_PATH", "TOKENIZER_PATH"))
+    far = "../../../data"
+    return (f"It reads the shards of `{data}` and the tokenizer `{tokenizer}`; where they lie elsewhere, DATA_PATH and "
+            f"TOKENIZER_PATH say so: from a folder of the contest's `records/`, `DATA_PATH={far}/datasets/"
+            f"{Path(data).name} TOKENIZER_PATH={far}/tokenizers/{Path(tokenizer).name}`")
 
 
 def verdict(holds: bool) -> str:
@@ -461,10 +504,11 @@ def ttt_rule(entry: Entry) -> str:
 def significance_part(entry: Entry) -> str:
     if not (tests := tests_of(entry)):
         return ""
-    against, theirs = entry.options.against.removeprefix("#"), parse_against(entry.options.against)
+    whose, theirs = against(entry.options).removeprefix("#"), parse_against(entry.options.against)
     mean, std = spread(theirs)
     rows = [[test.reading, f"{test.margin:.6f}", f"{test.t:.3f}", f"{test.df:.2f}", f"{test.p:.4g}"] for test in tests]
-    of = f"those of PR #{against}" if against in RECORDS else "those of an earlier record"
+    known = f"those of PR #{whose}" if whose in RECORDS else "these, which were given by hand"
+    of = known if re.fullmatch(r"[\d., ]+", whose) else f"those in {whose.replace(',', ', ')}"
     return (f"\n## Significance\n\nWelch's t-test, one-sided, of the scores by seed against {of}, "
             f"{', '.join(map(str, theirs))} (mean {mean:.8f}, std {std:.8f}); 0.005 nats are read in three ways.\n\n"
             + table(["lower by more than", "in bits per byte", "t", "df", "p"], rows) + "\n")
@@ -478,7 +522,9 @@ def what_ran(entry: Entry) -> list[str]:
     if entry.shipped != entry.source:
         lines.append(f"it is packed: what wrote the logs, and runs, are the {len(entry.source):,} bytes in it of "
                      f"sha256 {run.sha256}")
-    return [*lines, "the logs are as the script wrote them; tools/record.py computed all numbers here from them",
+    local = ", but for local folders, which are `/path/to` here" * any(run.public() != run.text for run in entry.runs)
+    return [*lines, f"the logs are as the script wrote them{local}",
+            "tools/record.py computed all numbers here from the logs",
             "published ideas are credited in the source, by pull request or arXiv id"]
 
 
@@ -490,6 +536,7 @@ def readme(entry: Entry) -> bytes:
         score=f"{mean:.8f}" + ("" if std is None else f" (std {std:.8f}, {len(entry.runs)} seeds)"),
         track=f"**Not a record**: {reasons}." if reasons else "Track: 10 minutes on 8xH100, 16,000,000 bytes.",
         results=results_table(entry), significance=significance_part(entry), command=command(entry),
+        data=data_places(entry),
         timing=timing_table(entry), compliance="\n".join(f"* {line}" for line in compliance_list(entry)),
         what="\n".join(f"* {line}" for line in what_ran(entry)))
     return page.encode()
@@ -514,16 +561,6 @@ def folder_name(name: str, day: str) -> str:
     return f"{day}_{stem}"
 
 
-def write_file(path: Path, contents: bytes) -> None:
-    """All of it or nothing."""
-    try:
-        part = path.with_name(f"{path.name}.part")
-        part.write_bytes(contents)
-        part.replace(path)
-    except OSError as error:
-        raise Refused(f"cannot write {path}: {error.strerror}") from None
-
-
 def write_folder(folder: Path, files: dict[str, bytes]) -> None:
     """All of the folder or nothing of it; never over one that exists."""
     if folder.exists():
@@ -545,8 +582,9 @@ def write_folder(folder: Path, files: dict[str, bytes]) -> None:
 def retract(folder: Path, reason: str) -> None:
     """Take back the score of a folder as PR #1127 did: val_bpb is null, its value stays beside it, README says so."""
     path, page = folder / "submission.json", folder / "README.md"
+    data, text = read_bytes(path), read_bytes(page)
     try:
-        contents, text = json.loads(read_bytes(path)), read_bytes(page).decode("utf-8")
+        contents, text = json.loads(data), text.decode("utf-8")
     except ValueError as error:
         raise Refused(f"{path} or {page} is not what record.py writes: {error}") from None
     value = contents.get("val_bpb") if isinstance(contents, dict) else None
@@ -581,17 +619,43 @@ def gather(options: argparse.Namespace) -> Entry:
     return entry
 
 
+def requirements(script: Path) -> bytes:
+    """requirements.txt beside the script; of a script without one, as pack.py writes it, that of this checkout."""
+    beside = script.parent / "requirements.txt"
+    return read_bytes(beside if beside.exists() else ROOT / "requirements.txt")
+
+
+def path_from(folder: Path, path: Path) -> str:
+    """The way from a folder to a file below it; of another file the name, since the way tells of local folders."""
+    way = Path(os.path.relpath(path, folder))
+    return way.name if ".." in way.parts else way.as_posix()
+
+
+def summary(entry: Entry) -> str:
+    """What a person wants to know at once: score, bytes, track, significance."""
+    mean, std = spread(run.final.bpb for run in entry.runs)
+    most, reasons = entry.most(entry.total_bytes), "; ".join(why_no_record(entry))
+    tests = [f"lower than {against(entry.options)} by more than {test.reading}: t {test.t:.3f}, df {test.df:.2f}, "
+             f"p {test.p:.4g}" for test in tests_of(entry)]
+    return "\n".join([
+        f"val_bpb {mean:.8f}" + ("" if std is None else f", std {std:.8f}, {len(entry.runs)} seeds"),
+        f"{most:,} bytes at most (code {len(entry.shipped):,}), {CAP_BYTES - most:,} to spare",
+        f"no record: {reasons}" if reasons else "track 10min_16mb", *tests])
+
+
 def write_record(options: argparse.Namespace) -> Path:
-    """The folder, or with --submission-only that one file; returns its path."""
+    """The folder, or with --submission-only that one file; returns its path and tells what is in it."""
     folder, entry = options.out / folder_name(options.name, options.date), gather(options)
     if file := options.submission_only:
-        logs = [Path(os.path.relpath(run.path, file.parent)).as_posix() for run in entry.runs]
+        logs = [path_from(file.parent, run.path) for run in entry.runs]
         write_file(file, as_json(submission(entry, logs)))
+        print(summary(entry))
         return file
     files = {"README.md": readme(entry), "train_gpt.py": entry.shipped,
              "submission.json": as_json(submission(entry, [log_name(run) for run in entry.runs])),
-             "requirements.txt": read_bytes(options.script.parent / "requirements.txt")}
-    write_folder(folder, files | {log_name(run): read_bytes(run.path) for run in entry.runs})
+             "requirements.txt": requirements(options.script)}
+    write_folder(folder, files | {log_name(run): run.public().encode() for run in entry.runs})
+    print(summary(entry))
     return folder
 
 
@@ -608,7 +672,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     cli.add_argument("--pack", action="store_true", help="ship the script packed by tools/pack.py, and count that")
     cli.add_argument("--non-record", action="store_true", help="one seed and any time will do; the track says so")
     cli.add_argument("--against", default="", metavar="SCORES",
-                     help=f"1.0810,1.0812,...: an earlier record's scores by seed; or {', '.join(RECORDS)}")
+                     help=f"an earlier record's scores: 1.0810,1.0812,... or its logs A,B,... or {', '.join(RECORDS)}")
     cli.add_argument("--submission-only", type=Path, metavar="FILE", help="write FILE, a submission.json, no folder")
     cli.add_argument("--retract", type=Path, metavar="FOLDER", help="take back the score of a folder; no logs")
     cli.add_argument("--reason", default="", help="why, for --retract")
@@ -619,6 +683,8 @@ def main(argv: list[str]) -> Path:
     """Do what the arguments ask for; returns the path of what was written. Raises Refused."""
     options = parse_options(argv)
     if options.retract:
+        if options.logs:
+            raise Refused("--retract takes a folder alone, no logs")
         retract(options.retract, options.reason)
         return options.retract
     return write_record(options)
@@ -626,6 +692,6 @@ def main(argv: list[str]) -> Path:
 
 if __name__ == "__main__":
     try:
-        print(main(sys.argv[1:]))
-    except Refused as error:
+        print(main(sys.argv[1:]), flush=True)
+    except (Refused, OSError) as error:  # OSError: nobody takes what is printed
         sys.exit(f"record.py: {error}")

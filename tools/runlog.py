@@ -1,4 +1,4 @@
-"""The log of a finished run of train_gpt.py -> a RunLog, for record.py and table.py.
+"""The log of a finished run of train_gpt.py -> a RunLog, for record.py, table.py and plot.py.
 
 Every line must be one that the script writes, in its order, and every number must agree with all others of the log to
 which it is bound, up to the digits that are printed.
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple, NoReturn
 
 LOSSES = r"val_loss:(?P<loss>\d+\.\d{4}) val_bpb:(?P<bpb>\d+\.\d{4})"
@@ -40,7 +41,7 @@ GROUPS = (
     (("scoring in training", "*", RUNNING), ("train_loss", "*", rf"{STEP} train_loss:\d+\.\d{{4}} {CLOCK}"), ("val_loss", "*", rf"{STEP} {TIMED} {CLOCK}"),
      ("late_qat", "?", r"late_qat:enabled step:\d+ scale:[\d.]+"),
      ("layer_loop", "?", r"layer_loop:enabled step:\d+ frac:[\d.]+ order:\[[\d, ]+\]"),
-     ("checkpoint", "*", r"checkpoint:.+ averaging:\w+ updates:\d+"),
+     ("checkpoint", "*", r"checkpoint:(?P<path>.+) averaging:\w+ updates:\d+"),
      ("stopping_early", "?", rf"stopping_early: wallclock_cap {CLOCK} {STEP}")),
     (("no snapshot", "?", r"averaging: \w+ took no snapshot, so the last weights stand in"),
      ("averaging", "1", r"averaging:\w+ updates:\d+"), ("peak memory of training", "?", MEMORY),
@@ -66,13 +67,26 @@ GROUPS = (
     (("row", "*", r"(?P<stage>raw|averaged|final_\w+|legal_ttt) +(?P<loss>\d+\.\d{4}) +(?P<bpb>\d+\.\d{4}) +"
       r"(?P<bytes>\d+|-) +(?P<seconds>\d+\.\d)"),),
     (("code + model", "1", r"code (?P<code>\d+) \+ model (?P<model>\d+) = (?P<total>\d+) bytes"),),
-    (("log", "1", r"log:.+ artifact:(?P<path>.+)"),),
+    (("log", "1", r"log:(?P<log>.+) artifact:(?P<path>.+)"),),
 )
 PATTERNS = [(at, name, count, re.compile(p, re.ASCII)) for at, group in enumerate(GROUPS) for name, count, p in group]
 
 
 class Refused(ValueError):
     """Input that a tool does not accept, told in one line: where, why, what to do."""
+
+
+def write_file(path: Path, contents: bytes) -> None:
+    """All of it or nothing; raises Refused."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        try:
+            part.write_bytes(contents)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise Refused(f"cannot write {path}: {error.strerror}") from None
 
 
 class Line(NamedTuple):
@@ -99,6 +113,7 @@ class RunLog:
     """What a finished run says of itself, after every number was checked against the others."""
 
     path: Path
+    text: str
     at: dict[str, int]  # number of the (last) line of each name in GROUPS
     sha256: str
     versions: str
@@ -108,6 +123,7 @@ class RunLog:
     variant: str
     seed: int
     overrides: dict[str, str]
+    places: tuple[tuple[int, str, str], ...]  # number of a line, what stands before a path in it, the path
     dataset: str
     train_shards: int
     targets: int
@@ -133,6 +149,13 @@ class RunLog:
         """The score that counts: that of the last stage."""
         return [*self.scores.values()][-1]
 
+    def public(self) -> str:
+        """Its text, with /path/to for the folder of each absolute path: that tells of a machine and its user alone."""
+        rows = self.text.split("\n")
+        for number, name, path in self.places:
+            rows[number - 1] = rows[number - 1].replace(name + path, name + public_path(name.strip(" =:"), path), 1)
+        return "\n".join(rows)
+
     def refuse(self, name: str, reason: str) -> NoReturn:
         """Raises Refused for the line of that name."""
         raise Refused(f"{self.path}:{self.at[name]}: {reason}")
@@ -143,8 +166,8 @@ class Lines:
 
     def __init__(self, path: Path):
         self.path, self.found = path, {}
-        texts, group, number = self.texts(), 0, 0
-        for number, text in enumerate(texts, 1):
+        self.text, group, number = self.read(), 0, 0
+        for number, text in enumerate(self.text.split("\n")[:-1], 1):
             at, name, count, match = self.recognize(number, text, group)
             if at < group or count != "*" and name in self.found:
                 self.refuse(number, f"a '{name}' line where none can follow; are there two logs in this file?")
@@ -153,7 +176,7 @@ class Lines:
             self.found.setdefault(name, []).append(Line(number, match.groupdict()))
         self.require(group, len(GROUPS), max(number, 1), "is missing after this one; the run did not end or was cut")
 
-    def texts(self) -> list[str]:
+    def read(self) -> str:
         try:
             data = self.path.read_bytes()
             text = data.decode("utf-8")
@@ -163,7 +186,7 @@ class Lines:
             self.refuse(data[: error.start].count(b"\n") + 1, "not UTF-8 text; is it a log of train_gpt.py?")
         if text and not text.endswith("\n"):
             self.refuse(text.count("\n") + 1, "the last line has no end: the log is cut")
-        return text.split("\n")[:-1]
+        return text
 
     def recognize(self, number: int, text: str, group: int) -> tuple[int, str, str, re.Match]:
         """(group, name, count, match) of a line; where its form belongs to two groups, the next one is meant."""
@@ -210,7 +233,8 @@ def read_log(path: Path) -> RunLog:
     device = lines.one("device" if "device" in lines.found else "versions")
     pack = lines.all("quantize_and_pack")
     return RunLog(
-        path=path, at={"device": versions.number} | {name: found[-1].number for name, found in lines.found.items()},
+        path=path, text=lines.text, places=tuple(places(lines)),
+        at={"device": versions.number} | {name: found[-1].number for name, found in lines.found.items()},
         sha256=source.fields["sha256"], versions=versions.fields["versions"], torch=versions.fields["torch"],
         device=device.fields["device"], world_size=device.count("world"), variant=variant.fields["variant"],
         seed=variant.count("seed"), overrides=overrides(variant), dataset=loader.fields["dataset"],
@@ -228,6 +252,23 @@ def read_log(path: Path) -> RunLog:
 def overrides(variant: Line) -> dict[str, str]:
     text = variant.fields["overrides"]
     return {} if text == "none" else dict(part.partition("=")[::2] for part in re.split(r" (?=[A-Z][A-Z0-9_]*=)", text))
+
+
+def places(lines: Lines) -> Iterator[tuple[int, str, str]]:
+    """Where the log names files and folders: (number of the line, what stands before the path, the path)."""
+    header, artifact, closing = map(lines.one, ("variant", "artifact", "log"))
+    yield from ((header.number, f" {name}=", value) for name, value in overrides(header).items())
+    yield from ((line.number, "checkpoint:", line.fields["path"]) for line in lines.all("checkpoint"))
+    yield artifact.number, "artifact:", artifact.fields["path"]
+    yield closing.number, "log:", closing.fields["log"]
+    yield closing.number, " artifact:", closing.fields["path"]
+
+
+def public_path(name: str, path: str) -> str:
+    """A path as it may be published: an absolute one without its folders, and OUTPUT_DIR, a folder, without its name."""
+    if not path.startswith("/"):
+        return path
+    return "/path/to" if name == "OUTPUT_DIR" else f"/path/to/{PurePosixPath(path).name}"
 
 
 def check_header(lines: Lines) -> None:

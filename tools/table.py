@@ -44,6 +44,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("logs", nargs="+", type=Path)
     try:
-        print(table([read(path) for path in parser.parse_args().logs]))
-    except Refused as error:
+        print(table([read(path) for path in parser.parse_args().logs]), flush=True)
+    except (Refused, OSError) as error:
         sys.exit(f"table.py: {error}")
