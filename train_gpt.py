@@ -20,7 +20,9 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import statistics
+import subprocess
 import sys
 import time
 from collections import deque
@@ -529,9 +531,11 @@ class Log:
             if importlib.util.find_spec(package) is None:
                 raise InputError(f"the package {package} is missing; pip install -r requirements.txt")
         compressor_module(cfg.compressor)
-        for file in (cfg.artifact_path, Path(cfg.audit)):
+        for file in (cfg.artifact_path, *[Path(cfg.audit)] * bool(cfg.audit)):
             if self.active and not file.parent.is_dir() and file.parent != Path(cfg.output_dir):
                 raise InputError(f"there is no folder {file.parent} to hold {file.name}")
+            if file.is_dir():
+                raise InputError(f"{file} is a folder; ARTIFACT and AUDIT name files")
         if self.active:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -557,6 +561,9 @@ class Log:
         self(f"python:{sys.version.split()[0]} torch:{torch.__version__} "
              + " ".join(f"{package}:{importlib.metadata.version(package)}" for package in PACKAGES))
         self(f"device:{device} world_size:{ranks.world}")
+        if on_gpu and shutil.which("nvidia-smi"):
+            query = ["nvidia-smi", "--query-gpu=name,driver_version,power.limit,clocks.max.sm", "--format=csv,noheader"]
+            self(f"nvidia-smi: {subprocess.run(query, capture_output=True, text=True).stdout.strip().splitlines()}")
         self(f"variant:{cfg.variant} seed:{cfg.seed} overrides: {' '.join(overrides) or 'none'}")
 
 def progress_bar(label: str, total: float, log: Log) -> Any:
@@ -1663,11 +1670,12 @@ def unpack(blob: bytes) -> tuple[dict, dict[str, Tensor]]:
 
 def write_file(path: Path, blob: bytes) -> None:
     """Write all of `blob` or nothing: an interrupted write leaves the old file."""
+    part = path.with_name(f"{path.name}.part")
     try:
-        part = path.with_name(f"{path.name}.part")
         part.write_bytes(blob)
         part.replace(path)
     except OSError as error:
+        part.unlink(missing_ok=True)
         raise InputError(f"cannot write {path}: {error.strerror}") from None
 
 def save_average(average: Average, looped: bool, cfg: Config, log: Log) -> None:

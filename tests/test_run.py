@@ -1,5 +1,6 @@
 """Whole runs, as a user starts them."""
 
+import dataclasses
 import os
 import re
 import signal
@@ -94,6 +95,7 @@ def copied(env, tmp_path, change):
     (lambda e, p: {"TRAIN_BATCH_TOKENS": "100"}, "multiple of TRAIN_SEQ_LEN"), (lambda e, p: {"OUTPUT_DIR": "/proc/none"}, "cannot write"),
     (lambda e, p: {"EVAL_ONLY": "1", "ARTIFACT": str(p / "none")}, "none: cannot be read"),
     (lambda e, p: {"AUDIT": str(p / "no" / "a.npz")}, "there is no folder .*no to hold a.npz"),
+    (lambda e, p: {"ARTIFACT": str(p)}, "is a folder; ARTIFACT and AUDIT name files"),
     (lambda e, p: {"MAX_ARTIFACT_BYTES": "1000", "ITERATIONS": "1"}, "over MAX_ARTIFACT_BYTES=1000.*, or set FIT=1$"),
     (lambda e, p: {"MATRIX_LR": "1e30", "TIED_EMBED_LR": "1e30", "SCALAR_LR": "1e30", "WARMUP_STEPS": "0"}, "at step [23]; lower MATRIX_LR"),
 ])
@@ -140,3 +142,30 @@ def test_the_audit_file_recomputes_the_score(finished, tmp_path):
     with np.load(path) as audit:
         assert audit["nll"].dtype == np.float64 and len(audit["nll"]) == 700
         assert audit["nll"].sum() / np.log(2) / audit["bytes"].sum() == pytest.approx(finals(out)["legal_ttt"], abs=1e-8)
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_part_of_the_new_one(tmp_path, monkeypatch):
+    (file := tmp_path / "model").write_bytes(b"old")
+
+    def full(path, blob):
+        with path.open("wb") as part:
+            part.write(blob[:2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(t.Path, "write_bytes", full)
+    with pytest.raises(t.InputError, match=f"cannot write {file}: No space left on device"):
+        t.write_file(file, b"new one")
+    assert [*tmp_path.iterdir()] == [file] and file.read_bytes() == b"old"
+
+
+def test_the_log_of_a_gpu_names_card_and_driver(cfg, tmp_path, monkeypatch):
+    monkeypatch.setattr(t.torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    monkeypatch.setattr(t.shutil, "which", lambda name: f"/bin/{name}")
+    (fake := tmp_path / "smi").write_text("#!/bin/sh\necho 'NVIDIA H100, 580.1, 700 W, 1980 MHz'\n")
+    fake.chmod(0o755)
+    inner = subprocess.run
+    monkeypatch.setattr(t.subprocess, "run", lambda command, **how: inner([fake, *command[1:]], **how))
+    ranks = dataclasses.replace(t.Ranks(), device=t.torch.device("cuda", 0))
+    t.Log(cfg, ranks).header(cfg, ranks, [])
+    lines = (tmp_path / "logs" / "test.txt").read_text().splitlines()
+    assert lines[2:4] == ["device:NVIDIA H100 world_size:1", "nvidia-smi: ['NVIDIA H100, 580.1, 700 W, 1980 MHz']"]

@@ -31,6 +31,7 @@ GROUPS = (
     (("versions", "1", r"(?P<versions>python:\S+ torch:(?P<torch>\S+)(?: (?:numpy|sentencepiece|tqdm|zstandard):\S+)*)"
       rf"(?: {DEVICE})?"),),
     (("device", "?", DEVICE),),
+    (("nvidia-smi", "?", r"nvidia-smi: \[.*\]"),),
     (("variant", "1", r"variant:(?P<variant>\w+) seed:(?P<seed>\d+) overrides: (?P<overrides>.+)"),),
     (("train_loader", "1", r"train_loader:dataset:(?P<dataset>.+) train_shards:(?P<shards>\d+)"),),
     (("val_loader", "1", r"val_loader:tokens:(?P<targets>[1-9]\d*) bytes:(?P<bytes>[1-9]\d*)"),),
