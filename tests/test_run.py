@@ -3,7 +3,9 @@
 import dataclasses
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -169,3 +171,29 @@ def test_the_log_of_a_gpu_names_card_and_driver(cfg, tmp_path, monkeypatch):
     t.Log(cfg, ranks).header(cfg, ranks, [])
     lines = (tmp_path / "logs" / "test.txt").read_text().splitlines()
     assert lines[2:4] == ["device:NVIDIA H100 world_size:1", "nvidia-smi: ['NVIDIA H100, 580.1, 700 W, 1980 MHz']"]
+
+
+@pytest.mark.slow
+def test_two_nodes_that_meet_over_a_port_score_as_one_process(env, tmp_path):
+    """torchrun's rendezvous of two agents on the loopback device, a folder for both."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_id=test",
+             f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1", str(ROOT / "train_gpt.py")]
+    clean = {k: v for k, v in os.environ.items() if k.lower() not in t.Config.__dataclass_fields__}
+    nodes = clean | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | env | {"OUTPUT_DIR": str(tmp_path / "nodes")}
+    agents = [subprocess.Popen(agent, env=nodes, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    outs = [agent.communicate(timeout=240) for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], outs
+    both, one = "".join(out for out, _ in outs), run(env).stdout
+    assert "world_size:4" in both and finals(both) == pytest.approx(finals(one), abs=2e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+def test_a_compiled_run_scores_as_an_eager_one(env, tmp_path):
+    """COMPILE=on, the way of a GPU: training, evaluation and adaptation through Inductor."""
+    eager = run(env | {"TTT_EPOCHS": "1"}).stdout
+    compiled = run(env | {"TTT_EPOCHS": "1", "COMPILE": "on", "OUTPUT_DIR": str(tmp_path / "compiled"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")})
+    assert finals(compiled.stdout) == pytest.approx(finals(eager), abs=2e-3)
