@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -16,6 +17,12 @@ sys.path.insert(0, str(ROOT / "data"))
 import prepare  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take longest come first (a file stays on one worker), so that no worker is left with one at the end."""
+    longest = ["test_variants", "test_audit", "test_run", "test_adapt", "test_options"]
+    items.sort(key=lambda item: longest.index(item.path.stem) if item.path.stem in longest else len(longest))
 
 
 @pytest.fixture(scope="session")
@@ -76,14 +83,15 @@ def coded(weights, grid_of, cfg, hessians=None):
     return t.quantize(weights, t.plan(weights, grid_of, cfg, costs), cfg)
 
 
-def run(env, *args, processes=1, script=ROOT / "train_gpt.py", check=True, cwd=None):
-    """Run the script with only `env` set; returns the finished process."""
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+def run(env, *args, processes=1, script=ROOT / "train_gpt.py", check=True, cwd=None, fresh=False):
+    """Run the script with only `env` set; returns the finished process. `fresh`: by a python, or a torchrun, that imports all anew."""
     clean = {k: v for k, v in os.environ.items() if k.lower() not in t.Config.__dataclass_fields__}
-    done = subprocess.run([*launcher, str(script), *args], env=clean | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | env, cwd=cwd,
-                          capture_output=True, text=True, timeout=240)
+    env = clean | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | env
+    if fresh:
+        launcher = [sys.executable] + ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * (processes > 1)
+        done = subprocess.run([*launcher, str(script), *args], env=env, cwd=cwd, capture_output=True, text=True, timeout=240)
+    else:
+        done = forked.python([script, *args], env, cwd, processes)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 

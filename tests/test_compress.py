@@ -13,7 +13,7 @@ import pytest
 import torch
 import zstandard
 from conftest import make_model, run
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import train_gpt as t
@@ -111,6 +111,7 @@ def test_any_cut_is_told_even_if_the_checksum_is_right(name):
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=60, deadline=None)
 @given(at=st.integers(0, 10**6), bit=st.integers(0, 7), sign=st.booleans())
+@example(at=39355, bit=0, sign=True)  # makes an uint8 of the int8 of rans
 def test_damage_is_an_input_error_or_nothing_but_other_values(name, at, bit, sign):
     """A checksum that was made anew hides the damage; whatever then unpacks has the names and shapes of its own header."""
     blob = bytearray(t.pack({"a.codes": torch.arange(-60, 60).view(10, 12).to(torch.int8)}, False, dataclasses.replace(CFG, compressor=name)))
@@ -119,7 +120,7 @@ def test_damage_is_an_input_error_or_nothing_but_other_values(name, at, bit, sig
         header, tensors = t.unpack(sealed(bytes(blob[48:]), name) if sign else bytes(blob))
     except t.InputError:
         return
-    assert sign and {n: (ON_WIRE[w.dtype], list(w.shape)) for n, w in tensors.items()} == claimed(header)
+    assert sign and {n: (str(w.numpy().dtype), list(w.shape)) for n, w in tensors.items()} == claimed(header)
 
 
 @settings(max_examples=100, deadline=None)
@@ -191,7 +192,7 @@ def test_a_missing_package_is_named(name, package, monkeypatch):
 def test_a_run_without_its_compressor_refuses_before_it_trains(env, tmp_path):
     (tmp_path / "gone").mkdir()
     (tmp_path / "gone" / "brotli.py").write_text("raise ImportError\n")
-    done = run(env | {"COMPRESSOR": "brotli", "PYTHONPATH": str(tmp_path / "gone")}, check=False)
+    done = run(env | {"COMPRESSOR": "brotli", "PYTHONPATH": str(tmp_path / "gone")}, check=False, fresh=True)
     assert done.returncode == 1 and done.stderr.strip() == "train_gpt.py: " + "COMPRESSOR=brotli needs the package brotli; pip install -r requirements.txt"
     assert not done.stdout and not list(tmp_path.glob("*.ptz")) and not (tmp_path / "logs").exists()
 

@@ -173,7 +173,7 @@ def test_any_tokens_make_a_text(sp, cfg, data):
 
 def test_a_terminal_gets_utf8_whatever_its_locale(artifact, env):
     prompt = "東 é"
-    done = run(env | {"PYTHONIOENCODING": "ascii"}, str(artifact), prompt, "--max-tokens", "5", "--seed", "4", script=SCRIPT)
+    done = run(env | {"PYTHONIOENCODING": "ascii"}, str(artifact), prompt, "--max-tokens", "5", "--seed", "4", script=SCRIPT, fresh=True)
     assert done.stdout == text(artifact, env, "--max-tokens", 5, "--seed", 4, prompt=prompt) + "\n" and done.stdout.startswith(prompt) and not done.stderr
 
 

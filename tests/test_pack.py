@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 
+import forked
 import pytest
 import torch
 from conftest import ROOT, finals, run
@@ -93,7 +94,7 @@ def test_it_trains_and_scores_as_the_source_does(packed, env, tmp_path):
 
 def test_it_imports_under_its_own_name(packed, tmp_path):
     probe = "import train_gpt as t; print(t.__file__); print(t.describe(t.Config.from_env({'VARIANT': 'pr490', 'SEED': '7'})))"
-    done = subprocess.run([sys.executable, "-c", probe], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(packed.parent)}, capture_output=True, text=True)
+    done = forked.python(["-c", probe], os.environ | {"PYTHONPATH": str(packed.parent)}, tmp_path)
     assert done.stdout.splitlines() == [str(packed), *t.describe(t.Config.from_env({"VARIANT": "pr490", "SEED": "7"})).splitlines()], done.stderr
 
 

@@ -2,13 +2,12 @@ import itertools
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import encode
+import forked
 import numpy as np
 import pytest
 import sentencepiece
@@ -23,8 +22,7 @@ import train_gpt as t
 def cli(*args, check=True, before=""):
     """The command line in a process of its own; `before` is a statement that changes it for a test."""
     code = f"import sys; sys.path[:0] = [{str(ROOT / 'data')!r}]; import encode, os, prepare; {before}\nprepare.command_line()"
-    script = ["-c", code] if before else [str(ROOT / "data" / "prepare.py")]
-    done = subprocess.run([sys.executable, *script, *map(str, args)], capture_output=True, text=True, timeout=240)
+    done = forked.python([*(["-c", code] if before else [ROOT / "data" / "prepare.py"]), *args], os.environ)
     assert not check or done.returncode == 0, done.stderr
     return done
 
@@ -447,6 +445,6 @@ def test_a_name_of_the_contests_must_hold_its_validation_split(dataset, tmp_path
 
 
 def test_the_speed_tool_compares_both_on_the_same_documents(made, dataset):
-    done = subprocess.run([sys.executable, str(ROOT / "tools" / "speed.py"), str(made[0] / "docs.jsonl.zst"), "--tokenizer", dataset["TOKENIZER_PATH"],
-                           "--docs", "30", "--turns", "1"], capture_output=True, text=True, timeout=240)
+    args = [made[0] / "docs.jsonl.zst", "--tokenizer", dataset["TOKENIZER_PATH"], "--docs", 30, "--turns", 1]
+    done = forked.python([ROOT / "tools" / "speed.py", *args], os.environ)
     assert done.returncode == 0 and "30 documents, " in done.stdout and "documents/min" in done.stdout and "turn 1: tokenize" in done.stdout, done.stderr

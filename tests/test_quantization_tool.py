@@ -11,12 +11,14 @@ sys.path.insert(0, str(ROOT / "tools"))
 import quantization  # noqa: E402
 
 
-@pytest.fixture
-def study(env, tmp_path, monkeypatch):
-    done = run(env | {"CHECKPOINT_EVERY": "20", "TTT_EPOCHS": "0"})
-    for name in ("DATA_PATH", "TOKENIZER_PATH"):
-        monkeypatch.setenv(name, env[name])
-    return quantization.Study(tmp_path / "final_model.average.ptz", 700, 2), done.stdout
+@pytest.fixture(scope="module")
+def study(dataset, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    done = run(dataset | dict(VARIANT="smoke", VAL_MAX_TOKENS="700", OUTPUT_DIR=str(folder), CHECKPOINT_EVERY="20", TTT_EPOCHS="0"))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("DATA_PATH", "TOKENIZER_PATH"):
+            patch.setenv(name, dataset[name])
+        yield quantization.Study(folder / "final_model.average.ptz", 700, 2), done.stdout
 
 
 def test_it_starts_from_the_averaged_weights_and_leaves_them_alone(study):

@@ -24,7 +24,7 @@ def finished(dataset, tmp_path_factory):
     """A complete smoke run: its environment, its folder, its output."""
     folder = tmp_path_factory.mktemp("run")
     env = dict(dataset, VARIANT="smoke", OUTPUT_DIR=str(folder), VAL_MAX_TOKENS="700", RUN_ID="test")
-    return env, folder, run(env).stdout
+    return env, folder, run(env, fresh=True).stdout
 
 
 def test_a_run_passes_every_stage_and_ends_in_the_table(finished):
@@ -67,7 +67,7 @@ def test_the_same_seed_gives_the_same_losses_and_two_processes_agree(finished, t
     again = run(env | {"OUTPUT_DIR": str(tmp_path)})
     assert re.findall(r"train_loss:[\d.]+", again.stdout) == losses and finals(again.stdout) == finals(out)
     assert (tmp_path / "final_model.int6.ptz").read_bytes() == (folder / "final_model.int6.ptz").read_bytes()
-    two = run(env | {"OUTPUT_DIR": str(tmp_path)}, processes=2)
+    two = run(env | {"OUTPUT_DIR": str(tmp_path)}, processes=2, fresh=True)
     assert re.findall(r"train_loss:[\d.]+", two.stdout) == losses
     assert finals(two.stdout) == pytest.approx(finals(out), abs=2e-3)
     assert two.stdout.count("model_params:") == 1
