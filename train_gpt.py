@@ -172,24 +172,24 @@ class Config:
     eval_stride: int = knob(64, "targets that a window scores after the first", low=1)
     eval_batch_seqs: int = knob(32, "windows a forward pass of one rank", low=1)
     val_max_tokens: int = knob(0, "score only the first N targets; 0 is all, as a record must")
-    ttt_epochs: int = knob(3, "passes of test-time training over each scored chunk; 0 is none")
-    ttt_scope: str = knob("stream", "what adapts to what: the model to all before, or a LoRA to each document alone",
+    ttt_epochs: int = knob(1, "passes of test-time training over each scored chunk; 0 is none")
+    ttt_scope: str = knob("document", "what adapts to what: the model to all before, or a LoRA to each document alone",
                           choices=("stream", "document"))
-    ttt_chunk_tokens: int = knob(32_768, "targets a chunk: scored first, trained on after", low=1)
+    ttt_chunk_tokens: int = knob(128, "targets a chunk: scored first, trained on after", low=1)
     ttt_params: tuple[str, ...] = knob(("*",), "shell patterns of the names of the parameters that adapt")
     ttt_freeze_blocks: int = knob(0, "first blocks that do not adapt")
     ttt_min_elements: int = knob(0, "smaller parameters do not adapt")
-    ttt_lora_rank: int = knob(0, "adapt q, v and the head by terms of this rank, and nothing else; 0: the weights")
-    ttt_optimizer: str = knob("sgd", "of test-time training", choices=("sgd", "adamw"))
-    ttt_lr: float = knob(0.002, "rate of the first chunk")
+    ttt_lora_rank: int = knob(8, "adapt q, v and the head by terms of this rank, and nothing else; 0: the weights")
+    ttt_optimizer: str = knob("adamw", "of test-time training", choices=("sgd", "adamw"))
+    ttt_lr: float = knob(0.02, "rate of the first chunk")
     ttt_cosine_floor: float = knob(1.0, "the rate falls over the chunks to this share; 1: constant", high=1)
     ttt_momentum: float = knob(0.9, "SGD's momentum, AdamW's first beta", high=0.99999)
     ttt_nesterov: bool = knob(False, "SGD looks ahead")
-    ttt_beta2: float = knob(0.999, "AdamW's second beta", high=0.99999)
+    ttt_beta2: float = knob(0.95, "AdamW's second beta", high=0.99999)
     ttt_z_loss: float = knob(0.0, "weight of the squared log-partition in its loss")
     ttt_temperature: float = knob(1.0, "divides the logits that are scored", low=0.1, high=10)
-    ttt_batch_seqs: int = knob(32, "sequences (or documents) a step over all ranks", low=1)
-    ttt_grad_clip: float = knob(1.0, "cap on the gradient norm; 0 is none")
+    ttt_batch_seqs: int = knob(64, "sequences (or documents) a step over all ranks", low=1)
+    ttt_grad_clip: float = knob(0.0, "cap on the gradient norm; 0 is none")
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -288,28 +288,30 @@ def option_groups() -> list[tuple[str, list[Field]]]:
         groups[-1][1].append(f)
     return groups
 
+SGD_OVER_STREAM = dict(ttt_epochs=3, ttt_scope="stream", ttt_chunk_tokens=32_768, ttt_lora_rank=0, ttt_optimizer="sgd",
+                       ttt_lr=0.002, ttt_beta2=0.999, ttt_batch_seqs=32, ttt_grad_clip=1.0)  # PR #549
 VARIANTS: dict[str, dict[str, Any]] = {
     "card": {},
-    "pr150": dict(
+    "pr150": SGD_OVER_STREAM | dict(
         rope_base=50_000.0, rope_dims=0, xsa_last_n=0, ln_scale_power=0.0, ve_layers=(), mlp_negative_slope=0.0,
         bigram_hash="xor", warmdown_iters=3000, embed_wd=0.0, averaging="swa", swa_every=200, swa_start_scale=0.5,
         late_qat_threshold=2.0, embed_bits=16, table_bits=6, clip_shares=(1.0,), ttt_freeze_blocks=2),
-    "pr455": dict(
+    "pr455": SGD_OVER_STREAM | dict(
         rope_base=10_000.0 * 2 ** (16 / 14), mlp_negative_slope=0.0, warmdown_iters=3000, adam_wd=0.04, averaging="swa",
         late_qat_threshold=0.1, clip_shares=(1.0,), ttt_freeze_blocks=2),
-    "pr490": dict(
+    "pr490": SGD_OVER_STREAM | dict(
         value_residual=True, gated_attention=True, bigram_vocab_size=4096, ve_layers=(), iterations=9000,
         warmdown_iters=1200, muon_momentum=0.95, muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=500,
         adam_wd=0.04, embed_bits=16, table_bits=8, quantizer="gptq", clip_shares=(1.0,), prune_share=0.02,
         ttt_optimizer="adamw", ttt_lr=1e-4, ttt_batch_seqs=64, ttt_chunk_tokens=131_072, ttt_cosine_floor=0.1,
         ttt_temperature=0.98,
         ttt_params=("blocks.9.*", "blocks.10.*", "*.attn_scale", "*.mlp_scale", "bigram.scale", "tok_emb.*")),
-    "pr1127": dict(
+    "pr1127": SGD_OVER_STREAM | dict(
         model_dim=480, mlp_mult=3.2, mlp_negative_slope=0.0, mlp_affine=True, skip_gates=True, bigram_vocab_size=8192,
         bigram_hash="linear", bigram_scale_init=0.0, ve_layers=(), init="default", train_batch_tokens=524_288,
         micro_batch_tokens=65_536, adam_wd=0.04, decoder_lr_mult=2.0, grad_clip_norm=0.0, ema_decay=0.9985,
         embed_bits=16, table_bits=6, ttt_epochs=1, ttt_lora_rank=8, ttt_optimizer="adamw", ttt_lr=0.01, ttt_beta2=0.95),
-    "pr1812": dict(
+    "pr1812": SGD_OVER_STREAM | dict(
         data_path="./data/datasets/fineweb10B_sp8192", tokenizer_path="./data/tokenizers/fineweb_8192_bpe.model",
         vocab_size=8192, loader="shuffled", mlp_mult=4.0, activation="silu", qk_gain_init=5.25, qk_gains=2,
         xsa_last_n=11, attn_gate_dims=12, parallel_residual_start=7, skip_gates=True, num_loops=2, smear_gate=False,
@@ -328,8 +330,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         train_seq_len=256, train_batch_tokens=2048, micro_batch_tokens=2048, warmup_steps=1, max_wallclock_seconds=120,
         warmdown_iters=0, warmdown_frac=0.5, matrix_lr=0.03, scalar_lr=0.02, tied_embed_lr=0.03, muon_momentum=0.95,
         muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=100, ema_decay=0.97, train_log_every=20,
-        step_floor=0.0, fit=False, eval_stride=128, ttt_epochs=1, ttt_chunk_tokens=4096, ttt_lr=0.01),
-    "smoke": dict(
+        step_floor=0.0, fit=False, eval_stride=128),
+    "smoke": SGD_OVER_STREAM | dict(
         data_path="./data/datasets/smoke", tokenizer_path="./data/tokenizers/smoke.model", dtype="fp32",
         num_layers=4, model_dim=32, num_heads=4, num_kv_heads=2, rope_dims=4, xsa_last_n=2, ve_layers=(2, 3),
         bigram_vocab_size=64, bigram_dim=8, ve_dim=8, train_seq_len=32, train_batch_tokens=256, micro_batch_tokens=128,

@@ -492,7 +492,7 @@ def test_a_run_with_fit_stays_under_its_cap_and_shows_its_trials(dataset, tmp_pa
 def card(dataset, tmp_path_factory):
     """(folder, log of one process, log of two) of a small `frontier`, the row with every option of this file."""
     folders = [tmp_path_factory.mktemp(f"card_{n}") for n in (1, 2)]
-    options = dict(VARIANT="frontier", RUN_ID="test", MEAN_STEP="0.02", TTT_EPOCHS="1", VAL_MAX_TOKENS="400")
+    options = dict(VARIANT="frontier", RUN_ID="test", MEAN_STEP="0.02", TTT_CHUNK_TOKENS="16", VAL_MAX_TOKENS="400")
     env = dict(dataset, **SMALL) | options
     t.main([], env | {"OUTPUT_DIR": str(folders[0])})
     two = run(env | {"OUTPUT_DIR": str(folders[1])}, processes=2).stdout
