@@ -2,7 +2,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0  # the version that the tests ran with; on the contest's image use TORCH=torch
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all bench lint clean
 
 .venv/ready: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv
@@ -22,6 +22,9 @@ test: .venv/ready
 
 test-all: test
 	.venv/bin/python -m pytest -m slow
+
+bench: .venv/ready
+	.venv/bin/python tools/bench.py
 
 lint: .venv/ready
 	.venv/bin/python -m ruff check .
