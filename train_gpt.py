@@ -188,7 +188,7 @@ class Config:
     ttt_beta2: float = knob(0.95, "AdamW's second beta", high=0.99999)
     ttt_z_loss: float = knob(0.0, "weight of the squared log-partition in its loss")
     ttt_temperature: float = knob(1.0, "divides the logits that are scored", low=0.1, high=10)
-    ttt_batch_seqs: int = knob(64, "sequences (or documents) a step over all ranks", low=1)
+    ttt_batch_seqs: int = knob(64, "sequences a step over all ranks, or documents a step of one", low=1)
     ttt_grad_clip: float = knob(0.0, "cap on the gradient norm; 0 is none")
 
     def __post_init__(self) -> None:
@@ -269,7 +269,7 @@ def run_rules(c: Config) -> dict[str, bool]:
         "TTT_CHUNK_TOKENS must be a multiple of EVAL_SEQ_LEN or else TRAIN_SEQ_LEN":
             document or c.ttt_chunk_tokens % c.window == 0,
         "TTT_SCOPE of document needs TTT_CHUNK_TOKENS <= EVAL_SEQ_LEN or else TRAIN_SEQ_LEN":
-            not document or c.ttt_chunk_tokens <= c.window,
+            not document or not c.ttt_epochs or c.ttt_chunk_tokens <= c.window,
         "TTT_SCOPE of document needs TTT_LORA_RANK": not document or c.ttt_lora_rank > 0,
         "TTT_LORA_RANK adapts no weights, so leave TTT_PARAMS at * and TTT_FREEZE_BLOCKS and TTT_MIN_ELEMENTS at 0":
             not c.ttt_lora_rank or (c.ttt_params, c.ttt_freeze_blocks, c.ttt_min_elements) == (("*",), 0, 0),
@@ -454,10 +454,12 @@ class Ranks:
         used, held = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
         return f"\npeak memory allocated: {used >> 20} MiB reserved: {held >> 20} MiB"
 
+    def compiles(self, cfg: Config) -> bool:
+        return cfg.compile == "on" or (cfg.compile == "auto" and self.device.type == "cuda")
+
     def compile(self, fn: Callable, cfg: Config) -> Callable:
         """`fn` as one static graph; with COMPILE=auto `fn` itself on a CPU, where only long runs earn it back."""
-        wanted = cfg.compile == "on" or (cfg.compile == "auto" and self.device.type == "cuda")
-        if not wanted:
+        if not self.compiles(cfg):
             return fn
         torch._dynamo.config.recompile_limit = 64  # training, scoring and adapting share one forward, in several shapes
         return torch.compile(fn, dynamic=False, fullgraph=True)
@@ -734,8 +736,9 @@ def norm(x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
 
     The epsilon is fp32's, pinned: embeddings start with a mean square of 2.5e-5.
     """
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-    return (x * (scale * torch.rsqrt(length.square() / x.size(-1) + 1.1920929e-07))).type_as(x)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    return (wide * (scale * torch.rsqrt(length.square() / x.size(-1) + 1.1920929e-07))).type_as(x)
 
 def rotary_tables(seq_len: int, dims: int, base: float) -> tuple[Tensor, Tensor]:
     """cos and sin of position * base**(-2j/dims), fp32 (T, 1, dims/2). In bf16 positions above 256 would coincide."""
@@ -1067,7 +1070,7 @@ class Muon(torch.optim.Optimizer):
         self.ranks, self.dtype = ranks, dtype
 
         def direction(grad: Tensor, buffer: Tensor, factor: Tensor, momentum: Tensor) -> Tensor:
-            grad = (factor * grad).nan_to_num(0.0, 0.0, 0.0)
+            grad = (factor * grad.float()).nan_to_num(0.0, 0.0, 0.0)
             update = grad + momentum * buffer.mul_(momentum).add_(grad)
             if cfg.muon_row_normalize:
                 update = F.normalize(update, dim=-1, eps=1e-7)
@@ -1075,10 +1078,9 @@ class Muon(torch.optim.Optimizer):
 
         self.direction = ranks.compile(direction, cfg)
 
-    def reduce(self) -> list[Tensor]:
-        """This rank's share of each group's summed gradients. All are under way before the first is awaited."""
-        begun = [self.ranks.scatter(torch.stack([p.grad for p in g["params"]]), self.dtype) for g in self.param_groups]
-        return [(wait(), share)[1] for wait, share in begun]
+    def reduce(self) -> list[tuple[Callable[[], Any], Tensor]]:
+        """Begin to sum each group's gradients: (wait for it, this rank's share of the stack)."""
+        return [self.ranks.scatter(torch.stack([p.grad for p in g["params"]]), self.dtype) for g in self.param_groups]
 
     def turn(self, shares: list[Tensor], factor: Tensor) -> list[tuple[Callable[[], Any], Tensor]]:
         """Nesterov momentum of `factor` times the gradient, then rows of length 1 if asked for, then orthogonal.
@@ -1133,23 +1135,24 @@ class Optimizers:
     def step(self, scale: float, momentum: float) -> Tensor:
         """One step at `scale` times the peak rates; returns the norm of the averaged gradient, before the clip.
 
-        A gradient that is no number counts as 0: the host sees a broken loss a step later, and weights stay till then.
+        A gradient that is no number counts as 0: the host sees a broken loss a step later, and weights stay numbers.
         """
         for group in self.muon.param_groups + self.adam.param_groups:
             group["lr"] = group["base_lr"] * scale
         for group in self.muon.param_groups:
             group["momentum"] = momentum
-        shares = self.muon.reduce()
+        begun = self.muon.reduce()
         flat = self.ranks.sum_(torch.cat([p.grad.flatten() for p in self.others]))
+        shares = [(wait(), share)[1] for wait, share in begun]
         squares = torch.stack(torch._foreach_norm(shares, dtype=torch.float32)).square().sum()
-        norm = (self.ranks.sum_(squares) + flat.square().sum()).sqrt() / self.ranks.world
-        factor = (self.clip / (norm + 1e-6)).clamp(max=1.0) / self.ranks.world
+        norm_before = (self.ranks.sum_(squares) + flat.square().sum()).sqrt() / self.ranks.world
+        factor = (self.clip / (norm_before + 1e-6)).clamp(max=1.0) / self.ranks.world
         steps, flat = self.muon.turn(shares, factor), (factor * flat).nan_to_num_(0.0, 0.0, 0.0)
         for p, part in zip(self.others, flat.split([p.numel() for p in self.others])):
             p.grad = part.view_as(p)
         self.adam.step()
         self.muon.step(steps)
-        return norm
+        return norm_before
 
     def state_dict(self) -> list[dict]:
         return [copy.deepcopy(optimizer.state_dict()) for optimizer in (self.muon, self.adam)]
@@ -1157,7 +1160,7 @@ class Optimizers:
     def load_state_dict(self, states: list[dict]) -> None:
         for optimizer, state in zip((self.muon, self.adam), states, strict=True):
             optimizer.state.clear()
-            optimizer.load_state_dict(state)
+            optimizer.load_state_dict(copy.deepcopy(state))
 
 # ----------------------------------------
 # Schedules: pure functions of progress.
@@ -2015,14 +2018,14 @@ class Scorer:
         return forward(tokens[:, :-1], tokens[:, -count:])
 
     def batches(self, windows: list[tuple[int, int]], per_chunk: int) -> Iterator[list[tuple[int, int]]]:
-        """This rank's windows in batches. On CUDA a short one is filled up with its last, so that one graph serves."""
+        """This rank's windows in batches. For a compiler a short one is filled up with its last: one graph serves."""
         mine = self.ranks.share(windows)
         if mine and mine[0][0] == 0:
             yield [mine.pop(0)]
         size = min(self.cfg.eval_batch_seqs, -(-per_chunk // self.ranks.world))
         for i in range(0, len(mine), size):
             batch = mine[i : i + size]
-            yield batch + batch[-1:] * (size - len(batch)) * (self.ranks.device.type == "cuda")
+            yield batch + batch[-1:] * (size - len(batch)) * self.ranks.compiles(self.cfg)
 
     def chunks(self, forward: Callable, stride: int, chunk_tokens: int) -> Iterator[ScoredChunk]:
         """Score the stream chunk by chunk. The sum that commits a chunk is the barrier before anyone trains on it."""
@@ -2076,18 +2079,26 @@ class Scorer:
         firsts = firsts if firsts[:1] == [0] else [0, *firsts]
         return list(zip(firsts, [*firsts[1:], total]))
 
-    def document_batches(self) -> Iterator[list[tuple[int, int]]]:
-        """This rank's documents, dealt out by length, in batches whose shortest lasts 4/5 of the longest or more."""
-        size, batch = self.cfg.ttt_chunk_tokens, []
-        documents = sorted(self.documents(), key=lambda d: d[1] - d[0])
-        for first, end in documents[self.ranks.rank :: self.ranks.world]:
-            late = batch and 4 * -(-(end - first) // size) > 5 * -(-(batch[0][1] - batch[0][0]) // size)
-            if late or len(batch) == self.cfg.ttt_batch_seqs:
-                yield batch
-                batch = []
-            batch.append((first, end))
-        if batch:
-            yield batch
+    def document_batches(self) -> list[list[tuple[int, int]]]:
+        """This rank's batches of documents, in each of which the shortest lasts 4/5 of the longest or more.
+
+        Long ones are dealt out first, to the rank that has least to do; a pass is taken to cost as much as 8 documents.
+        """
+        def chunks(document: tuple[int, int]) -> int:
+            return -(-(document[1] - document[0]) // self.cfg.ttt_chunk_tokens)
+
+        batches: list[list[tuple[int, int]]] = []
+        for document in sorted(self.documents(), key=chunks, reverse=True):
+            full = not batches or len(batches[-1]) == self.cfg.ttt_batch_seqs
+            if full or 5 * chunks(document) < 4 * chunks(batches[-1][0]):
+                batches.append([])
+            batches[-1].append(document)
+        mine, work = [], [0] * self.ranks.world
+        for batch in batches:
+            rank = work.index(min(work))
+            work[rank] += chunks(batch[0]) * (8 + len(batch))
+            mine += [batch] * (rank == self.ranks.rank)
+        return mine
 
     def by_document(self, forward: Callable, adapter: Callable[[int], Callable[[ScoredChunk], None]]) -> Score:
         """Score each document alone, in chunks, with an adapter of its own (PR #77). Documents run side by side.

@@ -534,7 +534,7 @@ def test_muon_steps_as_the_formula_says_with_and_without_rows_of_length_one(cfg,
         for p, g in zip(params, grads):
             p.grad = g.clone()
         with torch.no_grad():
-            muon.step(muon.turn(muon.reduce(), torch.ones(())))
+            muon.step(muon.turn([share for _, share in muon.reduce()], torch.ones(())))
     for i, p in enumerate(params):
         grads = [g[i].double().numpy() for g in history]
         expected = muon_by_hand(start[i], grads, cfg, 0.05, 0.9, 0.1)
@@ -549,7 +549,7 @@ def test_a_row_without_a_gradient_is_not_stepped_by_row_normalization(cfg):
     p.grad[2] = 0.0
     muon = t.Muon([dict(params=[p], lr=0.1, weight_decay=0.0)], t.Ranks(), dataclasses.replace(cfg, muon_row_normalize=True), torch.float32)
     with torch.no_grad():
-        muon.step(muon.turn(muon.reduce(), torch.ones(())))
+        muon.step(muon.turn([share for _, share in muon.reduce()], torch.ones(())))
     assert p.isfinite().all() and torch.equal(p[2], torch.ones(6)) and (p[[0, 1, 3]] != 1).all()
 
 
@@ -727,7 +727,7 @@ def shuffled(tmp_path):
     paths = [tmp_path / f"fineweb_train_{i:06d}.bin" for i in range(len(SIZES))]
     for path, low, high in zip(paths, edges, edges[1:]):
         write_shard(path, np.arange(low, high))
-    cfg = t.Config(loader="shuffled", train_seq_len=8, train_batch_tokens=32, micro_batch_tokens=16, eval_stride=8, seed=3)
+    cfg = t.Config(loader="shuffled", train_seq_len=8, train_batch_tokens=32, micro_batch_tokens=16, eval_stride=8, seed=3, ttt_epochs=0)
     return cfg, t.TokenStream(paths, 65536)
 
 
