@@ -40,6 +40,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 BOS = 1  # the contest's id for "a document begins"
 PACKAGES = ("numpy", "sentencepiece", "tqdm", "zstandard")
@@ -70,7 +71,8 @@ class Config:
     audit: str = knob("", "file.npz for each target's nll, bytes and chunk (of its document) in the last evaluation")
     max_artifact_bytes: int = knob(16_000_000, "cap on code + model bytes; more is an error", low=1)
     checkpoint_every: int = knob(0, "steps between saves of the averaged weights; 0 saves none")
-    attention: str = knob("auto", "kernel; auto: fa3, else fa2, else sdpa", choices=("auto", "fa3", "fa2", "sdpa"))
+    attention: str = knob("auto", "kernel; auto: fa3, else fa2, else sdpa, which leaves the choice to torch",
+                          choices=("auto", "fa3", "fa2", "cudnn", "flash", "sdpa"))
     dtype: str = knob("auto", "activations; auto: bf16 on CUDA or AMX", choices=("auto", "bf16", "fp32"))
     compile: str = knob("auto", "torch.compile, which takes minutes; auto: on CUDA", choices=("auto", "on", "off"))
 
@@ -756,6 +758,11 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
+def attend_by(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same by one of torch's kernels; RuntimeError if that can't."""
+    with sdpa_kernel(backend):
+        return attend_sdpa(q, k, v)
+
 def compute_dtype(cfg: Config, device: torch.device) -> torch.dtype:
     """The dtype of activations: bf16 where matrix units are made for it, fp32 elsewhere, unless DTYPE says."""
     fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported()
@@ -768,6 +775,9 @@ def choose_attention(cfg: Config, device: torch.device) -> tuple[str, Callable[[
     """
     flash = device.type == "cuda" and compute_dtype(cfg, device) == torch.bfloat16 and cfg.head_dim % 8 == 0
     hopper = flash and torch.cuda.get_device_capability(device)[0] == 9
+    own = dict(cudnn=SDPBackend.CUDNN_ATTENTION, flash=SDPBackend.FLASH_ATTENTION)
+    if cfg.attention in own and flash:
+        return cfg.attention, partial(attend_by, own[cfg.attention])
     kernels = dict(fa3=("flash_attn_interface", hopper), fa2=("flash_attn", flash))
     for name in (n for n in kernels if cfg.attention in ("auto", n)):
         module, runs_here = kernels[name]
@@ -777,9 +787,10 @@ def choose_attention(cfg: Config, device: torch.device) -> tuple[str, Callable[[
             kernel = None
         if kernel is not None:
             return name, partial(kernel, causal=True)
-        if cfg.attention == name:
-            raise InputError(f"ATTENTION={name} needs the module {module}, a GPU for it, bf16 and heads of a multiple "
-                             "of 8 channels; auto takes what is there")
+    if cfg.attention not in ("auto", "sdpa"):
+        module = f"the module {kernels[cfg.attention][0]}, " if cfg.attention in kernels else ""
+        raise InputError(f"ATTENTION={cfg.attention} needs {module}a GPU for it, bf16 and heads of a multiple of 8 "
+                         "channels; auto takes what is there")
     return "sdpa", attend_sdpa
 
 def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:

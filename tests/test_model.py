@@ -1,4 +1,7 @@
 import dataclasses
+import sys
+from functools import partial
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -6,6 +9,8 @@ import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
 from conftest import make_model
+from torch.nn.attention import SDPBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt as t
 
@@ -274,9 +279,55 @@ def test_bf16_activations_stay_close_to_fp32(cfg):
 
 def test_a_kernel_asked_for_by_name_must_be_there():
     assert t.choose_attention(t.Config(), torch.device("cpu"))[0] == "sdpa"
-    for name in ("fa3", "fa2"):
-        with pytest.raises(t.InputError, match=f"ATTENTION={name} needs"):
+    for name, words in dict(fa3="the module flash_attn_interface, a GPU", fa2="the module flash_attn, a GPU", cudnn="a GPU", flash="a GPU").items():
+        with pytest.raises(t.InputError, match=f"ATTENTION={name} needs {words}"):
             t.choose_attention(t.Config(attention=name), torch.device("cpu"))
+
+
+def test_on_a_gpu_the_best_kernel_that_is_there_is_taken_or_the_one_asked_for(monkeypatch):
+    """By stand-ins for the card and for the packages."""
+    card, kernels = torch.device("cuda", 0), {name: ModuleType(name) for name in ("flash_attn_interface", "flash_attn")}
+    for name, module in kernels.items():
+        module.flash_attn_func = lambda q, k, v, causal, name=name: (name, causal)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+    def chosen(**options):
+        name, attend = t.choose_attention(t.Config(**options), card)
+        return (name, *(attend(0, 0, 0) if name.startswith("fa") else attend.args if name in ("cudnn", "flash") else ()))
+
+    capability = (9, 0)
+    assert chosen() == chosen(attention="fa3") == ("fa3", "flash_attn_interface", True) and chosen(attention="fa2")[:2] == ("fa2", "flash_attn")
+    assert chosen(attention="cudnn") == ("cudnn", SDPBackend.CUDNN_ATTENTION) and chosen(attention="flash") == ("flash", SDPBackend.FLASH_ATTENTION)
+    assert chosen(attention="sdpa") == chosen(dtype="fp32") == chosen(model_dim=480) == ("sdpa",)  # heads of 60
+    capability = (8, 0)
+    assert chosen()[0] == "fa2"
+    with pytest.raises(t.InputError, match="ATTENTION=fa3 needs"):
+        chosen(attention="fa3")
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    assert chosen() == ("sdpa",)
+
+
+def test_attention_by_a_kernel_of_torch_is_one_graph_with_the_same_values():
+    q, k, v = (torch.randn(2, 16, heads, 8) for heads in (4, 2, 2))
+    seen = []
+    mode = types_of_calls(seen)
+    with mode:
+        out = t.attend_by(SDPBackend.MATH, q, k, v)
+    assert seen and not any("flash" in name for name in seen)
+    torch.testing.assert_close(out, t.attend_sdpa(q, k, v))
+    compiled = torch.compile(partial(t.attend_by, SDPBackend.MATH), dynamic=False, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(q, k, v), out)
+
+
+def types_of_calls(seen):
+    """A context that notes the names of the operators that run in it."""
+    class Note(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **kwargs or {})
+
+    return Note()
 
 
 def test_the_forward_is_one_graph_that_late_qat_does_not_recompile(cfg):

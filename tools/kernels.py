@@ -34,7 +34,7 @@ BACKENDS = {
     "cpu": r"^aten::_scaled_dot_product_flash_attention_for_cpu", "math": r"^aten::_scaled_dot_product_attention_math",
 }
 # What train_gpt.choose_attention says, and what may then run; `sdpa` leaves the choice to torch.
-ALLOWED = {"sdpa": {"flash", "cudnn", "efficient", "cpu", "math"}, "flash": {"flash", "cpu"}}
+ALLOWED = {"sdpa": {"flash", "cudnn", "efficient", "cpu", "math"}, "flash": {"flash"}}
 
 
 @cache
