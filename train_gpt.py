@@ -28,10 +28,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import Field, dataclass, field, fields, replace
 from functools import partial
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_type_hints
 
@@ -45,8 +45,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 BOS = 1  # the contest's id for "a document begins"
 PACKAGES = ("numpy", "sentencepiece", "tqdm", "zstandard")
 
-# ----------------------------------------
-# Configuration: every option, its default, its meaning. SEED=42 in the environment sets `seed`.
+# ---- Configuration: every option, its default, its meaning. SEED=42 in the environment sets `seed`.
 
 class InputError(ValueError):
     """A mistake of the user's, told in one line: what, where, what to do."""
@@ -61,7 +60,6 @@ def knob(default: Any, help: str, low: float = 0, high: float = math.inf, choice
 @dataclass(frozen=True)
 class Config:
     """Every setting of a run, frozen. Raises InputError that names the variable when a value is out of its range."""
-
     variant: str = knob("card", "row of settings to start from; see VARIANTS", group="run")
     seed: int = knob(1337, "seeds the weights and the order of a shuffled loader", high=2**63)
     run_id: str = knob("", "names the log; empty: variant, seed and time")
@@ -200,8 +198,8 @@ class Config:
                 check_value(f, v)
         for text, holds in (model_rules(self) | run_rules(self)).items():
             if not holds:
-                given = {n: vars(self)[n.lower()] for n in text.replace(",", "").split() if n.lower() in vars(self)}
-                raise InputError(f"{text}; got {' '.join(f'{n}={v}' for n, v in given.items())}")
+                names = [n for n in text.replace(",", "").split() if n.lower() in vars(self)]
+                raise InputError(f"{text}; got {' '.join(f'{n}={vars(self)[n.lower()]}' for n in names)}")
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Config:
@@ -219,8 +217,8 @@ class Config:
 
     def group(self, *groups: str) -> dict[str, Any]:
         """The values of the options of these groups, by name; of all groups without an argument."""
-        chosen = [members for name, members in option_groups() if not groups or name in groups]
-        return {f.name: vars(self)[f.name] for members in chosen for f in members}
+        members = option_groups()
+        return {f.name: vars(self)[f.name] for name in groups or members for f in members[name]}
 
     @property
     def head_dim(self) -> int:
@@ -235,7 +233,7 @@ class Config:
         return Path(self.artifact) if self.artifact else Path(self.output_dir) / "final_model.int6.ptz"
 
 def check_value(f: Field, value: Any) -> None:
-    low, high, choices = (f.metadata[k] for k in ("low", "high", "choices"))
+    low, high, choices = map(f.metadata.get, ("low", "high", "choices"))
     if choices and value not in choices:
         raise InputError(f"{f.name.upper()}={value} must be one of {', '.join(choices)}")
     if not isinstance(value, str) and not low <= value <= high:
@@ -282,12 +280,11 @@ def run_rules(c: Config) -> dict[str, bool]:
             not c.ttt_nesterov or c.ttt_optimizer == "sgd" and c.ttt_momentum > 0,
     }
 
-def option_groups() -> list[tuple[str, list[Field]]]:
-    groups: list[tuple[str, list[Field]]] = []
+def option_groups() -> dict[str, list[Field]]:
+    name, groups = "", {}
     for f in fields(Config):
-        if f.metadata["group"]:
-            groups.append((f.metadata["group"], []))
-        groups[-1][1].append(f)
+        name = f.metadata["group"] or name
+        groups.setdefault(name, []).append(f)
     return groups
 
 SGD_OVER_STREAM = dict(ttt_epochs=3, ttt_scope="stream", ttt_chunk_tokens=32_768, ttt_lora_rank=0, ttt_optimizer="sgd",
@@ -361,7 +358,7 @@ def usage() -> str:
     """What --help prints."""
     lines = ["usage: [NAME=value ...] [torchrun ... | python] train_gpt.py [--help | --describe]", "",
              f"VARIANT is one of {', '.join(VARIANTS)}. Precedence: default < variant < environment."]
-    for group, members in option_groups():
+    for group, members in option_groups().items():
         defaults = as_env({f.name: f.default for f in members})
         lines += ["", f"{group}:"]
         for f in members:
@@ -371,20 +368,14 @@ def usage() -> str:
 
 def as_env(values: Mapping[str, Any]) -> dict[str, str]:
     """Settings as the environment would give them; `Config.from_env` reads them back exactly."""
-    def text(value: Any) -> str:
-        if isinstance(value, tuple):
-            return ",".join(map(text, value))
-        return str(int(value)) if isinstance(value, bool) else str(value)
+    plain = {name.upper(): int(value) if isinstance(value, bool) else value for name, value in values.items()}
+    return {name: ",".join(map(str, v)) if isinstance(v, tuple) else str(v) for name, v in plain.items()}
 
-    return {name.upper(): text(value) for name, value in values.items()}
-
-# ----------------------------------------
-# Ranks, clock, log: the only places that know of processes, devices and time.
+# ---- Ranks, clock, log: the only places that know of processes, devices and time.
 
 @dataclass(frozen=True)
 class Ranks:
     """The processes of a run. Every collective is the identity on one rank, so callers never ask how many there are."""
-
     rank: int = 0
     world: int = 1
     device: torch.device = torch.device("cpu")
@@ -440,10 +431,6 @@ class Ranks:
         dist.broadcast(told, src=0)
         return told.tolist()
 
-    def wait_for_main(self) -> None:
-        """Return once the main rank has come here: what it wrote before is whole."""
-        self.agree(0.0)
-
     def share(self, items: list) -> list:
         """This rank's contiguous share of `items`; the shares of all ranks are disjoint and cover it."""
         n = len(items)
@@ -487,17 +474,15 @@ class Clock:
     def __init__(self, device: torch.device, first_step_seconds: float):
         self.synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
         self.laps = deque([first_step_seconds], maxlen=65)
-        self.skipped = 0.0
         self.synchronize()
         self.start = self.last = time.perf_counter()
 
     def seconds(self) -> float:
-        return time.perf_counter() - self.start - self.skipped
+        return time.perf_counter() - self.start
 
     def lap(self) -> None:
-        now = time.perf_counter()
-        self.laps.append(now - self.last)
-        self.last = now
+        before, self.last = self.last, time.perf_counter()
+        self.laps.append(self.last - before)
 
     @property
     def step_seconds(self) -> float:
@@ -510,19 +495,17 @@ class Clock:
         begin = time.perf_counter()
         yield
         self.synchronize()
-        self.skipped += time.perf_counter() - begin
         self.last = time.perf_counter()
+        self.start += self.last - begin
 
 class Reading:
     """A scalar on its way to the host: `value` waits for it alone, not for what the device was given to do after it."""
     def __init__(self, scalar: Tensor):
         self.host = torch.empty((), pin_memory=scalar.is_cuda).copy_(scalar, non_blocking=True)
-        self.arrived = torch.cuda.Event() if scalar.is_cuda else None
-        if self.arrived is not None:
-            self.arrived.record()
+        self.arrived = torch.cuda.current_stream().record_event() if scalar.is_cuda else None
 
     def value(self) -> float:
-        if self.arrived is not None:
+        if self.arrived:
             self.arrived.synchronize()
         return float(self.host)
 
@@ -580,8 +563,7 @@ def progress_bar(label: str, total: float, log: Log) -> Any:
     hidden = not (log.active and sys.stderr.isatty())
     return tqdm(desc=label, total=total, bar_format=shape, leave=False, disable=hidden)
 
-# ----------------------------------------
-# Data: shards -> one endless stream -> batches that do not depend on the number of ranks; bytes of each token.
+# ---- Data: shards -> one endless stream -> batches that do not depend on the number of ranks; bytes of each token.
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 
@@ -631,11 +613,7 @@ class TokenStream:
         return np.concatenate(parts).astype(np.int64)
 
 class RowOrder:
-    """Where each training row starts in the stream: one after the other, or in a new random order every epoch.
-
-    Shuffled, each shard is cut into rows from a random offset on, and all rows of all shards are permuted. PR #1493
-    draws a shard in proportion to its remaining rows, which permutes the rows that one process owns in this way.
-    """
+    """Where each training row starts in the stream: one after the other, or all in a new random order every epoch."""
     def __init__(self, stream: TokenStream, cfg: Config):
         sizes = np.array([len(s) for s in stream.shards])
         self.seq_len, self.seed = cfg.train_seq_len, cfg.seed if cfg.loader == "shuffled" else None
@@ -650,6 +628,7 @@ class RowOrder:
             return row * self.seq_len
         epoch, i = divmod(row, int(self.counts.clip(0).sum()))
         if epoch != self.epoch:
+            # each shard is cut into rows from a random offset on; PR #1493 so permutes the rows that a process owns
             draw = np.random.default_rng((self.seed, epoch))
             rows = [first + draw.integers(self.seq_len) + self.seq_len * np.arange(count)
                     for first, count in zip(self.firsts, self.counts.clip(0))]
@@ -657,10 +636,7 @@ class RowOrder:
         return int(self.starts[i])
 
 class Batches:
-    """Batches of rows. Row i of a step's global batch is the same for any number of ranks.
-
-    The next batch is read and sent to the device by a thread while the current one is computed.
-    """
+    """Batches whose row i is the same for any number of ranks. A thread fetches the next while one is computed."""
     def __init__(self, stream: TokenStream, cfg: Config, ranks: Ranks):
         self.total, self.seq_len = cfg.train_batch_tokens // cfg.train_seq_len, cfg.train_seq_len
         if self.total % ranks.world:
@@ -693,7 +669,6 @@ class Batches:
 
 class ByteTable(NamedTuple):
     """UTF-8 bytes of each token: `base`, one more for `space` pieces unless the token before is a `boundary`."""
-
     base: Tensor
     space: Tensor
     boundary: Tensor
@@ -729,17 +704,14 @@ def load_tokenizer(cfg: Config) -> Any:
         raise InputError(f"TOKENIZER_PATH={path} has {sp.vocab_size()} pieces, but VOCAB_SIZE={cfg.vocab_size}")
     return sp
 
-# ----------------------------------------
-# Model: token ids -> loss of each target.
+# ---- Model: token ids -> loss of each target.
 # B sequences, T tokens, D model width, H query heads, K key/value heads, C head width, V vocabulary.
 
 def norm(x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
-    """scale * x / rms(x) over the last dim, in fp32; the scale is a factor of the row's, so that it costs no pass.
-
-    The epsilon is fp32's, pinned: embeddings start with a mean square of 2.5e-5.
-    """
+    """scale * x / rms(x) over the last dim, in fp32; the scale is a factor of the row's, so that it costs no pass."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    # the epsilon is fp32's, pinned: embeddings start with a mean square of 2.5e-5
     return (wide * (scale * torch.rsqrt(length.square() / x.size(-1) + 1.1920929e-07))).type_as(x)
 
 def rotary_tables(seq_len: int, dims: int, base: float) -> tuple[Tensor, Tensor]:
@@ -769,24 +741,18 @@ def compute_dtype(cfg: Config, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if cfg.dtype == "bf16" or (cfg.dtype == "auto" and fast) else torch.float32
 
 def choose_attention(cfg: Config, device: torch.device) -> tuple[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """(name, causal attention). A kernel that is asked for by name must be there; `auto` takes the best that is.
-
-    Flash kernels take heads of a multiple of 8 channels; torch pads others (the 60 of PR #1127) for its own.
-    """
-    flash = device.type == "cuda" and compute_dtype(cfg, device) == torch.bfloat16 and cfg.head_dim % 8 == 0
+    """(name, causal attention). A kernel that is asked for by name must be there; `auto` takes the best that is."""
+    flash = device.type == "cuda" and compute_dtype(cfg, device) == torch.bfloat16
+    flash = flash and cfg.head_dim % 8 == 0  # torch pads other heads (the 60 channels of PR #1127) for its own kernel
     hopper = flash and torch.cuda.get_device_capability(device)[0] == 9
     own = dict(cudnn=SDPBackend.CUDNN_ATTENTION, flash=SDPBackend.FLASH_ATTENTION)
-    if cfg.attention in own and flash:
+    if flash and cfg.attention in own:
         return cfg.attention, partial(attend_by, own[cfg.attention])
     kernels = dict(fa3=("flash_attn_interface", hopper), fa2=("flash_attn", flash))
-    for name in (n for n in kernels if cfg.attention in ("auto", n)):
-        module, runs_here = kernels[name]
-        try:
-            kernel = importlib.import_module(module).flash_attn_func if runs_here else None
-        except ImportError:
-            kernel = None
-        if kernel is not None:
-            return name, partial(kernel, causal=True)
+    for name, (module, runs_here) in kernels.items():
+        if runs_here and cfg.attention in ("auto", name):
+            with suppress(ImportError):
+                return name, partial(importlib.import_module(module).flash_attn_func, causal=True)
     if cfg.attention not in ("auto", "sdpa"):
         module = f"the module {kernels[cfg.attention][0]}, " if cfg.attention in kernels else ""
         raise InputError(f"ATTENTION={cfg.attention} needs {module}a GPU for it, bf16 and heads of a multiple of 8 "
@@ -798,20 +764,22 @@ def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
     grouped, direction = y.unflatten(2, (v.size(2), -1)), F.normalize(v, dim=-1).unsqueeze(3)
     return torch.addcmul(grouped, (grouped * direction).sum(-1, keepdim=True), direction, value=-1).flatten(2, 3)
 
-class Linear(nn.Module):
-    """y = x W^T without bias; the fp32 weight is cast to the dtype of x. An `adapter` makes adapter(x, y) of it.
+def unset(*shape: int) -> nn.Parameter:
+    """A parameter, fp32, empty until `init_weights` or `load_state_dict` fills it."""
+    return nn.Parameter(torch.empty(shape))
 
-    A `scale` of the outputs is folded into W: a product of (D, D) for one of (B, T, D), and none in the backward.
-    """
+class Linear(nn.Module):
+    """y = x W^T without bias; the fp32 weight is cast to the dtype of x. An `adapter` makes adapter(x, y) of it."""
     def __init__(self, fan_in: int, fan_out: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(fan_out, fan_in))
+        self.weight = unset(fan_out, fan_in)
         self.adapter: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         if self.adapter is not None:
             y = self.adapter(x, F.linear(x, self.weight.to(x.dtype)))
             return y if scale is None else scale.to(x.dtype) * y
+        # folded into W: a product of (D, D) for one of (B, T, D), and none in the backward
         return F.linear(x, (self.weight if scale is None else scale[:, None] * self.weight).to(x.dtype))
 
 class Table(Linear):
@@ -829,7 +797,7 @@ class SmearGate(nn.Module):
     """Blends each token with the one before, by a learned share a channel (PR #65); a document's first stays pure."""
     def __init__(self, dim: int):
         super().__init__()
-        self.gate = nn.Parameter(torch.empty(dim))
+        self.gate = unset(dim)
 
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
         before = F.pad(x[:, :-1], (0, 0, 1, 0))
@@ -842,7 +810,7 @@ class BigramHashEmbedding(nn.Module):
         super().__init__()
         self.buckets, self.hash = cfg.bigram_vocab_size, cfg.bigram_hash
         self.embed, self.proj = Table(self.buckets, cfg.bigram_dim), Linear(cfg.bigram_dim, cfg.model_dim)
-        self.scale = nn.Parameter(torch.empty(())) if cfg.bigram_scale_init else None
+        self.scale = unset() if cfg.bigram_scale_init else None
 
     def bucket(self, ids: Tensor) -> Tensor:
         """Bucket of each token (B, T). First tokens of a row or of a document have no bigram: the last bucket, or 0."""
@@ -859,22 +827,23 @@ class BigramHashEmbedding(nn.Module):
 
 class ValueEmbedding(nn.Module):
     """A token embedding that several layers share and add to their values, each with a weight of its own (PR #374)."""
-    def __init__(self, vocab_size: int, dim: int, value_dim: int, layers: tuple[int, ...]):
+    def __init__(self, cfg: Config):
         super().__init__()
-        self.embed, self.proj = Table(vocab_size, dim), Linear(dim, value_dim)
-        self.scale = nn.Parameter(torch.empty(()))
-        self.layer_scales = nn.ParameterDict({str(i): nn.Parameter(torch.empty(1)) for i in layers})
+        self.embed = Table(cfg.vocab_size, cfg.ve_dim)
+        self.proj = Linear(cfg.ve_dim, cfg.num_kv_heads * cfg.head_dim)
+        self.scale = unset()
+        self.layer_scales = nn.ParameterDict({str(i): unset(1) for i in cfg.ve_layers})
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> dict[int, Tensor]:
         shared = self.scale * self.proj(self.embed(ids))
         return {int(i): (weight * shared).to(dtype) for i, weight in self.layer_scales.items()}
 
 class HeadGate(nn.Module):
-    """A sigmoid gate a head, from 0 to `peak`, read off the first channels of the attention's input."""
+    """A sigmoid gate a head, from 0 to `peak`, of the first channels of the attention's input (arXiv:2505.06708)."""
     def __init__(self, channels: int, heads: int, peak: float, bias: bool):
         super().__init__()
-        self.peak, self.slope = peak, nn.Parameter(torch.empty(heads, channels))
-        self.bias = nn.Parameter(torch.empty(heads)) if bias else None
+        self.peak, self.slope = peak, unset(heads, channels)
+        self.bias = unset(heads) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -882,11 +851,8 @@ class HeadGate(nn.Module):
         return self.peak * raw.sigmoid()[..., None]
 
 class CausalSelfAttention(nn.Module):
-    """Grouped-query attention: QK-norm, gains a head, partial RoPE (PR #315), XSA, value residual and gates.
-
-    Value residual: arXiv:2410.17897. Gates: arXiv:2505.06708, of the whole input (PR #490) or few channels (PR #1812).
-    """
-    def __init__(self, cfg: Config, layer: int, attend: Callable[[Tensor, Tensor, Tensor], Tensor]):
+    """Grouped queries: QK-norm, gains a head, partial RoPE (PR #315), XSA, gates, value residual (arXiv:2410.17897)."""
+    def __init__(self, cfg: Config, layer: int, attend: Callable):
         super().__init__()
         self.head_dim, self.attend = cfg.head_dim, attend
         self.exclusive = layer >= cfg.num_layers - cfg.xsa_last_n
@@ -894,8 +860,9 @@ class CausalSelfAttention(nn.Module):
         self.c_q, self.c_k, self.c_v = Linear(dim, dim), Linear(dim, kv_dim), Linear(dim, kv_dim)
         self.proj = Linear(dim, dim)
         self.gain_spans = (cfg.rope_dims, cfg.head_dim - cfg.rope_dims) if cfg.qk_gains == 2 else ()
-        self.q_gain = nn.Parameter(torch.empty(cfg.num_heads, cfg.qk_gains))
-        self.value_mix = nn.Parameter(torch.empty(2)) if cfg.value_residual and layer else None
+        self.q_gain = unset(cfg.num_heads, cfg.qk_gains)
+        self.value_mix = unset(2) if cfg.value_residual and layer else None
+        # of the whole input (PR #490), of a few channels (PR #1812)
         kinds = [(dim, 1.0, True)] * cfg.gated_attention + [(cfg.attn_gate_dims, 2.0, False)] * (cfg.attn_gate_dims > 0)
         self.gates = nn.ModuleList(HeadGate(channels, cfg.num_heads, peak, bias) for channels, peak, bias in kinds)
 
@@ -926,7 +893,7 @@ class MLP(nn.Module):
         self.fc, self.proj = Linear(cfg.model_dim, hidden), Linear(hidden, cfg.model_dim)
         leaky = partial(F.leaky_relu, negative_slope=cfg.mlp_negative_slope)
         self.activation = F.silu if cfg.activation == "silu" else leaky
-        self.scale, self.bias = (nn.Parameter(torch.empty(hidden)) if cfg.mlp_affine else None for _ in range(2))
+        self.scale, self.bias = (unset(hidden) if cfg.mlp_affine else None for _ in range(2))
 
     def forward(self, x: Tensor, scale: Tensor) -> Tensor:
         h = self.activation(self.fc(x), inplace=True).square()
@@ -934,14 +901,14 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """Mixes the stream with the embedding x0, then adds attention and MLP; inputs scaled by depth (PR #315)."""
-    def __init__(self, cfg: Config, layer: int, attend: Callable[[Tensor, Tensor, Tensor], Tensor]):
+    def __init__(self, cfg: Config, layer: int, attend: Callable):
         super().__init__()
         self.attn, self.mlp = CausalSelfAttention(cfg, layer, attend), MLP(cfg)
         passes = cfg.num_loops + 1 if cfg.loop_start <= layer <= cfg.loop_end else 1
         self.input_scale = (layer + 1) ** -cfg.ln_scale_power * passes**-0.5
         self.parallel = layer >= cfg.parallel_residual_start >= 0
-        self.attn_scale, self.mlp_scale = (nn.Parameter(torch.empty(cfg.model_dim)) for _ in range(2))
-        self.resid_mix = nn.Parameter(torch.empty(2, cfg.model_dim))
+        self.attn_scale, self.mlp_scale = (unset(cfg.model_dim) for _ in range(2))
+        self.resid_mix = unset(2, cfg.model_dim)
 
     def forward(self, x: Tensor, x0: Tensor, rotary: tuple[Tensor, Tensor], value_embedding: Tensor | None,
                 first_value: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -957,25 +924,19 @@ def layer_order(cfg: Config, looped: bool) -> list[int]:
     return layers[:stop] + layers[cfg.loop_start : stop] * (cfg.num_loops * looped) + layers[stop:]
 
 class GPT(nn.Module):
-    """U-Net GPT with a tied head. Parameters are fp32 and empty until `init_weights` or `load_state_dict`.
-
-    The first half of the passes through a block pushes its outputs; the second half takes them back, the latest first.
-    """
-    def __init__(self, cfg: Config, attend: Callable[[Tensor, Tensor, Tensor], Tensor] = attend_sdpa,
-                 dtype: torch.dtype = torch.float32):
+    """U-Net GPT, tied head: what the first half of passes through blocks pushes the second takes, the latest first."""
+    def __init__(self, cfg: Config, attend: Callable = attend_sdpa, dtype: torch.dtype = torch.float32):
         super().__init__()
-        vocab, dim, layers = cfg.vocab_size, cfg.model_dim, cfg.ve_layers
+        dim, skips = cfg.model_dim, len(layer_order(cfg, True)) // 2
         self.dtype, self.softcap, self.orders = dtype, cfg.logit_softcap, [layer_order(cfg, on) for on in (False, True)]
-        self.tok_emb = Table(vocab, dim)
-        self.embed_scale = nn.Parameter(torch.empty(dim)) if cfg.embed_scale else None
+        self.tok_emb = Table(cfg.vocab_size, dim)
+        self.embed_scale = unset(dim) if cfg.embed_scale else None
         self.bigram = BigramHashEmbedding(cfg) if cfg.bigram_vocab_size else None
         self.smear = SmearGate(dim) if cfg.smear_gate else None
-        kv_dim = cfg.num_kv_heads * cfg.head_dim
-        self.value_embed = ValueEmbedding(vocab, cfg.ve_dim, kv_dim, layers) if layers else None
+        self.value_embed = ValueEmbedding(cfg) if cfg.ve_layers else None
         self.blocks = nn.ModuleList(Block(cfg, i, attend) for i in range(cfg.num_layers))
-        skips = len(self.orders[True]) // 2
-        self.skip_weights = nn.Parameter(torch.empty(skips, dim))
-        self.skip_gates = nn.Parameter(torch.empty(skips, dim)) if cfg.skip_gates else None
+        self.skip_weights = unset(skips, dim)
+        self.skip_gates = unset(skips, dim) if cfg.skip_gates else None
         with torch.device("cpu"):
             cos, sin = rotary_tables(max(cfg.train_seq_len, cfg.window), cfg.rope_dims or cfg.head_dim, cfg.rope_base)
         self.register_buffer("cos", cos, persistent=False)
@@ -983,20 +944,16 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, cfg: Config) -> None:
-        """Orthogonal matrices, hash and value projections at 1/sqrt(2L); zero output projections; gains 1 (PR #65).
-
-        INIT=default: matrices uniform within 1/sqrt(fan in), a normal hash table and a zero projection (PR #1127).
-        """
-        draw, orthogonal = torch.Generator().manual_seed(cfg.seed), cfg.init == "orthogonal"
+        """Orthogonal matrices, hash and value projections at 1/sqrt(2L); zero output projections; gains 1 (PR #65)."""
+        draw, orthogonal = torch.Generator().manual_seed(cfg.seed), cfg.init == "orthogonal"  # or as in PR #1127
         fills = {"q_gain": cfg.qk_gain_init, "bigram.scale": cfg.bigram_scale_init, "value_embed.scale": 0.1,
-                 "value_mix": 0.5, "smear.gate": 0.0, "skip_gates": 0.0, "slope": 0.0, "mlp.bias": 0.0,
-                 "gates.0.bias": 4.0}
-        tables = {"tok_emb": cfg.tied_embed_init_std, "value_embed.embed": 0.01,
-                  "bigram.embed": 0.0 if orthogonal else 0.01}
-        zeros = ("attn.proj.weight", "mlp.proj.weight", *["bigram.proj.weight"] * (not orthogonal))
+                 "value_mix": 0.5, "gates.0.bias": 4.0}
+        stds = {"tok_emb": cfg.tied_embed_init_std, "value_embed.embed": 0.01, "bigram.embed": 0.01 * (not orthogonal)}
+        zeros = ("attn.proj.weight", "mlp.proj.weight", *["bigram.proj.weight"] * (not orthogonal),
+                 "smear.gate", "skip_gates", "slope", "mlp.bias")
         for name, p in self.named_parameters():
-            if (owner := name.removesuffix(".weight")) in tables:
-                nn.init.normal_(p, std=tables[owner], generator=draw)
+            if (owner := name.removesuffix(".weight")) in stds:
+                nn.init.normal_(p, std=stds[owner], generator=draw)
             elif name.endswith(zeros):
                 p.zero_()
             elif not name.endswith(".weight"):
@@ -1039,13 +996,10 @@ class GPT(nn.Module):
 
     def forward(self, ids: Tensor, targets: Tensor, looped: bool = False, temperature: float = 1.0,
                 z_loss: float = 0.0) -> Tensor:
-        """Cross-entropy in nats of the targets (B, S) of the last S <= T positions of ids (B, T); fp32 (B, S).
-
-        `temperature` divides the logits; `z_loss` times their squared log-partition is added (arXiv:2204.02311).
-        """
+        """Cross-entropy in nats, fp32 (B, S), of the targets (B, S) of the last S <= T positions of ids (B, T)."""
         logits = self.logits(self.hidden(ids, looped)[:, -targets.size(1) :], temperature)
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
-        return losses + z_loss * logits.logsumexp(-1).square() if z_loss else losses
+        return losses + z_loss * logits.logsumexp(-1).square() if z_loss else losses  # arXiv:2204.02311
 
 def parameter_roles(model: nn.Module) -> dict[str, str]:
     """The role of every parameter by name: `matrix` of a Linear, `table` of embeddings, `scalar` for the rest."""
@@ -1053,8 +1007,7 @@ def parameter_roles(model: nn.Module) -> dict[str, str]:
     owners = {name: model.get_submodule(name.rpartition(".")[0]) for name, _ in model.named_parameters()}
     return {name: kinds.get(type(owner), "scalar") for name, owner in owners.items()}
 
-# ----------------------------------------
-# Optimizer: gradients -> weights. Muon for matrices, sharded over ranks; AdamW for tables and scalars.
+# ---- Optimizer: gradients -> weights. Muon for matrices, sharded over ranks; AdamW for tables and scalars.
 
 def orthogonalize(g: Tensor, steps: int) -> Tensor:
     """Push the singular values of each matrix in g (N, R, C) towards 1 by a quintic Newton-Schulz iteration.
@@ -1173,18 +1126,14 @@ class Optimizers:
             optimizer.state.clear()
             optimizer.load_state_dict(copy.deepcopy(state))
 
-# ----------------------------------------
-# Schedules: pure functions of progress.
+# ---- Schedules: pure functions of progress.
 
 def share_done(step: int, elapsed: float, cfg: Config) -> float:
     """How much of the run is behind, by steps or by the clock, whichever is further."""
     return max(step / cfg.iterations, elapsed / (cfg.max_wallclock_seconds or math.inf))
 
 def lr_scale(step: int, elapsed: float, step_seconds: float, cfg: Config) -> float:
-    """Share of the peak learning rate at `step` after `elapsed` seconds: 1, then linear to 0 over the warmdown.
-
-    The run ends at ITERATIONS or at the clock's limit, whichever comes first at `step_seconds` a step.
-    """
+    """Share of the peak rate: 1, then linear to 0 at ITERATIONS or the time limit, what comes first at this speed."""
     seconds_left = (cfg.max_wallclock_seconds or math.inf) - elapsed
     steps_left = min(cfg.iterations - step, seconds_left / max(step_seconds, 1e-9))
     by_steps = steps_left / cfg.warmdown_iters if cfg.warmdown_iters else 1.0
@@ -1210,44 +1159,40 @@ def average_weight(step: int, scale: float, averaged: int, cfg: Config) -> float
         return 1 / (averaged + 1) if scale < cfg.swa_start_scale and step % cfg.swa_every == 0 else 0.0
     return 1 - cfg.ema_decay if cfg.averaging == "ema" else 1.0
 
-# ----------------------------------------
-# Averaging: EMA and SWA are one recurrence, in fp32. Its weights are tried on and taken off.
+# ---- Averaging: EMA and SWA are one recurrence, in fp32. Its weights are tried on and taken off.
 
 @contextmanager
+@torch.no_grad()
 def swapped(params: list[Tensor], values: list[Tensor]) -> Iterator[None]:
-    """Inside, the parameters hold `values`; afterwards what they held before."""
-    before = [p.detach().clone() for p in params]
+    """Inside, the parameters hold `values`, and gradients may flow; afterwards what they held before."""
+    before = [p.clone() for p in params]
     try:
-        with torch.no_grad():
-            torch._foreach_copy_(params, values)
+        torch._foreach_copy_(params, values)
         yield
     finally:
-        with torch.no_grad():
-            torch._foreach_copy_(params, before)
+        torch._foreach_copy_(params, before)
 
 class Average:
     """average += weight * (model - average); `count` says how many times the weights went in."""
     def __init__(self, model: nn.Module):
-        self.source = dict(model.named_parameters())
-        self.values = {name: p.detach().float().clone() for name, p in self.source.items()}
+        self.source = list(model.parameters())
+        self.values = {name: p.detach().float().clone() for name, p in model.named_parameters()}
         self.count = 0
 
     @torch.no_grad()
     def update(self, weight: float) -> None:
         if weight:
-            torch._foreach_lerp_(list(self.values.values()), [p.float() for p in self.source.values()], weight)
+            torch._foreach_lerp_(list(self.values.values()), [p.float() for p in self.source], weight)
             self.count += 1
 
     def applied(self) -> AbstractContextManager[None]:
         """Inside, the model has the averaged weights."""
-        return swapped(list(self.source.values()), list(self.values.values()))
+        return swapped(self.source, list(self.values.values()))
 
-# ----------------------------------------
-# Quantization: weights -> integer codes and a step a row. Late QAT and the export share one function, hence one grid.
+# ---- Quantization: weights -> integer codes and a step a row. Late QAT and the export share one function: one grid.
 
 class Grid(NamedTuple):
     """How a weight is coded: codes of `bits` bits, 16 for fp16; the clip in standard deviations, 0 for a search."""
-
     bits: int
     sigmas: float
 
@@ -1303,7 +1248,6 @@ class Observer:
 
 class Curvature(NamedTuple):
     """An error e (R, C) in a weight costs about the sum over rows r of rows[r] * e[r] @ inputs @ e[r]."""
-
     inputs: Tensor  # (C, C), mean of x x^T; the identity for a table that is only looked up
     rows: Tensor  # (R,), sum of squared gradients; 0 where none flowed
 
@@ -1315,7 +1259,6 @@ def curvature(seen: Observer, ranks: Ranks) -> Curvature:
 
 class Factor(NamedTuple):
     """A damped Hessian, ready for GPTQ."""
-
     order: Tensor  # (C,) columns by falling diagonal
     upper: Tensor  # (C, C) Cholesky factor of the inverse, in that order
     dead: Tensor  # (C,) whether no input ever reached the column
@@ -1336,17 +1279,14 @@ def factorize(hessian: Tensor, cfg: Config, columns: Tensor | float = 1.0) -> Fa
     return Factor(order, upper, dead)
 
 def gptq(w: Tensor, steps: Tensor, top: int, factor: Factor, cfg: Config) -> Tensor:
-    """Codes (R, C) that keep the outputs w x for inputs x of the factor's second moment (arXiv:2210.17323).
-
-    Columns are rounded by falling diagonal; the error of each is made up for by those that follow.
-    """
+    """Codes (R, C) that keep the outputs w x for inputs x of the factor's second moment (arXiv:2210.17323)."""
     order, upper = factor.order, factor.upper
     left, steps = w.double().masked_fill(factor.dead, 0.0)[:, order].T.contiguous(), steps.double()  # (C, R)
     codes = torch.zeros_like(left)
     for begin in range(0, len(upper), cfg.gptq_block):
         end = min(begin + cfg.gptq_block, len(upper))
         errors = torch.zeros_like(left[begin:end])
-        for j in range(begin, end):
+        for j in range(begin, end):  # the error of each column is made up for by those that follow
             codes[j] = nearest(left[j] / steps, top)
             errors[j - begin] = (left[j] - codes[j] * steps) / upper[j, j]
             left[j:end].addr_(upper[j, j:end], errors[j - begin], alpha=-1)
@@ -1355,7 +1295,6 @@ def gptq(w: Tensor, steps: Tensor, top: int, factor: Factor, cfg: Config) -> Ten
 
 class Plan(NamedTuple):
     """How a weight is coded: codes within +-top, times steps[:, None], times `columns`; by GPTQ with a factor."""
-
     weight: Tensor  # (R, C)
     steps: Tensor  # (R,)
     top: int
@@ -1367,9 +1306,8 @@ def row_plan(w: Tensor, grid: Grid, cfg: Config, hessian: Tensor | None = None) 
     return Plan(w, row_steps(w, grid, cfg), grid.top, None if hessian is None else factorize(hessian, cfg))
 
 def loss_plan(w: Tensor, cost: Curvature, cfg: Config) -> Plan:
-    """Steps, up to one factor for all weights, by what an error costs in each row and, after GPTQ, in each column.
-
-    For a given total of entropy the cost is least if step**2 * cost is the same everywhere (power 1, as WaterSIC,
+    """Steps, up to one factor for all weights, by what an error costs in each row and, after GPTQ, in each column. For
+    a given total of entropy the cost is least if step**2 * cost is the same everywhere (power 1, as WaterSIC,
     arXiv:2603.04956); where many codes are 0 that is too much of a good thing, hence STEP_POWER.
     """
     plain, half = factorize(cost.inputs, cfg), cfg.step_power / 2
@@ -1378,12 +1316,6 @@ def loss_plan(w: Tensor, cost: Curvature, cfg: Config) -> Plan:
     typical = column_cost.log().mean().exp()
     columns = ((column_cost / typical) ** -half).half().float()
     return Plan(w, (rows * typical) ** -half, 127, factorize(cost.inputs, cfg, columns), columns)
-
-def with_mean_step(plans: Mapping[str, Plan], mean_step: float) -> dict[str, Plan]:
-    """The plans with all their steps scaled by one factor, so that their geometric mean over all weights is this."""
-    count = sum(p.weight.numel() for p in plans.values())
-    mean_log = torch.stack([p.steps.log().mean() * (p.weight.numel() / count) for p in plans.values()]).sum()
-    return {name: p._replace(steps=p.steps * (mean_step / mean_log.exp())) for name, p in plans.items()}
 
 def plan(weights: Mapping[str, Tensor], grid_of: Mapping[str, Grid], cfg: Config,
          costs: Mapping[str, Curvature] | None = None) -> dict[str, Plan]:
@@ -1397,24 +1329,23 @@ def plan(weights: Mapping[str, Tensor], grid_of: Mapping[str, Grid], cfg: Config
             plans[name] = loss_plan(w, costs[name], cfg)
         else:
             raise Unusable(f"MEAN_STEP cannot weigh errors in {name}, which no gradient reached; use MEAN_STEP=0")
-    return with_mean_step(plans, cfg.mean_step) if cfg.mean_step else plans
+    if not cfg.mean_step:
+        return plans
+    count = sum(p.weight.numel() for p in plans.values())
+    mean_log = torch.stack([p.steps.log().mean() * (p.weight.numel() / count) for p in plans.values()]).sum()
+    scale = cfg.mean_step / mean_log.exp()  # which makes it the geometric mean of the steps of all weights
+    return {name: p._replace(steps=p.steps * scale) for name, p in plans.items()}
 
 def quantize_rows(p: Plan, cfg: Config, factor: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Codes int8 (R, C) and steps fp16 (R,), for steps `factor` times the plan's, within the same clip.
-
-    An int8 holds no more than 127 steps, so those of a clip shrink no further; MEAN_STEP never clips a row's largest.
-    """
+    """Codes int8 (R, C) and steps fp16 (R,), for steps `factor` times the plan's, within the same clip."""
     if p.columns is None:
-        factor = max(factor, p.top / 127)
+        factor = max(factor, p.top / 127)  # a clip that is more than 127 steps wide fits no int8
         top, w, least = min(127, round(p.top / factor)), p.weight, 0.0
     else:
         top, w = p.top, p.weight / p.columns
-        least = w.abs().amax(1) / top
+        least = w.abs().amax(1) / top  # MEAN_STEP never clips a row's largest
     steps = (p.steps * factor).clamp_min(least).half().clamp_min(2**-24)  # fp16's smallest
-    if p.factor is None:
-        codes = nearest(w / steps.float()[:, None], top)
-    else:
-        codes = gptq(w, steps, top, p.factor, cfg)
+    codes = nearest(w / steps.float()[:, None], top) if p.factor is None else gptq(w, steps, top, p.factor, cfg)
     return codes.to(torch.int8), steps
 
 def dequantize_rows(codes: Tensor, steps: Tensor, columns: Tensor | None = None) -> Tensor:
@@ -1434,25 +1365,21 @@ def grids(model: nn.Module, cfg: Config) -> dict[str, Grid]:
 
 @torch.no_grad()
 def on_export_grid(model: GPT, cfg: Config) -> AbstractContextManager[None]:
-    """Inside, the blocks' matrices stand on their export grid; gradients pass straight through (arXiv:1308.3432).
-
-    The graph is the one of plain training: switching this on compiles nothing, and no compiler can fold it away.
-    """
+    """Inside, the blocks' matrices stand on their export grid; gradients pass straight through (arXiv:1308.3432)."""
     grid, rounded = Grid(cfg.matrix_bits, cfg.matrix_clip_sigmas), []
     matrices = sorted((m.weight for m in model.blocks.modules() if type(m) is Linear), key=lambda w: w.size(1))
     for _, alike in groupby(matrices, key=lambda w: w.size(1)):  # rows are rounded one by one, so many go together
         together = list(alike)
         values = dequantize_rows(*quantize_rows(row_plan(torch.cat(together), grid, cfg), cfg))
         rounded += values.split([len(w) for w in together])
-    return swapped(matrices, rounded)
+    return swapped(matrices, rounded)  # the graph stays: this compiles nothing, and no compiler can fold it away
 
 def prune(w: Tensor, share: float) -> Tensor:
     """`w` with the `share` of its entries that are smallest in magnitude set to 0."""
     count = int(share * w.numel())
     return w.masked_fill(w.abs() <= w.abs().flatten().kthvalue(count).values, 0.0) if count else w
 
-def quantize(weights: Mapping[str, Tensor], plans: Mapping[str, Plan], cfg: Config,
-             factor: float = 1.0) -> dict[str, Tensor]:
+def quantize(weights: dict[str, Tensor], plans: dict[str, Plan], cfg: Config, factor: float = 1.0) -> dict[str, Tensor]:
     """The tensors of an artifact: `name.codes`, `.steps` and perhaps `.columns` of what is coded, fp16 of the rest."""
     tensors = {name: w.half() for name, w in weights.items() if name not in plans}
     for name, p in plans.items():
@@ -1475,8 +1402,7 @@ def dequantize(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             weights[name] = t.float()
     return weights
 
-# ----------------------------------------
-# Entropy coding: codes -> words of 16 bits, near the entropy of each code's own scale. Decoding is integers alone.
+# ---- Entropy coding: codes -> words of 16 bits, near the entropy of each code's own scale. Decoding is integers alone.
 
 LANES, PRECISION, CONTEXTS = 1024, 12, 48  # states side by side, bits of a probability, scales in quarters of an octave
 
@@ -1519,12 +1445,11 @@ def rans_decode(contexts: np.ndarray, table: np.ndarray, state: np.ndarray, word
     total = table.sum(1, dtype=np.int64)
     if not np.isin(total, (0, 2**PRECISION)).all() or not total[np.unique(contexts)].all() or len(state) != LANES:
         raise ValueError("tables of its entropy coder")
-    rows = [np.repeat(np.arange(256, dtype=np.uint8), row) if row.any() else np.zeros(2**PRECISION, np.uint8)
-            for row in table.astype(np.int64)]
-    symbol_at = np.concatenate(rows)
+    table = np.where(total[:, None] > 0, table.astype(np.int64), 2**PRECISION // 256)  # alike where no code will look
+    symbol_at = np.tile(np.arange(256, dtype=np.uint8), CONTEXTS).repeat(table.ravel())
     at = np.repeat(np.arange(CONTEXTS), 2**PRECISION), symbol_at
-    share, offset = table[at], (np.arange(len(symbol_at)) % 2**PRECISION - (table.cumsum(1) - table)[at])
-    share, offset = share.astype(np.uint32), offset.astype(np.uint32)
+    share, base = table[at].astype(np.uint32), (table.cumsum(1) - table)[at]
+    offset = (np.arange(len(symbol_at)) % 2**PRECISION - base).astype(np.uint32)
     symbols, position, state = np.empty(len(contexts), np.uint8), 0, state.copy()
     for first in range(0, len(symbols), LANES):
         k = contexts[first : first + LANES]
@@ -1549,8 +1474,7 @@ def code_stream(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list]
     symbols = np.concatenate([codes.ravel() for codes in coded.values()]).view(np.uint8)
     table = frequencies(symbols, contexts.astype(np.int64))
     state, words = rans_encode(symbols, contexts, table)
-    streams = dict(rows=np.concatenate(rows), columns=np.concatenate(columns), table=table.T.copy(), state=state,
-                   words=words)
+    streams = dict(rows=np.concatenate(rows), columns=np.concatenate(columns), table=table.T, state=state, words=words)
     rest = {name: t for name, t in tensors.items() if name not in coded}
     return rest | {f"rans.{k}": torch.from_numpy(v) for k, v in streams.items()}, [
         [name, list(codes.shape)] for name, codes in coded.items()]
@@ -1582,8 +1506,7 @@ def decode_stream(tensors: dict[str, Tensor], coded: list) -> dict[str, Tensor]:
     split = np.split(symbols, shapes.prod(1).cumsum()[:-1])
     return tensors | {n: torch.from_numpy(part.reshape(shape)) for n, part, shape in zip(names, split, shapes)}
 
-# ----------------------------------------
-# Artifact: tensors and settings <-> one checked file that cannot run code.
+# ---- Artifact: tensors and settings <-> one checked file that cannot run code.
 # magic, format (uint32), sha256 of the rest | compressor (8 bytes), compressed: length (uint32), JSON header, tensors
 
 ARTIFACT_MAGIC, ARTIFACT_FORMAT, ARTIFACT_MOST_UNPACKED = b"PGLF", 3, 2**30
@@ -1629,15 +1552,11 @@ def decompress(data: bytes, name: str) -> bytes:
 
 def artifact_settings(cfg: Config) -> dict[str, str]:
     """The settings that travel with the weights: what the model is and how it is scored, no path and nothing else."""
-    rows = ("train_seq_len", "train_batch_tokens", "micro_batch_tokens")
-    others = ("variant", "seed", "vocab_size", "matrix_bits", *rows)
+    others = "variant", "seed", "vocab_size", "matrix_bits", "train_seq_len", "train_batch_tokens", "micro_batch_tokens"
     return as_env(cfg.group("model", "evaluation") | {k: vars(cfg)[k] for k in others})
 
 def pack(tensors: Mapping[str, Tensor], looped: bool, cfg: Config) -> bytes:
-    """The file that holds `tensors`, and the settings and the tokenizer's hash that an evaluator needs.
-
-    Bytes of equal weight stand together: first all low bytes of a tensor, then all high ones.
-    """
+    """The file that holds `tensors`, and the settings and the tokenizer's hash that an evaluator needs."""
     tensors, coded = code_stream(tensors) if cfg.compressor == "rans" else (tensors, [])
     arrays = {name: tensors[name].numpy() for name in sorted(tensors, key=lambda n: (tensors[n].element_size(), n))}
     header = json.dumps({
@@ -1645,6 +1564,7 @@ def pack(tensors: Mapping[str, Tensor], looped: bool, cfg: Config) -> bytes:
         "tokenizer_sha256": hashlib.sha256(Path(cfg.tokenizer_path).read_bytes()).hexdigest(),
         "tensors": [[name, str(a.dtype), list(a.shape)] for name, a in arrays.items()],
     }, separators=(",", ":")).encode()
+    # bytes of equal weight stand together: first all low bytes of a tensor, then all high ones
     raw = [np.frombuffer(a.astype(DTYPES[str(a.dtype)]).tobytes(), np.uint8).reshape(-1, a.itemsize).T.tobytes()
            for a in arrays.values()]
     body = b"".join([len(header).to_bytes(4, "little"), header, *raw])
@@ -1703,10 +1623,9 @@ def save_average(average: Average, looped: bool, cfg: Config, log: Log) -> None:
         log(f"checkpoint:{path} averaging:{cfg.averaging} updates:{average.count}")
 
 def fit(pack_at: Callable[[float], tuple[int, Any]], room: int, coded: int, log: Log) -> Any:
-    """What pack_at(factor) -> (bytes, result) makes of a factor that leaves at most 0.5 % of `room` bytes unused.
-
-    Twice the step saves each of the `coded` weights a bit, about, or what the latest two trials say. Factors lie in
-    [1/4, 8]; if none fits, the result of the last is returned.
+    """What pack_at(factor) -> (bytes, result) makes of a factor that leaves at most 0.5 % of `room` bytes unused. Twice
+    the step saves each of the `coded` weights a bit, about, or what the latest two trials say. Factors lie in [1/4, 8];
+    if none fits, the result of the first is returned.
     """
     low, high, at, best, tried, rate = -2.0, 3.0, 0.0, None, {}, coded / 8  # octaves; bytes that one more saves
     for left in range(11, -1, -1):
@@ -1732,16 +1651,15 @@ def save_artifact(plans: Mapping[str, Plan], weights: Mapping[str, Tensor], loop
     """Code and pack the weights, by FIT as large as the cap allows, and write them; refuses a file that is over it."""
     begin, code = time.perf_counter(), Path(__file__).stat().st_size
 
-    def pack_at(factor: float) -> tuple[int, tuple[bytes, dict[str, Tensor]]]:
+    def pack_at(factor: float) -> tuple[int, tuple[int, bytes, dict[str, Tensor]]]:
         tensors = quantize(weights, plans, cfg, factor)
         blob = pack(tensors, looped, cfg) if ranks.is_main else b""
-        return int(ranks.agree(len(blob))[0]), (blob, tensors)
+        size = int(ranks.agree(len(blob))[0])
+        return size, (size, blob, tensors)
 
-    if cfg.fit:
-        blob, tensors = fit(pack_at, cfg.max_artifact_bytes - code, sum(p.weight.numel() for p in plans.values()), log)
-    else:
-        blob, tensors = pack_at(1.0)[1]
-    size = int(ranks.agree(len(blob))[0])
+    room = cfg.max_artifact_bytes - code
+    coded = sum(p.weight.numel() for p in plans.values())
+    size, blob, tensors = fit(pack_at, room, coded, log) if cfg.fit else pack_at(1.0)[1]
     payload = sum(t.nbytes for t in tensors.values())
     count = sum(w.numel() for w in weights.values())
     kind, total = f"int{cfg.matrix_bits}+{cfg.compressor}", size + code
@@ -1795,8 +1713,7 @@ def load_model(cfg: Config, weights: Mapping[str, Tensor], ranks: Ranks) -> GPT:
         raise InputError(f"the artifact's tensors do not fit its settings: {' '.join(str(error).split())}") from None
     return model.to(ranks.device).requires_grad_()
 
-# ----------------------------------------
-# Training: batches -> averaged weights and what GPTQ must know of the data, inside the wallclock budget.
+# ---- Training: batches -> averaged weights and what GPTQ must know of the data, inside the wallclock budget.
 
 class Trainer:
     """What an optimizer step reads and writes. Warm-up, training and tests call the same `step`."""
@@ -1833,9 +1750,8 @@ class Trainer:
         try:
             yield seen
         finally:
-            for name in seen:
+            for name, hook in zip(seen, hooks):
                 modules[name].adapter = None
-            for hook in hooks:
                 hook.remove()
 
     def observe(self) -> None:
@@ -1857,29 +1773,21 @@ class Trainer:
             self.looped = True
             log(f"layer_loop:enabled step:{step} frac:{share:.3f} order:{self.model.orders[True]}")
 
-    def state(self) -> tuple:
-        """A copy of all that a step changes: weights, optimizers, position in the data."""
-        return copy.deepcopy(self.model.state_dict()), self.optimizers.state_dict(), self.batches.step
-
-    def restore(self, state: tuple) -> None:
-        weights, optimizers, position = state
-        self.model.load_state_dict(weights)
-        self.optimizers.load_state_dict(optimizers)
-        self.batches.seek(position)
-
     def warm_up(self, log: Log) -> float:
         """Run the steps that training will run, then undo them. Returns the seconds of the last, 0 if unknown."""
-        before, cfg, seconds = self.state(), self.cfg, 0.0
-        graphs = [(looped, qat) for looped in (True, False) for qat in (True, False)
-                  if (cfg.num_loops or not looped) and (cfg.late_qat_threshold or not qat)]
-        for self.looped, self.qat in graphs:
+        weights, optimizers = copy.deepcopy(self.model.state_dict()), self.optimizers.state_dict()
+        position, cfg, seconds = self.batches.step, self.cfg, 0.0
+        looped, qat = ((True, False) if used else (False,) for used in (cfg.num_loops, cfg.late_qat_threshold))
+        for self.looped, self.qat in product(looped, qat):
             for i in range(cfg.warmup_steps):
                 begin = time.perf_counter()
                 self.step(1.0, cfg.muon_momentum).value()
                 seconds = time.perf_counter() - begin if i else 0.0  # the first one compiles
                 log(f"warmup_step:{i + 1}/{cfg.warmup_steps} late_qat:{int(self.qat)} looped:{int(self.looped)}")
         self.qat = self.looped = False
-        self.restore(before)
+        self.model.load_state_dict(weights)
+        self.optimizers.load_state_dict(optimizers)
+        self.batches.seek(position)
         return seconds
 
     def time_calibration(self, log: Log) -> float:
@@ -1901,11 +1809,9 @@ class Trainer:
 def timing(step: int, seconds: float) -> str:
     return f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / step:.2f}ms"
 
-def report_step(done: tuple[int, float, Reading] | None, cfg: Config, log: Log) -> None:
+def report_step(step: int, seconds: float, reading: Reading, cfg: Config, log: Log) -> None:
     """Log the first steps and every TRAIN_LOG_EVERY-th; raise Unusable when the loss is no number."""
-    if done is None:
-        return
-    step, seconds, loss = done[0], done[1], done[2].value()
+    loss = reading.value()
     if not math.isfinite(loss):
         raise Unusable(f"the loss is {loss} at step {step}; lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR")
     if step <= 10 or step % cfg.train_log_every == 0:
@@ -1935,10 +1841,8 @@ def calibrate(trainer: Trainer, reserve: float, clock: Clock, log: Log) -> dict[
     return {name: curvature(observer, trainer.ranks) for name, observer in seen.items()}
 
 def train(trainer: Trainer, validate: Callable[[], Score], log: Log) -> dict[str, Curvature]:
-    """Train until ITERATIONS or just before the clock's limit; the average is in `trainer.average`.
-
-    Returns what GPTQ must know of the data, which the average met on further batches, on the clock. A step is reported
-    while the next one runs, so that the device is never idle.
+    """Train until ITERATIONS or just before the clock's limit; the average is in `trainer.average`. Returns what GPTQ
+    must know of the data, met on further batches, on the clock. A step is reported while the next one runs.
     """
     step_seconds, reserve = trainer.ranks.agree(trainer.warm_up(log), trainer.time_calibration(log))
     cfg, average, done = less_time(trainer.cfg, reserve), trainer.average, None
@@ -1956,13 +1860,14 @@ def train(trainer: Trainer, validate: Callable[[], Score], log: Log) -> dict[str
         scale = lr_scale(step, elapsed, step_seconds, cfg)
         trainer.switch(step, share_done(step, elapsed, cfg), scale, log)
         reading = trainer.step(scale, muon_momentum(step, elapsed, scale, cfg))
-        report_step(done, cfg, log)
+        if done:
+            report_step(*done, cfg, log)
         clock.lap()
         done = step + 1, clock.seconds(), reading
         average.update(average_weight(step + 1, scale, average.count, cfg))
         if cfg.checkpoint_every and (step + 1) % cfg.checkpoint_every == 0:
             save_average(average, trainer.looped, cfg, log)
-    report_step(done, cfg, log)
+    report_step(*done, cfg, log)
     bar.close()
     if not average.count:
         average.update(1.0)
@@ -1973,19 +1878,16 @@ def train(trainer: Trainer, validate: Callable[[], Score], log: Log) -> dict[str
     log(f"training ended: step:{done[0]}/{cfg.iterations} {timing(done[0], clock.seconds())}")
     return costs
 
-# ----------------------------------------
-# Evaluation: stream and model -> chunks whose scores are final -> bits per byte. Only the Scorer holds the stream.
+# ---- Evaluation: stream and model -> chunks whose scores are final -> bits per byte. Only the Scorer holds the stream.
 
 def score_windows(low: int, high: int, seq_len: int, stride: int) -> list[tuple[int, int]]:
-    """(first target, how many) of windows that score [low, high) once; they score the last targets of their seq_len.
-
-    The stream's first window scores all its targets, later ones `stride`; where the stream ends moves no window.
+    """(first target, how many) of windows that score [low, high) once, each the last targets of its seq_len: the
+    stream's first scores them all, later ones `stride` of them; where the stream ends moves no window.
     """
     return [(0, seq_len)] * (low == 0) + [(first, stride) for first in range(low or seq_len, high, stride)]
 
 class ScoredChunk(NamedTuple):
     """What was scored, after its score was committed: all that an adapter ever sees. The last chunk has no rows."""
-
     index: int
     progress: float  # 0 for the first chunk of the stream, 1 for the last
     nll: Tensor  # (n,) float64, nats; final
@@ -1995,7 +1897,6 @@ class ScoredChunk(NamedTuple):
 
 class Score(NamedTuple):
     """The result of one pass over the stream."""
-
     loss: float  # nats a token
     bpb: float  # bits a byte
     seconds: float
@@ -2019,12 +1920,10 @@ class Scorer:
 
     @torch.no_grad()
     def losses(self, forward: Callable, firsts: list[int], count: int) -> Tensor:
-        """Losses (len(firsts), count) of the `count` targets from each of `firsts` on, at the end of a full window.
-
-        Where the stream ends earlier, its last token repeats: causality keeps that out of every score that counts.
-        """
+        """Losses (len(firsts), count) of the `count` targets from each of `firsts` on, at the end of a full window."""
         device, last = self.tokens.device, len(self.tokens) - 1
         span = torch.arange(count - self.cfg.window, count + 1, device=device)
+        # where the stream ends earlier, its last token repeats: causality keeps that out of every score that counts
         tokens = self.tokens[(torch.tensor(firsts, device=device)[:, None] + span).clamp(max=last)]
         return forward(tokens[:, :-1], tokens[:, -count:])
 
@@ -2085,10 +1984,8 @@ class Scorer:
 
     def documents(self) -> list[tuple[int, int]]:
         """(first target, end) of each document: its last target is the BOS of the next."""
-        total = len(self.tokens) - 1
-        firsts = (self.tokens[:-1] == BOS).nonzero().flatten().tolist()
-        firsts = firsts if firsts[:1] == [0] else [0, *firsts]
-        return list(zip(firsts, [*firsts[1:], total]))
+        firsts = [0, *((self.tokens[1:-1] == BOS).nonzero().flatten() + 1).tolist()]
+        return list(zip(firsts, [*firsts[1:], len(self.tokens) - 1]))
 
     def document_batches(self) -> list[list[tuple[int, int]]]:
         """This rank's batches of documents, in each of which the shortest lasts 4/5 of the longest or more.
@@ -2112,10 +2009,7 @@ class Scorer:
         return mine
 
     def by_document(self, forward: Callable, adapter: Callable[[int], Callable[[ScoredChunk], None]]) -> Score:
-        """Score each document alone, in chunks, with an adapter of its own (PR #77). Documents run side by side.
-
-        `adapter(n)` makes n fresh ones, each of which learns from the scored chunks of its own document alone.
-        """
+        """Score each document alone, side by side (PR #77), each with one of the n adapters that adapter(n) makes."""
         begin, show = time.perf_counter(), Progress(self)
         nll, index = torch.zeros(2, len(self.bytes), dtype=torch.float64, device=self.tokens.device)
         for batch in self.document_batches():
@@ -2128,16 +2022,13 @@ class Scorer:
         return self.score(self.ranks.sum_(nll), self.ranks.sum_(index), begin)
 
     def document_chunks(self, forward: Callable, batch: list[tuple[int, int]]) -> Iterator[tuple[ScoredChunk, Tensor]]:
-        """Chunk by chunk: the n-th one of all these documents, and the positions of its targets in the stream.
-
-        A document that has ended repeats its last token, unscored, and weighs nothing.
-        """
+        """Chunk by chunk: the n-th one of all these documents, and the positions of its targets in the stream."""
         device, size = self.tokens.device, self.cfg.ttt_chunk_tokens
         first, end = (torch.tensor(column, device=device)[:, None] for column in zip(*batch))
         for index in range(-(-int((end - first).max()) // size)):
             high = (index + 1) * size
             span = torch.arange(high - min(high, self.cfg.window), high + 1, device=device)
-            tokens = self.tokens[(first + span).clamp(max=end)]
+            tokens = self.tokens[(first + span).clamp(max=end)]  # one that has ended repeats its last, and weighs 0
             inputs, targets = tokens[:, :-1], tokens[:, -size:]
             with torch.no_grad():
                 losses = forward(inputs, targets).double()
@@ -2165,8 +2056,7 @@ class Progress:
             self.spoken = time.perf_counter()
             self.scorer.log(f"scoring:{self.done}/{len(self.scorer.bytes)} running_bpb:{bpb:.4f}")
 
-# ----------------------------------------
-# Test-time training: scored chunks -> better weights for the next ones.
+# ---- Test-time training: scored chunks -> better weights for the next ones.
 
 class LoRA(nn.Module):
     """A term of low rank that a Linear adds, zero at first (arXiv:2106.09685): one for all rows, or one for each."""
@@ -2198,21 +2088,17 @@ def adapting_parameters(model: GPT, cfg: Config) -> list[Tensor]:
     chosen = set().union(*fits.values())
     for name, p in every.items():
         p.requires_grad_(name in chosen and not name.startswith(frozen) and p.numel() >= cfg.ttt_min_elements)
-    if not any(p.requires_grad for p in every.values()):
+    if not (params := [p for p in every.values() if p.requires_grad]):
         raise InputError("TTT_PARAMS, TTT_FREEZE_BLOCKS and TTT_MIN_ELEMENTS leave nothing to adapt; TTT_EPOCHS=0 if "
                          "that is meant")
-    return [p for p in every.values() if p.requires_grad]
+    return params
 
 class Adaptation:
-    """Trains `params` on each chunk that has been scored, TTT_EPOCHS times (PR #549; AdamW: PR #490).
-
-    Ranks split each batch; a short one is filled up with sequences of weight zero, so that all take the same steps.
-    """
+    """Trains `params` on each chunk that has been scored, TTT_EPOCHS times (PR #549; AdamW: PR #490)."""
     def __init__(self, params: list[Tensor], forward: Callable, cfg: Config, ranks: Ranks):
         self.params, self.forward, self.cfg, self.ranks, self.drift = params, forward, cfg, ranks, torch.tensor(False)
         if cfg.ttt_optimizer == "adamw":
-            betas = cfg.ttt_momentum, cfg.ttt_beta2
-            self.optimizer = torch.optim.AdamW(params, cfg.ttt_lr, betas, weight_decay=0.0)
+            self.optimizer = torch.optim.AdamW(params, cfg.ttt_lr, (cfg.ttt_momentum, cfg.ttt_beta2), weight_decay=0.0)
         else:
             self.optimizer = torch.optim.SGD(params, cfg.ttt_lr, cfg.ttt_momentum, nesterov=cfg.ttt_nesterov)
 
@@ -2227,7 +2113,7 @@ class Adaptation:
 
     def step(self, chunk: ScoredChunk, rows: Tensor) -> None:
         """One step on the mean loss of these rows of a scored chunk, the same for any number of ranks."""
-        count, world = len(rows), self.ranks.world
+        count, world = len(rows), self.ranks.world  # ranks split the rows, filled up with some of weight 0
         mine = torch.arange(count + -count % world).chunk(world)[self.ranks.rank]
         share, rows = (mine < count) * (world / count), rows[mine.clamp(max=count - 1)]
         losses = self.forward(chunk.inputs[rows], chunk.targets[rows]).mean(1)
@@ -2239,23 +2125,19 @@ class Adaptation:
         self.optimizer.zero_grad()
 
 def adaptive_score(scorer: Scorer, model: GPT, params: list[Tensor], forward: Callable) -> Score:
-    """The sliding score with test-time training of `params`, or of one LoRA if there are none."""
-    cfg, score = scorer.cfg, partial(forward, temperature=scorer.cfg.ttt_temperature)
-    learn = partial(forward, z_loss=cfg.ttt_z_loss)
-    adapt = Adaptation(params or attach_lora(model, 1, cfg), learn, cfg, scorer.ranks)
+    """The score while `params`, or else a LoRA, learn from the stream, or each document's own LoRA from it alone."""
+    cfg, ranks = scorer.cfg, scorer.ranks
+    score, learn = partial(forward, temperature=cfg.ttt_temperature), partial(forward, z_loss=cfg.ttt_z_loss)
+    if cfg.ttt_scope == "document":
+        alone = Ranks(device=ranks.device)  # ranks do not meet
+        return scorer.by_document(score, lambda n: Adaptation(attach_lora(model, n, cfg), learn, cfg, alone))
+    adapt = Adaptation(params or attach_lora(model, 1, cfg), learn, cfg, ranks)
     result = scorer.sliding(score, adapt)
     if adapt.drift:
         raise Unusable("the ranks adapted to different weights; score with one process, and report this")
     return result
 
-def document_score(scorer: Scorer, model: GPT, forward: Callable) -> Score:
-    """The score of each document alone, with a LoRA of its own: ranks do not meet."""
-    cfg, score = scorer.cfg, partial(forward, temperature=scorer.cfg.ttt_temperature)
-    learn, alone = partial(forward, z_loss=cfg.ttt_z_loss), Ranks(device=scorer.ranks.device)
-    return scorer.by_document(score, lambda n: Adaptation(attach_lora(model, n, cfg), learn, cfg, alone))
-
-# ----------------------------------------
-# Report and main.
+# ---- Report and main.
 
 def run_training(cfg: Config, ranks: Ranks, log: Log) -> dict[str, Score]:
     """Train, average and write the artifact; returns the scores of the raw and of the averaged weights."""
@@ -2274,9 +2156,9 @@ def run_training(cfg: Config, ranks: Ranks, log: Log) -> dict[str, Score]:
     except (InputError, KeyboardInterrupt) as error:
         save_average(trainer.average, trainer.looped, cfg, log)
         if isinstance(error, Unusable):
-            ranks.wait_for_main()
+            ranks.agree(0.0)  # as below
         raise
-    ranks.wait_for_main()
+    ranks.agree(0.0)  # returns once the main rank has come here: what it wrote before is whole
     with trainer.average.applied():
         averaged = scorer.plain(trainer.forward)
     raw = scorer.plain(trainer.forward)
@@ -2291,10 +2173,9 @@ def evaluations(scorer: Scorer, model: GPT, looped: bool) -> dict[str, Callable[
     params = adapting_parameters(model, cfg) if cfg.ttt_epochs and not cfg.ttt_lora_rank else []
     passes = {f"final_int{cfg.matrix_bits}_roundtrip": lambda: scorer.plain(forward),
               f"final_int{cfg.matrix_bits}_sliding_window": lambda: scorer.sliding(forward)}
-    if cfg.ttt_epochs and cfg.ttt_scope == "document":  # not compiled: every length of context would be another graph
-        passes["legal_ttt"] = lambda: document_score(scorer, model, partial(model, looped=looped))
-    elif cfg.ttt_epochs:
-        passes["legal_ttt"] = lambda: adaptive_score(scorer, model, params, forward)
+    if cfg.ttt_epochs:  # documents are not compiled: every length of context would be another graph
+        run = partial(model, looped=looped) if cfg.ttt_scope == "document" else forward
+        passes["legal_ttt"] = lambda: adaptive_score(scorer, model, params, run)
     return passes
 
 def run_evaluation(artifact: tuple[Config, dict[str, Tensor], bool], begin: float, ranks: Ranks,
@@ -2324,7 +2205,7 @@ def known_stream(cfg: Config, count: int, size: int) -> str:
     if name not in ratios:
         return ""
     close = abs(size / count - ratios[name]) < 1e-5  # the published ones lack the tail of the stream
-    whole = (count, size) == known.get(name, (count, size)) and close
+    whole = close and known.get(name) in (None, (count, size))
     return f" signature:{name} {'as published' if whole else f'is not the published {ratios[name]:.6f}'}"
 
 def audit(artifact: str | Path, tokens: np.ndarray, **overrides: Any) -> dict[str, np.ndarray]:
@@ -2349,18 +2230,15 @@ def describe(cfg: Config) -> str:
 def report(scores: Mapping[str, Score], path: Path) -> str:
     """The closing table: stage, loss in nats a token, bits a byte, bytes of code + model, seconds."""
     code, model = Path(__file__).stat().st_size, path.stat().st_size
-    size = {name: str(code + model) for name in scores if name not in ("raw", "averaged")}
-    rows = [(n, f"{s.loss:.4f}", f"{s.bpb:.4f}", size.get(n, "-"), f"{s.seconds:.1f}") for n, s in scores.items()]
-    lines = [f"{n:28s} {loss:>9s} {bpb:>9s} {size:>11s} {seconds:>9s}" for n, loss, bpb, size, seconds
-             in [("stage", "val_loss", "val_bpb", "bytes", "seconds"), *rows]]
-    return "\n".join([*lines, f"code {code} + model {model} = {code + model} bytes"])
+    head = f"{'stage':28s} {'val_loss':>9s} {'val_bpb':>9s} {'bytes':>11s} {'seconds':>9s}"
+    rows = [f"{n:28s} {s.loss:9.4f} {s.bpb:9.4f} "
+            f"{'-' if n in ('raw', 'averaged') else code + model:>11} {s.seconds:9.1f}" for n, s in scores.items()]
+    return "\n".join([head, *rows, f"code {code} + model {model} = {code + model} bytes"])
 
 def resolve(env: Mapping[str, str]) -> tuple[Config, tuple[Config, dict[str, Tensor], bool] | None]:
     """The settings of a run and, for EVAL_ONLY, the artifact: it comes first, since what `env` says must fit it."""
-    artifact = None
-    if env.get("EVAL_ONLY") == "1":
-        place = Config(artifact=env.get("ARTIFACT", ""), output_dir=env.get("OUTPUT_DIR", "."))
-        artifact = load_artifact(place.artifact_path, env)
+    place = Config(artifact=env.get("ARTIFACT", ""), output_dir=env.get("OUTPUT_DIR", "."))
+    artifact = load_artifact(place.artifact_path, env) if env.get("EVAL_ONLY") == "1" else None
     cfg = artifact[0] if artifact else Config.from_env(env)
     if cfg.ttt_epochs:
         with torch.device("meta"):  # better an error now than after training
@@ -2386,7 +2264,6 @@ def main(argv: list[str], env: Mapping[str, str]) -> None:
         scores |= run_evaluation(artifact, begin, ranks, log)
         log(report(scores, cfg.artifact_path))
         log(f"log:{log.path} artifact:{cfg.artifact_path}")
-
 
 if __name__ == "__main__":
     try:

@@ -60,8 +60,6 @@ def alone_in(rank, world):
 def adapted(cfg, tokens, model=None, ranks=None):
     """Losses and chunks of all targets of a pass with test-time training, from the same weights each time."""
     model, scorer = model or make_model(cfg), scorer_of(cfg, tokens, ranks)
-    if cfg.ttt_scope == "document":
-        return t.document_score(scorer, model, model)
     return t.adaptive_score(scorer, model, [] if cfg.ttt_lora_rank else t.adapting_parameters(model, cfg), model)
 
 

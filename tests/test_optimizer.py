@@ -132,7 +132,7 @@ def test_every_parameter_has_a_gradient_within_three_steps(cfg):
 
 
 def state_of(trainer):
-    weights, (muon, adam), position = trainer.state()
+    weights, (muon, adam), position = trainer.model.state_dict(), trainer.optimizers.state_dict(), trainer.batches.step
     tensors = list(weights.values()) + [v for s in (muon, adam) for entry in s["state"].values() for v in entry.values()]
     groups = [{k: v for k, v in g.items() if k != "params"} for s in (muon, adam) for g in s["param_groups"]]
     return tensors, position, groups, next(trainer.batches)

@@ -17,7 +17,7 @@ FUNCTIONS = [n for n in ast.walk(TREE) if isinstance(n, ast.FunctionDef)]
 
 
 def test_the_file_is_short_enough_to_read():
-    assert SOURCE.isascii() and len(SOURCE.splitlines()) <= 2320  # the aim is 1,500; five systems with their components take more
+    assert SOURCE.isascii() and len(SOURCE.splitlines()) <= 2280  # the aim is 1,500; five systems with their components take more
     assert max(map(len, SOURCE.splitlines())) <= 120
     assert max(f.end_lineno - f.lineno + 1 for f in FUNCTIONS) <= 60
 

@@ -74,7 +74,7 @@ def main() -> None:
     settings = dict(vocab_size=1024, ttt_scope="document", ttt_lora_rank=8, ttt_optimizer="adamw", ttt_lr=0.01, ttt_epochs=1, ttt_grad_clip=0.0,
                     ttt_chunk_tokens=64)
     pairs = [scorer_and_model(np.minimum(tokens, 1023), **settings, ttt_batch_seqs=size) for size in (64, 1)]
-    found = in_turns(*[lambda s=s, m=m: t.document_score(s, m, m).loss for s, m in pairs], args.repeats)
+    found = in_turns(*[lambda s=s, m=m: t.adaptive_score(s, m, [], m).loss for s, m in pairs], args.repeats)
     print("| LoRA a document, 160 tokens each | 1024 | {:.2f} | {:.2f} | {:.2f} | {:.5f} {:.5f} |".format(
         *found[:2], found[1] / found[0], *found[2:]))
 
