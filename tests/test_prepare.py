@@ -106,7 +106,6 @@ def test_an_existing_dataset_is_not_overwritten(made, dataset):
     assert done.returncode == 1 and "already holds" in done.stderr
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["", ".", "..", "../b", "a/b", "/tmp/b"])
 def test_a_name_is_no_path(dataset, tmp_path, name):
     write_json_lines(tmp_path / "a.jsonl", ["one", "two"])
@@ -116,6 +115,7 @@ def test_a_name_is_no_path(dataset, tmp_path, name):
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
+@pytest.mark.slow
 def test_python_carries_enough_text_for_the_demo():
     documents = prepare.python_documents()
     assert sum(map(len, documents)) > 1_000_000 and len(documents) == len(set(documents)) > 300
