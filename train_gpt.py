@@ -417,10 +417,10 @@ class Ranks:
 
     def differ(self, tensors: list[Tensor]) -> Tensor:
         """Whether the bits of fp32 tensors are not the same on all ranks, by sums of them; 0-d, nobody waits for it."""
+        if self.world == 1:
+            return torch.tensor(False)
         sums = torch.stack([t.detach().view(torch.int32).sum(dtype=torch.int64) for t in tensors])
-        both = torch.stack((sums, -sums))
-        if self.world > 1:
-            dist.all_reduce(both, dist.ReduceOp.MAX)
+        dist.all_reduce(both := torch.stack((sums, -sums)), dist.ReduceOp.MAX)
         return (both[0] != -both[1]).any()
 
     def agree(self, *values: float) -> list[float]:
@@ -2025,8 +2025,8 @@ class Scorer:
         """Chunk by chunk: the n-th one of all these documents, and the positions of its targets in the stream."""
         device, size = self.tokens.device, self.cfg.ttt_chunk_tokens
         first, end = (torch.tensor(column, device=device)[:, None] for column in zip(*batch))
-        for index in range(-(-int((end - first).max()) // size)):
-            high = (index + 1) * size
+        longest = int((end - first).max())
+        for index, high in enumerate(range(size, longest + size, size)):
             span = torch.arange(high - min(high, self.cfg.window), high + 1, device=device)
             tokens = self.tokens[(first + span).clamp(max=end)]  # one that has ended repeats its last, and weighs 0
             inputs, targets = tokens[:, :-1], tokens[:, -size:]
@@ -2034,7 +2034,7 @@ class Scorer:
                 losses = forward(inputs, targets).double()
             positions = first + torch.arange(high - size, high, device=device)
             scored, more = positions < end, (first + high < end).flatten()
-            rows = slice(None if more.any() else 0)
+            rows = slice(None if high < longest else 0)
             chunk = ScoredChunk(index, 0.0, losses[scored], inputs[rows], targets[rows], more[rows] * float(len(batch)))
             yield chunk, positions[scored]
 
@@ -2109,7 +2109,7 @@ class Adaptation:
         for _ in range(self.cfg.ttt_epochs):
             for first in range(0, len(chunk.inputs), self.cfg.ttt_batch_seqs):
                 self.step(chunk, torch.arange(len(chunk.inputs))[first : first + self.cfg.ttt_batch_seqs])
-        self.drift = self.drift.to(chunk.nll.device) | self.ranks.differ(self.params)
+        self.drift = self.ranks.differ(self.params) | self.drift
 
     def step(self, chunk: ScoredChunk, rows: Tensor) -> None:
         """One step on the mean loss of these rows of a scored chunk, the same for any number of ranks."""
