@@ -342,3 +342,33 @@ def test_the_forward_is_one_graph_that_late_qat_does_not_recompile(cfg):
         compiled(ids, targets).mean().backward()
         torch.testing.assert_close(compiled(ids, targets), model(ids, targets))
     assert counter.frame_count == 2 and all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.slow
+def test_the_compiled_step_keeps_the_logits_once_and_in_the_dtype_of_activations():
+    """By the partitioner that Inductor uses, on any machine: between forward and backward lie no fp32 logits, no softmax."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._inductor.decomposition import select_decomp_table
+
+    kept = []
+
+    def forward_graph(graph, example):
+        outputs = next(n for n in graph.graph.nodes if n.op == "output").args[0]
+        kept.extend(n.meta["val"] for n in outputs if isinstance(n, torch.fx.Node) and n.op != "placeholder")
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=forward_graph, bw_compiler=lambda graph, example: make_boxed_func(graph.forward),
+                           partition_fn=min_cut_rematerialization_partition, decompositions=select_decomp_table())
+    cfg = t.Config(num_layers=2, ve_layers=(1,), xsa_last_n=1, model_dim=64, num_heads=2, num_kv_heads=1, bigram_dim=16, ve_dim=16)
+    model = t.GPT(cfg, dtype=torch.bfloat16)
+    model.init_weights(cfg)
+    ids = ids_of(cfg, length=192)
+    torch._dynamo.reset()
+    torch.compile(model, dynamic=False, fullgraph=True, backend=backend)(ids, ids).mean().backward()
+    logits = [x for x in kept if isinstance(x, torch.Tensor) and cfg.vocab_size in x.shape and x.numel() == ids.numel() * cfg.vocab_size]
+    assert [x.dtype for x in logits] == [torch.bfloat16]
+    wide = [tuple(x.shape) for x in kept if isinstance(x, torch.Tensor) and x.dtype == torch.float32 and x.numel() >= ids.numel() * cfg.model_dim]
+    assert len(wide) <= 2, wide  # the embeddings before their norm
+    assert all(p.grad is not None for p in model.parameters())
