@@ -708,7 +708,7 @@ def load_tokenizer(cfg: Config) -> Any:
 # B sequences, T tokens, D model width, H query heads, K key/value heads, C head width, V vocabulary.
 
 def norm(x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
-    """scale * x / rms(x) over the last dim, in fp32; the scale is a factor of the row's, so that it costs no pass."""
+    """scale * x / rms(x) over the last dim, in fp32; a scale of whole rows joins their factor and costs no pass."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     # the epsilon is fp32's, pinned: embeddings start with a mean square of 2.5e-5
@@ -779,7 +779,7 @@ class Linear(nn.Module):
         if self.adapter is not None:
             y = self.adapter(x, F.linear(x, self.weight.to(x.dtype)))
             return y if scale is None else scale.to(x.dtype) * y
-        # folded into W: a product of (D, D) for one of (B, T, D), and none in the backward
+        # folded into W: products of (D, D) instead of (B, T, D), forward and backward
         return F.linear(x, (self.weight if scale is None else scale[:, None] * self.weight).to(x.dtype))
 
 class Table(Linear):
