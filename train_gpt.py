@@ -25,11 +25,13 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import Field, dataclass, field, fields, replace
+from datetime import timedelta
 from functools import partial
 from itertools import groupby, product
 from pathlib import Path
@@ -431,6 +433,13 @@ class Ranks:
         dist.broadcast(told, src=0)
         return told.tolist()
 
+    def most(self, value: float) -> float:
+        """The largest of all ranks' values, on every rank, once all have come; on the host, as `agree`."""
+        if self.world == 1:
+            return value
+        dist.all_reduce(told := torch.tensor(value, dtype=torch.float64), dist.ReduceOp.MAX)
+        return told.item()
+
     def share(self, items: list) -> list:
         """This rank's contiguous share of `items`; the shares of all ranks are disjoint and cover it."""
         n = len(items)
@@ -462,12 +471,12 @@ def launch(env: Mapping[str, str]) -> Iterator[Ranks]:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield Ranks(rank, world, device)
-    finally:
-        if world > 1:
-            dist.destroy_process_group()
+        # how long a rank may wait for others; what one does alone, packing and its documents, is slow on a CPU
+        backend, minutes = ("cpu:gloo,cuda:nccl", 10) if device.type == "cuda" else ("gloo", 30)
+        dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
+    yield Ranks(rank, world, device)
+    if world > 1:  # after a failure `run` ends the process instead: this would wait for ranks that wait for this one
+        dist.destroy_process_group()
 
 class Clock:
     """Training time in seconds: runs from creation, stands still inside `paused()`, which waits for the device."""
@@ -550,7 +559,7 @@ class Log:
         self(f"python:{sys.version.split()[0]} torch:{torch.__version__} "
              + " ".join(f"{package}:{importlib.metadata.version(package)}" for package in PACKAGES))
         self(f"device:{device} world_size:{ranks.world}")
-        if on_gpu and shutil.which("nvidia-smi"):
+        if self.active and on_gpu and shutil.which("nvidia-smi"):
             query = ["nvidia-smi", "--query-gpu=name,driver_version,power.limit,clocks.max.sm", "--format=csv,noheader"]
             self(f"nvidia-smi: {subprocess.run(query, capture_output=True, text=True).stdout.strip().splitlines()}")
         self(f"variant:{cfg.variant} seed:{cfg.seed} overrides: {' '.join(overrides) or 'none'}")
@@ -725,39 +734,77 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x1, x2, rest = x.split((r, r, x.size(-1) - 2 * r), dim=-1)
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest), dim=-1).type_as(x)
 
-def attend_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
     """Causal attention by torch. q: (B, T, H, C); k, v: (B, T, K, C), H a multiple of K; returns (B, T, H, C)."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+    if q.is_cuda and q.dtype == torch.float32:
+        # for fp32 there is one kernel that keeps no (T, T) scores, and it knows no groups
+        k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2)
 
-def attend_by(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend_by(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
     """The same by one of torch's kernels; RuntimeError if that can't."""
     with sdpa_kernel(backend):
-        return attend_sdpa(q, k, v)
+        return attend_sdpa(q, k, v, scale)
+
+def attend_flash(kernel: Callable, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """The same by flash_attn_func of a FlashAttention package; old ones return more than the output."""
+    y = kernel(q, k, v, softmax_scale=scale, causal=True)
+    return y[0] if isinstance(y, tuple) else y
+
+def attend_padded(attend: Callable, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same by a kernel that takes heads of a multiple of 8 channels: 60 (PR #1127) run as 64, at their scale."""
+    channels = q.size(-1)
+    q, k, v = (F.pad(t, (0, -channels % 8)) for t in (q, k, v))
+    return attend(q, k, v, scale=channels**-0.5)[..., :channels]
 
 def compute_dtype(cfg: Config, device: torch.device) -> torch.dtype:
     """The dtype of activations: bf16 where matrix units are made for it, fp32 elsewhere, unless DTYPE says."""
     fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if cfg.dtype == "bf16" or (cfg.dtype == "auto" and fast) else torch.float32
 
-def choose_attention(cfg: Config, device: torch.device) -> tuple[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """(name, causal attention). A kernel that is asked for by name must be there; `auto` takes the best that is."""
-    flash = device.type == "cuda" and compute_dtype(cfg, device) == torch.bfloat16
-    flash = flash and cfg.head_dim % 8 == 0  # torch pads other heads (the 60 channels of PR #1127) for its own kernel
-    hopper = flash and torch.cuda.get_device_capability(device)[0] == 9
-    own = dict(cudnn=SDPBackend.CUDNN_ATTENTION, flash=SDPBackend.FLASH_ATTENTION)
-    if flash and cfg.attention in own:
-        return cfg.attention, partial(attend_by, own[cfg.attention])
-    kernels = dict(fa3=("flash_attn_interface", hopper), fa2=("flash_attn", flash))
-    for name, (module, runs_here) in kernels.items():
-        if runs_here and cfg.attention in ("auto", name):
-            with suppress(ImportError):
-                return name, partial(importlib.import_module(module).flash_attn_func, causal=True)
-    if cfg.attention not in ("auto", "sdpa"):
-        module = f"the module {kernels[cfg.attention][0]}, " if cfg.attention in kernels else ""
-        raise InputError(f"ATTENTION={cfg.attention} needs {module}a GPU for it, bf16 and heads of a multiple of 8 "
-                         "channels; auto takes what is there")
-    return "sdpa", attend_sdpa
+class Attention(NamedTuple):
+    """The causal attention of a run, and what the log says of a faster one that is missing."""
+    name: str
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+    warning: str = ""
+
+TORCH_KERNELS = dict(cudnn=SDPBackend.CUDNN_ATTENTION, flash=SDPBackend.FLASH_ATTENTION)
+FLASH_PACKAGES = dict(fa3=("flash_attn_interface", "flash_attn_3"), fa2=("flash_attn", "flash_attn"))
+
+def load_attention(name: str, cfg: Config, ranks: Ranks) -> Callable:
+    """The attention of that name. ImportError if it is not for this device, or its package missing or broken."""
+    if name == "sdpa":
+        return attend_sdpa
+    if ranks.device.type != "cuda" or compute_dtype(cfg, ranks.device) != torch.bfloat16:
+        raise ImportError("it runs on a GPU, in bf16")
+    if name in TORCH_KERNELS:
+        return partial(attend_by, TORCH_KERNELS[name])
+    if name == "fa3" and torch.cuda.get_device_capability(ranks.device)[0] != 9:
+        raise ImportError("it runs on a Hopper GPU")
+    module, namespace = FLASH_PACKAGES[name]
+    try:
+        kernel = importlib.import_module(module).flash_attn_func
+    except (OSError, RuntimeError, AttributeError) as error:  # a wheel that was built for another torch or CUDA
+        raise ImportError(f"{module} cannot be loaded ({' '.join(str(error).split())})") from None
+    if ranks.compiles(cfg) and not hasattr(getattr(torch.ops, namespace), "_flash_attn_forward"):
+        raise ImportError(f"this {module} registers no operator that torch.compile could trace; take a newer one")
+    return partial(attend_flash, kernel)
+
+def choose_attention(cfg: Config, ranks: Ranks) -> Attention:
+    """A kernel that is asked for by name must be there; `auto` takes the best that is."""
+    missing = []
+    for name in ("fa3", "fa2", "sdpa") if cfg.attention == "auto" else (cfg.attention,):
+        try:
+            attend = load_attention(name, cfg, ranks)
+        except ImportError as error:
+            missing.append(f"{name}: {error}")
+            continue
+        if name != "sdpa" and cfg.head_dim % 8:
+            attend = partial(attend_padded, attend)
+        slow = ranks.device.type == "cuda" and cfg.attention == "auto" and missing
+        return Attention(name, attend, f"WARNING: attention by {name}, without {'; '.join(missing)}" if slow else "")
+    raise InputError(f"ATTENTION={cfg.attention} cannot run: {missing[0]}; auto takes what is there")
 
 def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
     """Remove from each head's output y (B, T, H, C) what lies along the token's own value v (B, T, K, C) (PR #265)."""
@@ -928,7 +975,8 @@ class GPT(nn.Module):
     def __init__(self, cfg: Config, attend: Callable = attend_sdpa, dtype: torch.dtype = torch.float32):
         super().__init__()
         dim, skips = cfg.model_dim, len(layer_order(cfg, True)) // 2
-        self.dtype, self.softcap, self.orders = dtype, cfg.logit_softcap, [layer_order(cfg, on) for on in (False, True)]
+        self.dtype, self.softcap = dtype, cfg.logit_softcap
+        self.order, self.looped_order = layer_order(cfg, False), layer_order(cfg, True)
         self.tok_emb = Table(cfg.vocab_size, dim)
         self.embed_scale = unset(dim) if cfg.embed_scale else None
         self.bigram = BigramHashEmbedding(cfg) if cfg.bigram_vocab_size else None
@@ -971,7 +1019,8 @@ class GPT(nn.Module):
         x = norm(x if self.bigram is None else x + self.bigram(ids)).to(self.dtype)
         x = x0 = x if self.smear is None else self.smear(x, ids)
         values = self.value_embed(ids, x.dtype) if self.value_embed is not None else {}
-        rotary, order = (self.cos[: ids.size(1)], self.sin[: ids.size(1)]), self.orders[looped]
+        rotary = self.cos[: ids.size(1)], self.sin[: ids.size(1)]
+        order = self.looped_order if looped else self.order
         skips, first_value = [], None
         for position, layer in enumerate(order):
             row = position - len(order) // 2
@@ -1707,7 +1756,7 @@ def load_model(cfg: Config, weights: Mapping[str, Tensor], ranks: Ranks) -> GPT:
     """A model with these weights, on the device; built without memory, so that no header can make it allocate."""
     try:
         with torch.device("meta"):
-            model = GPT(cfg, choose_attention(cfg, ranks.device)[1], compute_dtype(cfg, ranks.device))
+            model = GPT(cfg, choose_attention(cfg, ranks).attend, compute_dtype(cfg, ranks.device))
         model.load_state_dict(dict(weights), assign=True)
     except RuntimeError as error:
         raise InputError(f"the artifact's tensors do not fit its settings: {' '.join(str(error).split())}") from None
@@ -1771,7 +1820,7 @@ class Trainer:
             log(f"late_qat:enabled step:{step} scale:{scale:.4f}")
         if not self.looped and self.cfg.num_loops and share >= self.cfg.enable_looping_at:
             self.looped = True
-            log(f"layer_loop:enabled step:{step} frac:{share:.3f} order:{self.model.orders[True]}")
+            log(f"layer_loop:enabled step:{step} frac:{share:.3f} order:{self.model.looped_order}")
 
     def warm_up(self, log: Log) -> float:
         """Run the steps that training will run, then undo them. Returns the seconds of the last, 0 if unknown."""
@@ -1790,21 +1839,24 @@ class Trainer:
         self.batches.seek(position)
         return seconds
 
-    def time_calibration(self, log: Log) -> float:
-        """The seconds to set aside for GPTQ's batches: what one takes, times their number, and a fifth more."""
+    def rehearse_calibration(self) -> tuple[float, float]:
+        """The seconds that one of GPTQ's batches takes, and those of its sums over ranks; all is undone."""
         if self.cfg.quantizer != "gptq":
-            return 0.0
-        position, count, self.looped = self.batches.step, self.cfg.gptq_calibration_batches, self.cfg.num_loops > 0
+            return 0.0, 0.0
+        position, self.looped = self.batches.step, self.cfg.num_loops > 0
         with self.observers() as seen:
             for _ in range(2):  # the first one initializes
-                begin = time.perf_counter()
+                clock = Clock(self.ranks.device, 0.0)
                 self.observe()
-                sum(o.outputs.sum() + o.count for o in seen.values()).item()  # waits for the device
-                reserve = 1.2 * count * (time.perf_counter() - begin)
+                clock.synchronize()
+                batch = clock.seconds()
+                for observer in seen.values():
+                    curvature(observer, self.ranks)
+                clock.synchronize()
+                sums = clock.seconds() - batch
         self.looped = False
         self.batches.seek(position)
-        log(f"gptq:reserving {reserve:.2f}s for {count} batches")
-        return reserve
+        return batch, sums
 
 def timing(step: int, seconds: float) -> str:
     return f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / step:.2f}ms"
@@ -1817,35 +1869,39 @@ def report_step(step: int, seconds: float, reading: Reading, cfg: Config, log: L
     if step <= 10 or step % cfg.train_log_every == 0:
         log(f"step:{step}/{cfg.iterations} train_loss:{loss:.4f} {timing(step, seconds)}")
 
-def less_time(cfg: Config, reserve: float) -> Config:
-    """The settings with `reserve` seconds less to train."""
-    if not cfg.max_wallclock_seconds:
+def less_time(cfg: Config, batch: float, sums: float, log: Log) -> Config:
+    """The settings with less time to train, by what GPTQ's batches should take, a fifth more, and twice their sums."""
+    reserve = 1.2 * cfg.gptq_calibration_batches * batch + 2 * sums
+    if not reserve or not cfg.max_wallclock_seconds:
         return cfg
+    log(f"gptq:reserving {reserve:.2f}s for {cfg.gptq_calibration_batches} batches")
     if reserve >= cfg.max_wallclock_seconds:
         raise InputError(f"GPTQ's batches need {reserve:.1f} s, so MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds} "
                          "leaves no time to train; lower GPTQ_CALIBRATION_BATCHES")
     return replace(cfg, max_wallclock_seconds=cfg.max_wallclock_seconds - reserve)
 
-def calibrate(trainer: Trainer, reserve: float, clock: Clock, log: Log) -> dict[str, Curvature]:
-    """What errors in the averaged weights cost, seen on the clock, in fewer batches if they turn out slower."""
-    count, limit = trainer.cfg.gptq_calibration_batches, trainer.cfg.max_wallclock_seconds or math.inf
-    used, elapsed, slowest = 0, clock.seconds(), reserve / count
+def calibrate(trainer: Trainer, batch: float, sums: float, clock: Clock, log: Log) -> dict[str, Curvature]:
+    """What errors in the averaged weights cost, seen on the clock; in fewer batches if those take longer than in the
+    rehearsal, where one took `batch` seconds, and the sums over ranks `sums`.
+    """
+    ranks, count = trainer.ranks, trainer.cfg.gptq_calibration_batches
+    limit = trainer.cfg.max_wallclock_seconds or math.inf
+    used, elapsed = 0, ranks.most(clock.seconds())  # of all ranks, or they would leave the loop one by one
     with trainer.average.applied(), trainer.observers() as seen:
-        while used == 0 or used < count and elapsed + 2 * slowest < limit:
-            before = elapsed
+        while used == 0 or used < count and elapsed + 2 * (batch + sums) < limit:
             trainer.observe()
             clock.synchronize()
-            used, (elapsed,) = used + 1, trainer.ranks.agree(clock.seconds())
-            slowest = max(slowest, elapsed - before)
+            before, elapsed = elapsed, ranks.most(clock.seconds())
+            used, batch = used + 1, max(batch, elapsed - before)
     log(f"gptq:collected {sum(o.count > 0 for o in seen.values())} Hessians from {used} of {count} batches")
-    return {name: curvature(observer, trainer.ranks) for name, observer in seen.items()}
+    return {name: curvature(observer, ranks) for name, observer in seen.items()}
 
 def train(trainer: Trainer, validate: Callable[[], Score], log: Log) -> dict[str, Curvature]:
     """Train until ITERATIONS or just before the clock's limit; the average is in `trainer.average`. Returns what GPTQ
     must know of the data, met on further batches, on the clock. A step is reported while the next one runs.
     """
-    step_seconds, reserve = trainer.ranks.agree(trainer.warm_up(log), trainer.time_calibration(log))
-    cfg, average, done = less_time(trainer.cfg, reserve), trainer.average, None
+    step_seconds, *calibration = trainer.ranks.agree(trainer.warm_up(log), *trainer.rehearse_calibration())
+    cfg, average, done = less_time(trainer.cfg, *calibration, log), trainer.average, None
     clock = Clock(trainer.ranks.device, step_seconds)
     bar = progress_bar("training", 1.0, log)
     for step in range(cfg.iterations):
@@ -1873,7 +1929,7 @@ def train(trainer: Trainer, validate: Callable[[], Score], log: Log) -> dict[str
         average.update(1.0)
         log(f"averaging: {cfg.averaging} took no snapshot, so the last weights stand in")
     log(f"averaging:{cfg.averaging} updates:{average.count}{trainer.ranks.memory()}")
-    costs = calibrate(trainer, reserve, clock, log) if cfg.quantizer == "gptq" else {}
+    costs = calibrate(trainer, *calibration, clock, log) if cfg.quantizer == "gptq" else {}
     clock.synchronize()
     log(f"training ended: step:{done[0]}/{cfg.iterations} {timing(done[0], clock.seconds())}")
     return costs
@@ -1890,7 +1946,7 @@ class ScoredChunk(NamedTuple):
     """What was scored, after its score was committed: all that an adapter ever sees. The last chunk has no rows."""
     index: int
     progress: float  # 0 for the first chunk of the stream, 1 for the last
-    nll: Tensor  # (n,) float64, nats; final
+    nll: Tensor  # float64, nats, of each target; final
     inputs: Tensor  # (R, T) rows to learn from
     targets: Tensor  # (R, S), of the last S positions
     weight: Tensor  # (R,) of each row's loss
@@ -1908,6 +1964,11 @@ def read_validation(cfg: Config) -> np.ndarray:
     """The tokens of the validation split, one shard after the other (N,)."""
     return np.concatenate([check_tokens(read_shard(p), cfg.vocab_size, p) for p in find_shards(cfg, "val")])
 
+def document_spans(stream: np.ndarray) -> list[tuple[int, int]]:
+    """(first target, end) of each document of a stream of tokens (N,): its last target is the BOS of the next."""
+    firsts = [0, *(np.flatnonzero(stream[1:-1] == BOS) + 1).tolist()]
+    return list(zip(firsts, [*firsts[1:], len(stream) - 1]))
+
 class Scorer:
     """Scores a stream of tokens, or each of its documents, from left to right; a chunk is final before it leaves."""
     def __init__(self, stream: np.ndarray, cfg: Config, ranks: Ranks, log: Log):
@@ -1916,26 +1977,27 @@ class Scorer:
         stream = check_tokens(stream[: cfg.val_max_tokens + 1] if cfg.val_max_tokens else stream, cfg.vocab_size, "it")
         self.tokens = torch.from_numpy(stream.astype(np.int64)).to(ranks.device)
         self.bytes = load_byte_table(cfg, ranks.device).count(self.tokens[:-1], self.tokens[1:])
+        self.documents = document_spans(stream)
         self.cfg, self.ranks, self.log, self.audited = cfg, ranks, log, {}
 
     @torch.no_grad()
-    def losses(self, forward: Callable, firsts: list[int], count: int) -> Tensor:
-        """Losses (len(firsts), count) of the `count` targets from each of `firsts` on, at the end of a full window."""
-        device, last = self.tokens.device, len(self.tokens) - 1
+    def losses(self, forward: Callable, windows: list[tuple[int, int]], rows: int) -> Tensor:
+        """Losses (rows, count) of windows, one after the other, that score `count` targets each; the last repeats."""
+        (first, count), device, end = windows[0], self.tokens.device, len(self.tokens) - 1
+        firsts = (first + count * torch.arange(rows, device=device)).clamp(max=windows[-1][0])
         span = torch.arange(count - self.cfg.window, count + 1, device=device)
         # where the stream ends earlier, its last token repeats: causality keeps that out of every score that counts
-        tokens = self.tokens[(torch.tensor(firsts, device=device)[:, None] + span).clamp(max=last)]
+        tokens = self.tokens[(firsts[:, None] + span).clamp(max=end)]
         return forward(tokens[:, :-1], tokens[:, -count:])
 
-    def batches(self, windows: list[tuple[int, int]], per_chunk: int) -> Iterator[list[tuple[int, int]]]:
-        """This rank's windows in batches. For a compiler a short one is filled up with its last: one graph serves."""
-        mine = self.ranks.share(windows)
-        if mine and mine[0][0] == 0:
-            yield [mine.pop(0)]
+    def batches(self, windows: list[tuple[int, int]], per_chunk: int) -> Iterator[tuple[list[tuple[int, int]], int]]:
+        """(windows, rows) of this rank's batches. For a compiler all have as many rows, so all ranks share graphs."""
         size = min(self.cfg.eval_batch_seqs, -(-per_chunk // self.ranks.world))
-        for i in range(0, len(mine), size):
-            batch = mine[i : i + size]
-            yield batch + batch[-1:] * (size - len(batch)) * self.ranks.compiles(self.cfg)
+        for _, alike in groupby(self.ranks.share(windows), key=lambda window: window[1]):
+            mine = list(alike)
+            for i in range(0, len(mine), size):
+                batch = mine[i : i + size]
+                yield batch, size if self.ranks.compiles(self.cfg) else len(batch)
 
     def chunks(self, forward: Callable, stride: int, chunk_tokens: int) -> Iterator[ScoredChunk]:
         """Score the stream chunk by chunk. The sum that commits a chunk is the barrier before anyone trains on it."""
@@ -1944,15 +2006,14 @@ class Scorer:
         for index, low in enumerate(range(0, total, chunk_tokens)):
             high = min(low + chunk_tokens, total)
             nll = torch.zeros(high - low, dtype=torch.float64, device=self.tokens.device)
-            for batch in self.batches(score_windows(low, high, self.cfg.window, stride), chunk_tokens // stride):
+            for batch, rows in self.batches(score_windows(low, high, self.cfg.window, stride), chunk_tokens // stride):
                 first, last = batch[0][0], min(sum(batch[-1]), high)
-                rows = self.losses(forward, [w[0] for w in batch], batch[0][1])
-                nll[first - low : last - low] = rows.flatten()[: last - first]
+                nll[first - low : last - low] = self.losses(forward, batch, rows).flatten()[: last - first]
             learn = slice(low, low + chunk_tokens * (high < total))
             inputs, targets = (t[learn].view(-1, self.cfg.window) for t in (self.tokens[:-1], self.tokens[1:]))
             weight = torch.ones(len(inputs), device=nll.device)
             yield ScoredChunk(index, index / max(count - 1, 1), self.ranks.sum_(nll), inputs, targets, weight)
-            show(nll, slice(low, high))
+            show(nll, self.bytes[low:high], high - low)
         show.bar.close()
 
     def evaluate(self, forward: Callable, stride: int, chunk_tokens: int, adapt: Callable | None = None) -> Score:
@@ -1966,10 +2027,9 @@ class Scorer:
 
     def score(self, nll: Tensor, index: Tensor, begin: float) -> Score:
         """The score of all targets' nll; `audited` keeps it beside bytes and the index of each one's chunk."""
-        columns = dict(nll=nll, bytes=self.bytes, chunk=index.long())
-        self.audited = {name: column.cpu().numpy() for name, column in columns.items()}
+        self.audited = dict(nll=nll, bytes=self.bytes, chunk=index.long())
         if self.cfg.audit and self.ranks.is_main:
-            np.savez(self.cfg.audit, **self.audited)
+            np.savez(self.cfg.audit, **{name: column.cpu().numpy() for name, column in self.audited.items()})
         loss, size = float(nll.mean()), int(self.bytes.sum())
         return Score(loss, loss * len(nll) / math.log(2) / max(size, 1), time.perf_counter() - begin)
 
@@ -1982,11 +2042,6 @@ class Scorer:
         chunk_tokens = self.cfg.window * 1024 if self.cfg.ttt_scope == "document" else self.cfg.ttt_chunk_tokens
         return self.evaluate(forward, self.cfg.eval_stride, chunk_tokens, adapt)
 
-    def documents(self) -> list[tuple[int, int]]:
-        """(first target, end) of each document: its last target is the BOS of the next."""
-        firsts = [0, *((self.tokens[1:-1] == BOS).nonzero().flatten() + 1).tolist()]
-        return list(zip(firsts, [*firsts[1:], len(self.tokens) - 1]))
-
     def document_batches(self) -> list[list[tuple[int, int]]]:
         """This rank's batches of documents, in each of which the shortest lasts 4/5 of the longest or more.
 
@@ -1996,7 +2051,7 @@ class Scorer:
             return -(-(document[1] - document[0]) // self.cfg.ttt_chunk_tokens)
 
         batches: list[list[tuple[int, int]]] = []
-        for document in sorted(self.documents(), key=chunks, reverse=True):
+        for document in sorted(self.documents, key=chunks, reverse=True):
             full = not batches or len(batches[-1]) == self.cfg.ttt_batch_seqs
             if full or 5 * chunks(document) < 4 * chunks(batches[-1][0]):
                 batches.append([])
@@ -2010,33 +2065,38 @@ class Scorer:
 
     def by_document(self, forward: Callable, adapter: Callable[[int], Callable[[ScoredChunk], None]]) -> Score:
         """Score each document alone, side by side (PR #77), each with one of the n adapters that adapter(n) makes."""
-        begin, show = time.perf_counter(), Progress(self)
-        nll, index = torch.zeros(2, len(self.bytes), dtype=torch.float64, device=self.tokens.device)
-        for batch in self.document_batches():
-            adapt = adapter(len(batch))
-            for chunk, positions in self.document_chunks(forward, batch):
-                nll[positions], index[positions] = chunk.nll, float(chunk.index)
-                show(chunk.nll, positions)
+        begin, show, total, size = time.perf_counter(), Progress(self), len(self.bytes), self.cfg.ttt_chunk_tokens
+        # one place more, for what batches compute beyond the end of a document
+        nll, index = torch.zeros(2, total + 1, dtype=torch.float64, device=self.tokens.device)
+        of_token = F.pad(self.bytes, (0, 1))
+        batches = self.document_batches()
+        spans = torch.tensor([span for batch in batches for span in batch], device=nll.device).view(-1, 2)
+        for batch, span in zip(batches, spans.split([len(batch) for batch in batches])):
+            adapt, lengths = adapter(len(batch)), [end - first for first, end in batch]
+            for chunk, places in self.document_chunks(forward, span, max(lengths)):
+                nll[places], index[places] = chunk.nll, float(chunk.index)
+                show(chunk.nll, of_token[places], sum(min(max(n - chunk.index * size, 0), size) for n in lengths))
                 adapt(chunk)
         show.bar.close()
-        return self.score(self.ranks.sum_(nll), self.ranks.sum_(index), begin)
+        return self.score(self.ranks.sum_(nll[:-1]), self.ranks.sum_(index[:-1]), begin)
 
-    def document_chunks(self, forward: Callable, batch: list[tuple[int, int]]) -> Iterator[tuple[ScoredChunk, Tensor]]:
-        """Chunk by chunk: the n-th one of all these documents, and the positions of its targets in the stream."""
-        device, size = self.tokens.device, self.cfg.ttt_chunk_tokens
-        first, end = (torch.tensor(column, device=device)[:, None] for column in zip(*batch))
-        longest = int((end - first).max())
+    def document_chunks(self, forward: Callable, spans: Tensor, longest: int) -> Iterator[tuple[ScoredChunk, Tensor]]:
+        """Chunk by chunk: the n-th one of all documents of these spans (B, 2), of which the longest is given, and the
+        places (B, n) of its targets in the stream, or the one behind its end where a document has none left.
+        """
+        device, size, (first, end) = self.tokens.device, self.cfg.ttt_chunk_tokens, spans.split(1, dim=1)
         for index, high in enumerate(range(size, longest + size, size)):
-            span = torch.arange(high - min(high, self.cfg.window), high + 1, device=device)
-            tokens = self.tokens[(first + span).clamp(max=end)]  # one that has ended repeats its last, and weighs 0
+            window = torch.arange(high - min(high, self.cfg.window), high + 1, device=device)
+            tokens = self.tokens[(first + window).clamp(max=end)]  # one that has ended repeats its last, and weighs 0
             inputs, targets = tokens[:, :-1], tokens[:, -size:]
             with torch.no_grad():
                 losses = forward(inputs, targets).double()
-            positions = first + torch.arange(high - size, high, device=device)
-            scored, more = positions < end, (first + high < end).flatten()
+            places = first + torch.arange(high - size, high, device=device)
+            ended, more = places >= end, (first + high < end).flatten()
             rows = slice(None if high < longest else 0)
-            chunk = ScoredChunk(index, 0.0, losses[scored], inputs[rows], targets[rows], more[rows] * float(len(batch)))
-            yield chunk, positions[scored]
+            chunk = ScoredChunk(index, 0.0, losses.masked_fill(ended, 0.0), inputs[rows], targets[rows],
+                                more[rows] * float(len(spans)))
+            yield chunk, places.masked_fill(ended, len(self.tokens) - 1)
 
 class Progress:
     """Bits per byte so far: on a bar for a person who watches, and a line a minute. Else it keeps nobody waiting."""
@@ -2044,14 +2104,14 @@ class Progress:
         self.scorer, self.nll, self.size, self.done = scorer, 0.0, 0, 0
         self.bar, self.spoken = progress_bar("scoring", len(scorer.bytes), scorer.log), time.perf_counter()
 
-    def __call__(self, nll: Tensor, where: slice | Tensor) -> None:
-        self.nll, self.size = self.nll + nll.sum(), self.size + self.scorer.bytes[where].sum()
-        self.done += len(nll)
+    def __call__(self, nll: Tensor, size: Tensor, count: int) -> None:
+        """`count` more targets are scored: their nll in nats and their bytes."""
+        self.nll, self.size, self.done = self.nll + nll.sum(), self.size + size.sum(), self.done + count
         late = time.perf_counter() - self.spoken > 60
         if late or not self.bar.disable:
             bpb = float(self.nll / math.log(2) / self.size.clamp(min=1))
             self.bar.set_postfix_str(f"{bpb:.4f} bpb", refresh=False)
-            self.bar.update(len(nll))
+            self.bar.update(count)
         if late:
             self.spoken = time.perf_counter()
             self.scorer.log(f"scoring:{self.done}/{len(self.scorer.bytes)} running_bpb:{bpb:.4f}")
@@ -2060,24 +2120,29 @@ class Progress:
 
 class LoRA(nn.Module):
     """A term of low rank that a Linear adds, zero at first (arXiv:2106.09685): one for all rows, or one for each."""
-    def __init__(self, linear: Linear, rows: int, rank: int, draw: torch.Generator):
+    def __init__(self, down: Tensor, fan_out: int, rows: int):
         super().__init__()
-        fan_out, fan_in = linear.weight.shape
-        down = (2 * torch.rand(rank, fan_in, generator=draw) - 1) * fan_in**-0.5
-        self.down = nn.Parameter(down.to(linear.weight.device).repeat(rows, 1, 1))
-        self.up = nn.Parameter(linear.weight.new_zeros(rows, fan_out, rank))
+        self.down = nn.Parameter(down.repeat(rows, 1, 1))
+        self.up = nn.Parameter(down.new_zeros(rows, fan_out, len(down)))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return y + x @ self.down.mT.to(x.dtype) @ self.up.mT.to(x.dtype)
 
-def attach_lora(model: GPT, rows: int, cfg: Config) -> list[Tensor]:
-    """Freeze the model, give q, v and the head fresh adapters, the same for the same seed; returns their parameters."""
-    model.requires_grad_(False)
-    draw, adapters = torch.Generator().manual_seed(cfg.seed), []
+def lora_starts(model: GPT, cfg: Config) -> dict[Linear, Tensor]:
+    """What LoRA adapts, q, v and the head, each with the `down` (rank, fan_in) that it starts from; SEED draws them."""
+    draw, starts = torch.Generator().manual_seed(cfg.seed), {}
     for linear in [m for b in model.blocks for m in (b.attn.c_q, b.attn.c_v)] + [model.tok_emb]:
-        linear.adapter = LoRA(linear, rows, cfg.ttt_lora_rank, draw)
-        adapters += linear.adapter.parameters()
-    return adapters
+        fan_in = linear.weight.size(1)
+        down = (2 * torch.rand(cfg.ttt_lora_rank, fan_in, generator=draw) - 1) * fan_in**-0.5
+        starts[linear] = down.to(linear.weight.device)
+    return starts
+
+def attach_lora(model: GPT, starts: Mapping[Linear, Tensor], rows: int) -> list[Tensor]:
+    """Freeze the model and give each Linear of `starts` a fresh adapter for so many rows; returns their parameters."""
+    model.requires_grad_(False)
+    for linear, down in starts.items():
+        linear.adapter = LoRA(down, linear.weight.size(0), rows)
+    return [p for linear in starts for p in linear.adapter.parameters()]
 
 def adapting_parameters(model: GPT, cfg: Config) -> list[Tensor]:
     """What test-time training may change, a LoRA aside; all else is frozen. Raises InputError if that is nothing."""
@@ -2106,18 +2171,19 @@ class Adaptation:
         wave = 0.5 + 0.5 * math.cos(math.pi * chunk.progress)
         for group in self.optimizer.param_groups:
             group["lr"] = self.cfg.ttt_lr * max(self.cfg.ttt_cosine_floor, wave)
+        rows = torch.arange(len(chunk.inputs), device=chunk.weight.device)
         for _ in range(self.cfg.ttt_epochs):
-            for first in range(0, len(chunk.inputs), self.cfg.ttt_batch_seqs):
-                self.step(chunk, torch.arange(len(chunk.inputs))[first : first + self.cfg.ttt_batch_seqs])
+            for first in range(0, len(rows), self.cfg.ttt_batch_seqs):
+                self.step(chunk, rows[first : first + self.cfg.ttt_batch_seqs])
         self.drift = self.ranks.differ(self.params) | self.drift
 
     def step(self, chunk: ScoredChunk, rows: Tensor) -> None:
         """One step on the mean loss of these rows of a scored chunk, the same for any number of ranks."""
         count, world = len(rows), self.ranks.world  # ranks split the rows, filled up with some of weight 0
-        mine = torch.arange(count + -count % world).chunk(world)[self.ranks.rank]
-        share, rows = (mine < count) * (world / count), rows[mine.clamp(max=count - 1)]
+        mine = torch.arange(count + -count % world, device=rows.device).chunk(world)[self.ranks.rank]
+        weight, rows = (mine < count) * (world / count), rows[mine.clamp(max=count - 1)]
         losses = self.forward(chunk.inputs[rows], chunk.targets[rows]).mean(1)
-        (losses * share.to(losses.device) * chunk.weight[rows]).sum().backward()
+        (losses * weight * chunk.weight[rows]).sum().backward()
         self.ranks.mean_([p.grad for p in self.params])
         if self.cfg.ttt_grad_clip:
             nn.utils.clip_grad_norm_(self.params, self.cfg.ttt_grad_clip)
@@ -2128,10 +2194,11 @@ def adaptive_score(scorer: Scorer, model: GPT, params: list[Tensor], forward: Ca
     """The score while `params`, or else a LoRA, learn from the stream, or each document's own LoRA from it alone."""
     cfg, ranks = scorer.cfg, scorer.ranks
     score, learn = partial(forward, temperature=cfg.ttt_temperature), partial(forward, z_loss=cfg.ttt_z_loss)
+    starts = lora_starts(model, cfg) if cfg.ttt_lora_rank else {}
     if cfg.ttt_scope == "document":
         alone = Ranks(device=ranks.device)  # ranks do not meet
-        return scorer.by_document(score, lambda n: Adaptation(attach_lora(model, n, cfg), learn, cfg, alone))
-    adapt = Adaptation(params or attach_lora(model, 1, cfg), learn, cfg, ranks)
+        return scorer.by_document(score, lambda n: Adaptation(attach_lora(model, starts, n), learn, cfg, alone))
+    adapt = Adaptation(params or attach_lora(model, starts, 1), learn, cfg, ranks)
     result = scorer.sliding(score, adapt)
     if adapt.drift:
         raise Unusable("the ranks adapted to different weights; score with one process, and report this")
@@ -2142,14 +2209,16 @@ def adaptive_score(scorer: Scorer, model: GPT, params: list[Tensor], forward: Ca
 def run_training(cfg: Config, ranks: Ranks, log: Log) -> dict[str, Score]:
     """Train, average and write the artifact; returns the scores of the raw and of the averaged weights."""
     scorer, shards = Scorer(read_validation(cfg), cfg, ranks, log), find_shards(cfg, "train")
-    (name, attend), dtype = choose_attention(cfg, ranks.device), compute_dtype(cfg, ranks.device)
-    model = GPT(cfg, attend, dtype)
+    attention, dtype = choose_attention(cfg, ranks), compute_dtype(cfg, ranks.device)
+    model = GPT(cfg, attention.attend, dtype)
     model.init_weights(cfg)
     trainer = Trainer(model.to(ranks.device), Batches(TokenStream(shards, cfg.vocab_size), cfg, ranks), cfg, ranks)
     log(f"train_loader:dataset:{Path(cfg.data_path).name} train_shards:{len(shards)}")
     log(f"val_loader:tokens:{len(scorer.bytes)} bytes:{int(scorer.bytes.sum())}")
-    log(f"model_params:{sum(p.numel() for p in model.parameters())} attention:{name} dtype:{dtype} "
+    log(f"model_params:{sum(p.numel() for p in model.parameters())} attention:{attention.name} dtype:{dtype} "
         f"grad_accum_steps:{trainer.batches.micro_steps}")
+    if attention.warning:
+        log(attention.warning)
     try:
         costs, weights = train(trainer, lambda: scorer.plain(trainer.forward), log), trainer.average.values
         save_artifact(plan(weights, grids(model, cfg), cfg, costs), weights, trainer.looped, cfg, ranks, log)
@@ -2186,7 +2255,7 @@ def run_evaluation(artifact: tuple[Config, dict[str, Tensor], bool], begin: floa
     scorer = Scorer(read_validation(cfg), cfg, ranks, log)
     passes = evaluations(scorer, model, looped)
     log(f"artifact:{cfg.artifact_path} variant:{cfg.variant} seed:{cfg.seed} "
-        f"attention:{choose_attention(cfg, ranks.device)[0]} dtype:{model.dtype} looped:{int(looped)} "
+        f"attention:{choose_attention(cfg, ranks).name} dtype:{model.dtype} looped:{int(looped)} "
         f"stride:{cfg.eval_stride} eval_seq_len:{cfg.window} ttt_chunk:{cfg.ttt_chunk_tokens} "
         f"load_time:{1000 * (time.perf_counter() - begin):.0f}ms")
     for name, evaluation in passes.items():
@@ -2218,7 +2287,7 @@ def audit(artifact: str | Path, tokens: np.ndarray, **overrides: Any) -> dict[st
         cfg, weights, looped = load_artifact(Path(artifact), {"VAL_MAX_TOKENS": "0"} | as_env(overrides))
         scorer = Scorer(tokens, cfg, ranks, Log(cfg, replace(ranks, rank=1)))
         [*evaluations(scorer, load_model(cfg, weights, ranks), looped).values()][-1]()
-        return scorer.audited
+        return {name: column.cpu().numpy() for name, column in scorer.audited.items()}
 
 def describe(cfg: Config) -> str:
     """The resolved settings and the number of parameters; needs no data, no GPU and no memory for weights."""
@@ -2265,10 +2334,22 @@ def main(argv: list[str], env: Mapping[str, str]) -> None:
         log(report(scores, cfg.artifact_path))
         log(f"log:{log.path} artifact:{cfg.artifact_path}")
 
-if __name__ == "__main__":
+def run(argv: list[str], env: Mapping[str, str]) -> None:
+    """`main`; after a mistake of the user's status 1 and one line, after Ctrl-C 130, after ours 1 and a traceback."""
     try:
-        main(sys.argv[1:], os.environ)
+        return main(argv, env)
     except InputError as error:
-        sys.exit(f"train_gpt.py: {error}")
+        status, text = 1, f"train_gpt.py: {error}\n"
     except KeyboardInterrupt:
-        sys.exit(130)
+        status, text = 130, ""
+    except Exception:
+        status, text = 1, traceback.format_exc()
+    sys.stderr.write(text)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if dist.is_initialized():
+        os._exit(status)  # an orderly end would wait for ranks that wait for this one, and torchrun would never know
+    sys.exit(status)
+
+if __name__ == "__main__":
+    run(sys.argv[1:], os.environ)

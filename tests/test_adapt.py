@@ -45,6 +45,7 @@ def scorer_of(cfg, tokens, ranks=None):
     scorer = t.Scorer.__new__(t.Scorer)
     scorer.audited = {}
     scorer.tokens, scorer.bytes = tokens, torch.ones(len(tokens) - 1, dtype=torch.int64)
+    scorer.documents = t.document_spans(tokens.numpy())
     scorer.cfg, scorer.ranks, scorer.log = cfg, ranks or t.Ranks(), SimpleNamespace(active=False)
     scorer.score = lambda nll, index, begin: (nll, index)
     return scorer
@@ -233,7 +234,7 @@ def test_a_document_learns_as_an_adapter_written_by_hand(optimizer):
     cfg, tokens = cfg_of("document", ttt_optimizer=optimizer, ttt_epochs=1, ttt_lr=0.05, ttt_momentum=0.5), text(70, firsts=(0,))
     nll, _ = adapted(cfg, tokens)
     model = make_model(cfg).requires_grad_(False)
-    t.attach_lora(model, 1, cfg)
+    t.attach_lora(model, t.lora_starts(model, cfg), 1)
     owners = {n: m for n, m in model.named_modules() if getattr(m, "adapter", None) is not None}
     assert sorted(owners) == ["blocks.0.attn.c_q", "blocks.0.attn.c_v", "blocks.1.attn.c_q", "blocks.1.attn.c_v", "tok_emb"]
     for m in owners.values():
@@ -291,20 +292,20 @@ def test_adapters_leave_the_weights_bit_for_bit(kind):
 def test_adapters_begin_as_terms_of_zero(rows):
     model, ids = make_model(CFG), text(132).view(4, 33)
     plain = model(ids[:, :-1], ids[:, 1:])
-    params = t.attach_lora(model, rows, dataclasses.replace(CFG, ttt_lora_rank=3))
+    params = t.attach_lora(model, t.lora_starts(model, dataclasses.replace(CFG, ttt_lora_rank=3)), rows)
     assert torch.equal(model(ids[:, :-1], ids[:, 1:]), plain)
     down, up = params[::2], params[1::2]
     assert len(down) == 2 * CFG.num_layers + 1 and not any(p.any() for p in up)
     for a, b in zip(down, up):
         assert a.shape[:2] == (rows, 3) and b.shape[::2] == (rows, 3) and a.abs().max() <= a.size(2) ** -0.5 and a.std() > 0.4 * a.size(2) ** -0.5
-    again = t.attach_lora(model, rows, dataclasses.replace(CFG, ttt_lora_rank=3))
+    again = t.attach_lora(model, t.lora_starts(model, dataclasses.replace(CFG, ttt_lora_rank=3)), rows)
     assert all(torch.equal(p, q) and p is not q for p, q in zip(params, again))
 
 
 def test_each_row_has_an_adapter_of_its_own():
     model, ids = make_model(CFG), text(132).view(4, 33)
     inputs, targets = ids[:, :-1], ids[:, 1:]
-    plain, params = model(inputs, targets), t.attach_lora(model, 4, dataclasses.replace(CFG, ttt_lora_rank=3))
+    plain, params = model(inputs, targets), t.attach_lora(model, t.lora_starts(model, dataclasses.replace(CFG, ttt_lora_rank=3)), 4)
     with torch.no_grad():
         for p in params:
             p[2] += 0.3
@@ -332,7 +333,7 @@ def test_the_z_loss_is_learned_from_but_not_scored():
 def test_the_rate_falls_as_a_cosine_to_its_floor(kind, floor):
     cfg, rates = cfg_of(kind, ttt_cosine_floor=floor), []
     tokens, model = text(6 * 64 + 10), make_model(cfg)
-    params = t.attach_lora(model, 1, cfg) if cfg.ttt_lora_rank else t.adapting_parameters(model, cfg)
+    params = t.attach_lora(model, t.lora_starts(model, cfg), 1) if cfg.ttt_lora_rank else t.adapting_parameters(model, cfg)
     adaptation = t.Adaptation(params, model, cfg, t.Ranks())
     adaptation.step = lambda chunk, rows: rates.append(adaptation.optimizer.param_groups[0]["lr"])
     scorer_of(cfg, tokens).sliding(model, adaptation)
@@ -369,28 +370,31 @@ def test_ranks_share_the_documents_and_score_each_target_once(length, marks, siz
     cfg = cfg_of("document", ttt_chunk_tokens=size, eval_seq_len=8, eval_stride=8, ttt_batch_seqs=batch)
     tokens = torch.arange(2, length + 2)
     tokens[sorted(m for m in marks if m < length)] = t.BOS
-    scored, total, chunks = torch.zeros(length - 1), 0, 0
+    scored, total, chunks = torch.zeros(length), 0, 0
     firsts, work = [i for i in range(length - 1) if i == 0 or tokens[i] == t.BOS], [0] * world
     for rank in range(world):
         scorer = scorer_of(cfg, tokens, alone_in(rank, world))
-        assert scorer.documents() == list(zip(firsts, [*firsts[1:], length - 1]))
+        assert scorer.documents == list(zip(firsts, [*firsts[1:], length - 1]))
         inner = scorer.document_chunks
 
-        def counted(forward, documents, inner=inner, rank=rank):
+        def counted(forward, spans, longest, inner=inner, rank=rank):
+            documents = spans.tolist()
             lasts = [-(-(end - first) // size) for first, end in documents]
+            assert longest == max(end - first for first, end in documents)
             assert 0 < len(documents) <= batch and min(lasts) >= 0.8 * max(lasts), "nobody waits for a straggler"
             work[rank] += max(lasts) * (8 + len(lasts))
-            for chunk, positions in inner(forward, documents):
-                assert chunk.nll.shape == positions.shape and chunk.nll.dtype == torch.float64
-                scored[positions] += 1
-                yield chunk, positions
+            for chunk, places in inner(forward, spans, longest):
+                assert chunk.nll.shape == places.shape == (len(documents), size) and chunk.nll.dtype == torch.float64
+                assert not chunk.nll[places == length - 1].any(), "what stands behind a document's end is no score"
+                scored.index_add_(0, places.flatten(), torch.ones(places.numel()))
+                yield chunk, places
 
         scorer.document_chunks = counted
         nll, index = scorer.by_document(first_loss, lambda n: lambda chunk: None)
         total, chunks = total + nll, chunks + index
-    longest = max(-(-(end - first) // size) for first, end in scorer.documents())
+    longest = max(-(-(end - first) // size) for first, end in scorer.documents)
     assert max(work) - min(work) <= longest * (8 + batch), "ranks have alike much to do"
-    assert (scored == 1).all() and torch.equal(total, tokens[1:].double())
+    assert (scored[:-1] == 1).all() and torch.equal(total, tokens[1:].double())
     assert chunks.tolist() == [(i - max(f for f in firsts if f <= i)) // size for i in range(length - 1)]
 
 
@@ -401,11 +405,12 @@ def test_what_is_learned_was_scored_in_the_same_document(length, marks, size):
     tokens = torch.arange(2, length + 2)
     tokens[sorted(m for m in marks if m < length)] = t.BOS
     scorer = scorer_of(cfg, tokens)
-    documents = sorted(scorer.documents(), key=lambda d: d[1] - d[0])
+    documents = sorted(scorer.documents, key=lambda d: d[1] - d[0])
     for i in range(0, len(documents), 3):
         done = set()
-        for chunk, positions in scorer.document_chunks(first_loss, documents[i : i + 3]):
-            done |= set((positions + 1).tolist())
+        spans = torch.tensor(documents[i : i + 3])
+        for chunk, places in scorer.document_chunks(first_loss, spans, int((spans[:, 1] - spans[:, 0]).max())):
+            done |= set((places[places < length - 1] + 1).tolist())
             assert len(chunk.inputs) in (0, len(documents[i : i + 3])) and len(chunk.weight) == len(chunk.inputs) == len(chunk.targets)
             for (first, end), row, targets, weight in zip(documents[i : i + 3], chunk.inputs, chunk.targets, chunk.weight):
                 high = first + (chunk.index + 1) * size

@@ -5,6 +5,7 @@ import itertools
 import math
 import re
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -251,11 +252,11 @@ def test_training_leaves_the_hessians_of_the_averaged_weights(gptq_cfg, log):
 def test_warm_up_sets_time_aside_and_leaves_no_trace(gptq_cfg, log):
     trainer = trainer_of(dataclasses.replace(gptq_cfg, warmup_steps=2))
     before = {n: p.clone() for n, p in trainer.model.state_dict().items()}
-    first, seconds, reserve = trainer.batches.load(0), trainer.warm_up(log), trainer.time_calibration(log)
-    assert seconds > 0 and reserve > 0 and not (trainer.looped or trainer.qat)
+    first, seconds, rehearsal = trainer.batches.load(0), trainer.warm_up(log), trainer.rehearse_calibration()
+    assert min(seconds, *rehearsal) > 0 and not (trainer.looped or trainer.qat)
     assert all(torch.equal(p, before[n]) for n, p in trainer.model.state_dict().items())
     assert all(torch.equal(a, b) for a, b in zip(next(trainer.batches), first))
-    assert trainer_of(dataclasses.replace(gptq_cfg, quantizer="rtn")).time_calibration(log) == 0
+    assert trainer_of(dataclasses.replace(gptq_cfg, quantizer="rtn")).rehearse_calibration() == (0, 0)
 
 
 @pytest.mark.slow
@@ -270,14 +271,94 @@ def test_calibration_happens_inside_the_budget(env):
     assert reserved > 0 and stopped < 8000 - 1000 * reserved and stopped < ended < 8000
 
 
-def test_a_reserve_that_leaves_no_time_to_train_is_refused():
-    cfg = dataclasses.replace(CFG, max_wallclock_seconds=6.0)
-    assert t.less_time(cfg, 2.5) == dataclasses.replace(cfg, max_wallclock_seconds=3.5) and t.less_time(cfg, 0.0) == cfg
-    for reserve in (6.0, 7.0):
+class Lines(list):
+    """A log that keeps its lines."""
+    active = False
+
+    def __call__(self, text):
+        self.append(text)
+
+
+class SlowRanks(t.Ranks):
+    """Ranks of a made-up clock, which each step, batch and sum of one of them moves on; others are `late` by then."""
+    late = 0.0
+
+    def most(self, value):
+        return value + self.late
+
+    def sum_(self, tensor):
+        self.clock.now += self.clock.sum_seconds
+        return tensor
+
+
+@pytest.mark.parametrize("late", [0.0, 0.4])
+@pytest.mark.parametrize("slower", [1.0, 3.0])
+@pytest.mark.parametrize("sum_seconds", [0.0, 0.004])
+def test_training_and_calibration_end_before_the_limit(gptq_cfg, monkeypatch, sum_seconds, slower, late):
+    """On a clock that the work itself moves: steps of 0.1 s, batches of 0.25 s that turn out slower, about 100 sums of all ranks."""
+    limit = 8.0
+    cfg = dataclasses.replace(gptq_cfg, iterations=10**6, max_wallclock_seconds=limit, gptq_calibration_batches=8, warmup_steps=2)
+    trainer, clock, lines = trainer_of(cfg), SimpleNamespace(now=0.0, sum_seconds=sum_seconds, batch=0.25), Lines()
+    ranks = SlowRanks()
+    object.__setattr__(ranks, "clock", clock)
+    monkeypatch.setattr(t.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(SlowRanks, "late", late)
+    inner, starts = trainer.observe, []
+
+    def step(*how):
+        clock.now += 0.1
+        return t.Reading(torch.ones(()))
+
+    def observe():
+        starts.append(clock.now)
+        clock.now += clock.batch
+        inner()
+        if len(starts) == 2:  # the rehearsal is over
+            clock.batch *= slower
+
+    monkeypatch.setattr(trainer, "step", step)
+    monkeypatch.setattr(trainer, "observe", observe)
+    trainer.ranks = ranks
+    t.train(trainer, None, lines)
+    ended = next(float(re.search(r"train_time:(\d+)ms", line)[1]) for line in lines if line.startswith("training ended"))
+    used = int(re.search(r"from (\d+) of 8 batches", "".join(lines))[1])
+    assert used == len(starts) - 2 and 0.7 * limit < ended / 1000 + late < limit
+    assert used == 8 if (slower, late) == (1.0, 0.0) else 0 < used <= 8
+
+
+def test_ranks_leave_the_calibration_together(tmp_path, env):
+    """Three ranks of which one comes late to each look at the clock: without one clock for all they would wait for ever in the sums."""
+    script = f"""
+import os, sys, time
+sys.path.insert(0, {str(t.Path(t.__file__).parent)!r})
+import train_gpt as t
+cfg = t.replace(t.Config.from_env(os.environ), quantizer="gptq", max_wallclock_seconds=6.0, gptq_calibration_batches=10**6)
+with t.launch(os.environ) as ranks:
+    log = t.Log(cfg, ranks)
+    model = t.GPT(cfg)
+    model.init_weights(cfg)
+    trainer = t.Trainer(model, t.Batches(t.TokenStream(t.find_shards(cfg, "train"), cfg.vocab_size), cfg, ranks), cfg, ranks)
+    clock = t.Clock(ranks.device, 0.0)
+    clock.start -= 4.0 + 0.7 * (ranks.rank == 1)  # and its clock is ahead
+    inner = trainer.observe
+    trainer.observe = lambda: (inner(), time.sleep(0.05 * ranks.rank))
+    costs = t.calibrate(trainer, 0.1, 0.01, clock, log)
+    if ranks.is_main:
+        print("seconds", clock.seconds(), len(costs))
+"""
+    (tmp_path / "late.py").write_text(script)
+    done = run(env | dict(TRAIN_BATCH_TOKENS="288"), script=tmp_path / "late.py", processes=3)
+    assert 4 < float(done.stdout.split("seconds ")[1].split()[0]) < 6
+
+
+def test_a_reserve_that_leaves_no_time_to_train_is_refused(log):
+    cfg = dataclasses.replace(CFG, max_wallclock_seconds=6.0, gptq_calibration_batches=2)
+    assert t.less_time(cfg, 1.0, 0.5, log).max_wallclock_seconds == pytest.approx(3.0) and t.less_time(cfg, 0.0, 0.0, log) is cfg
+    for batch in (2.5, 7.0):
         with pytest.raises(t.InputError, match="MAX_WALLCLOCK_SECONDS=6.0 leaves no time.*GPTQ_CALIBRATION_BATCHES"):
-            t.less_time(cfg, reserve)
+            t.less_time(cfg, batch, 0.0, log)
     endless = dataclasses.replace(cfg, max_wallclock_seconds=0.0)
-    assert t.less_time(endless, 7.0) is endless
+    assert t.less_time(endless, 7.0, 1.0, log) is endless
 
 
 def weights_of(model):

@@ -1,7 +1,7 @@
 import dataclasses
 import sys
 from functools import partial
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -278,34 +278,106 @@ def test_bf16_activations_stay_close_to_fp32(cfg):
 
 
 def test_a_kernel_asked_for_by_name_must_be_there():
-    assert t.choose_attention(t.Config(), torch.device("cpu"))[0] == "sdpa"
-    for name, words in dict(fa3="the module flash_attn_interface, a GPU", fa2="the module flash_attn, a GPU", cudnn="a GPU", flash="a GPU").items():
-        with pytest.raises(t.InputError, match=f"ATTENTION={name} needs {words}"):
-            t.choose_attention(t.Config(attention=name), torch.device("cpu"))
+    assert t.choose_attention(t.Config(), t.Ranks()) == ("sdpa", t.attend_sdpa, "")
+    for name, words in dict(fa3="fa3: it runs on a GPU", fa2="fa2: it runs on a GPU", cudnn="cudnn: it runs on a GPU", flash="a GPU").items():
+        with pytest.raises(t.InputError, match=f"ATTENTION={name} cannot run: .*{words}.*auto takes what is there"):
+            t.choose_attention(t.Config(attention=name), t.Ranks())
 
 
-def test_on_a_gpu_the_best_kernel_that_is_there_is_taken_or_the_one_asked_for(monkeypatch):
-    """By stand-ins for the card and for the packages."""
-    card, kernels = torch.device("cuda", 0), {name: ModuleType(name) for name in ("flash_attn_interface", "flash_attn")}
-    for name, module in kernels.items():
-        module.flash_attn_func = lambda q, k, v, causal, name=name: (name, causal)
-        monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+@pytest.fixture
+def card(monkeypatch):
+    """Settings -> the attention that they choose on a card of `capability`, by stand-ins for it and for the two packages."""
+    card = SimpleNamespace(capability=(9, 0), ranks=t.Ranks(device=torch.device("cuda", 0)), calls=[])
+    for module, namespace in t.FLASH_PACKAGES.values():
+        package = ModuleType(module)
+        package.flash_attn_func = lambda q, k, v, module=module, **how: (card.calls.append((module, how)), q)[1]
+        monkeypatch.setitem(sys.modules, module, package)
+        monkeypatch.setattr(torch.ops, namespace, SimpleNamespace(_flash_attn_forward=None), raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: card.capability)
+    card.chosen = lambda **options: t.choose_attention(t.Config(**options), card.ranks)
+    return card
 
-    def chosen(**options):
-        name, attend = t.choose_attention(t.Config(**options), card)
-        return (name, *(attend(0, 0, 0) if name.startswith("fa") else attend.args if name in ("cudnn", "flash") else ()))
 
-    capability = (9, 0)
-    assert chosen() == chosen(attention="fa3") == ("fa3", "flash_attn_interface", True) and chosen(attention="fa2")[:2] == ("fa2", "flash_attn")
-    assert chosen(attention="cudnn") == ("cudnn", SDPBackend.CUDNN_ATTENTION) and chosen(attention="flash") == ("flash", SDPBackend.FLASH_ATTENTION)
-    assert chosen(attention="sdpa") == chosen(dtype="fp32") == chosen(model_dim=480) == ("sdpa",)  # heads of 60
-    capability = (8, 0)
-    assert chosen()[0] == "fa2"
-    with pytest.raises(t.InputError, match="ATTENTION=fa3 needs"):
-        chosen(attention="fa3")
+def test_on_a_gpu_the_best_kernel_that_is_there_is_taken_or_the_one_asked_for(card, monkeypatch):
+    q = torch.randn(1, 3, 2, 64)
+    for name, module in dict(auto="flash_attn_interface", fa3="flash_attn_interface", fa2="flash_attn").items():
+        found = card.chosen(attention=name)
+        assert found.attend(q, q, q) is q and card.calls.pop() == (module, dict(softmax_scale=None, causal=True))
+        assert found.name == dict(auto="fa3").get(name, name) and found.warning == ""
+    for name, backend in t.TORCH_KERNELS.items():
+        assert card.chosen(attention=name).attend.args == (backend,)
+    assert card.chosen(attention="sdpa")[:2] == ("sdpa", t.attend_sdpa)
+    card.capability = (8, 0)
+    assert card.chosen()[::2] == ("fa2", "WARNING: attention by fa2, without fa3: it runs on a Hopper GPU")
+    with pytest.raises(t.InputError, match="ATTENTION=fa3 cannot run: fa3: it runs on a Hopper GPU"):
+        card.chosen(attention="fa3")
     monkeypatch.setitem(sys.modules, "flash_attn", None)
-    assert chosen() == ("sdpa",)
+    assert card.chosen().name == "sdpa" and "fa3: it runs on a Hopper GPU; fa2: import of flash_attn" in card.chosen().warning
+    card.capability = (9, 0)
+    with pytest.raises(t.InputError, match="ATTENTION=fa2 cannot run: fa2: .*flash_attn"):
+        card.chosen(attention="fa2")
+    assert card.chosen(dtype="fp32").name == "sdpa"
+
+
+@pytest.mark.parametrize("fault", [ImportError("no module"), OSError("libcudart.so.12: cannot open\nshared object"), RuntimeError("undefined symbol"),
+                                   AttributeError("no flash_attn_func")])
+def test_a_broken_package_is_a_missing_one_and_the_log_says_why(card, monkeypatch, fault):
+    real = t.importlib.import_module
+
+    def fail(name):
+        if name == "flash_attn_interface":
+            raise fault
+        return real(name)
+
+    monkeypatch.setattr(t.importlib, "import_module", fail)
+    found = card.chosen()
+    assert found.name == "fa2" and found.warning.startswith("WARNING: attention by fa2, without fa3: ")
+    assert str(fault).split()[0] in found.warning and "\n" not in found.warning
+    with pytest.raises(t.InputError, match=f"ATTENTION=fa3 cannot run: fa3: .*{str(fault).split()[0]}"):
+        card.chosen(attention="fa3")
+
+
+def test_a_flash_attention_that_no_compiler_can_trace_is_not_taken_for_one(card, monkeypatch):
+    """Before 2025-11 its functions were no operators with a fake kernel: fullgraph compilation ends in an error."""
+    monkeypatch.setattr(torch.ops, "flash_attn_3", SimpleNamespace())
+    assert card.chosen().name == "fa2" and "registers no operator" in card.chosen().warning
+    assert card.chosen(compile="off")[::2] == ("fa3", "")
+    with pytest.raises(t.InputError, match="ATTENTION=fa3 cannot run: .*take a newer one"):
+        card.chosen(attention="fa3")
+
+
+def naive_attention(q, k, v):
+    """Causal softmax attention in float64, head by head."""
+    out = torch.zeros(*q.shape[:-1], v.size(-1), dtype=torch.float64)
+    for h in range(q.size(2)):
+        kv = h // (q.size(2) // k.size(2))
+        scores = torch.einsum("btc,bsc->bts", q[:, :, h].double(), k[:, :, kv].double()) * q.size(-1) ** -0.5
+        scores = scores.masked_fill(torch.ones(scores.shape[1:]).triu(1).bool(), -torch.inf)
+        out[:, :, h] = scores.softmax(-1) @ v[:, :, kv].double()
+    return out
+
+
+@pytest.mark.parametrize("channels", [6, 8, 60, 64])
+@pytest.mark.parametrize("returned", [lambda y: y, lambda y: (y, None)])
+def test_heads_of_any_width_run_through_a_kernel_for_multiples_of_8(channels, returned):
+    seen = []
+
+    def kernel(q, k, v, softmax_scale, causal):
+        seen.append((q.size(-1), causal))
+        return returned(t.attend_sdpa(q, k, v, softmax_scale))
+
+    q, k, v = (torch.randn(2, 9, heads, channels) for heads in (4, 2, 2))
+    attend = partial(t.attend_flash, kernel)
+    y = (partial(t.attend_padded, attend) if channels % 8 else attend)(q, k, v)
+    torch.testing.assert_close(y.double(), naive_attention(q, k, v), rtol=1e-4, atol=1e-5)
+    assert seen == [(-(-channels // 8) * 8, True)]
+
+
+def test_heads_of_60_channels_are_padded_on_a_gpu(card):
+    attend = card.chosen(model_dim=480).attend
+    assert attend.func is t.attend_padded and attend.args[0].func is t.attend_flash
+    q = torch.randn(1, 3, 2, 60)
+    assert torch.equal(attend(q, q, q), q) and card.calls.pop()[1] == dict(softmax_scale=60**-0.5, causal=True)
 
 
 def test_attention_by_a_kernel_of_torch_is_one_graph_with_the_same_values():

@@ -2,9 +2,12 @@
 
 import ast
 import dataclasses
+import io
 import os
 import subprocess
 import sys
+import token
+import tokenize
 
 import pytest
 from conftest import ROOT
@@ -17,7 +20,9 @@ FUNCTIONS = [n for n in ast.walk(TREE) if isinstance(n, ast.FunctionDef)]
 
 
 def test_the_file_is_short_enough_to_read():
-    assert SOURCE.isascii() and len(SOURCE.splitlines()) <= 2280  # the aim is 1,500; five systems with their components take more
+    tokens = tokenize.generate_tokens(io.StringIO(SOURCE).readline)  # lines can be packed and names may be long, so these are counted
+    code = [t for t in tokens if t.type in (token.OP, token.NAME, token.NUMBER, token.STRING) and not t.string.startswith('"""')]
+    assert SOURCE.isascii() and len(code) <= 26_400  # the aim is 24,000
     assert max(map(len, SOURCE.splitlines())) <= 120
     assert max(f.end_lineno - f.lineno + 1 for f in FUNCTIONS) <= 60
 

@@ -183,7 +183,7 @@ def batches(cfg: t.Config, ranks: t.Ranks) -> t.Batches:
 
 def make_trainer(cfg: t.Config, ranks: t.Ranks, looped: bool = False) -> tuple[str, t.Trainer]:
     """(name of the attention, trainer), as train_gpt.run_training makes them."""
-    name, attend = t.choose_attention(cfg, ranks.device)
+    name, attend, _ = t.choose_attention(cfg, ranks)
     model = t.GPT(cfg, attend, t.compute_dtype(cfg, ranks.device))
     model.init_weights(cfg)
     trainer = t.Trainer(model.to(ranks.device), batches(cfg, ranks), cfg, ranks)
@@ -514,7 +514,7 @@ def main(argv: list[str]) -> None:
         env, configs = options(args.env, os.environ), {}
         for name in args.variant:
             cfg = row_config(name, env, Path(folder), world)
-            t.choose_attention(cfg, here())  # better an error now
+            t.choose_attention(cfg, t.Ranks(device=here()))  # better an error now
             if not (data := Path(folder) / f"tokens{cfg.vocab_size}").exists():
                 write_tokens(data, cfg.vocab_size)
             configs[name] = replace(cfg, data_path=str(data), tokenizer_path=str(data / "fineweb_train_000000.bin"))
