@@ -2074,7 +2074,7 @@ class Scorer:
         for batch, span in zip(batches, spans.split([len(batch) for batch in batches])):
             adapt, lengths = adapter(len(batch)), [end - first for first, end in batch]
             for chunk, places in self.document_chunks(forward, span, max(lengths)):
-                nll[places], index[places] = chunk.nll, float(chunk.index)
+                nll[places], index[places] = chunk.nll, torch.full_like(chunk.nll, chunk.index)
                 show(chunk.nll, of_token[places], sum(min(max(n - chunk.index * size, 0), size) for n in lengths))
                 adapt(chunk)
         show.bar.close()

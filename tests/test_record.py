@@ -337,6 +337,13 @@ def swapped(text):
     return re.sub(r"^(final_int6_roundtrip_exact.*\n)(final_int6_sliding_window .*\n)", r"\2\1", text, flags=re.M)
 
 
+def nearby(text):
+    """Another number that rounds to the same four digits, so that the rounded line still follows from it."""
+    lower = f"{float(text) - 1e-6:.8f}"
+    return lower if f"{float(lower):.4f}" == f"{float(text):.4f}" else f"{float(text) + 1e-6:.8f}"
+
+
+
 REFUSALS = {
     "another rate": (lambda s: s.replace("ITERATIONS=12", "ITERATIONS=12 MATRIX_LR=0.03"), "variant:", "MATRIX_LR=0.03, but \\(default\\) in .*0.txt"),
     "another value": (lambda s: s.replace("VAL_MAX_TOKENS=300", "VAL_MAX_TOKENS=301"), "variant:", "VAL_MAX_TOKENS=301, but 300 in"),
@@ -360,8 +367,8 @@ REFUSALS = {
     "a short evaluation": (number(r"total_eval_time:(\d+)ms", lambda ms: 3), "total_eval_time", "took \\d+ ms, more than all of it"),
     "a large model": (model_of(15_999_999), "Total", "bytes, \\d+ over 16000000"),
     "a total": (number(r"^Total .*: (\d+) bytes", lambda n: int(n) - 1), "Total", "code \\+ model is"),
-    "a better score": (number(r"^legal_ttt_exact.*val_bpb:(\S+)", lambda x: f"{float(x) - 1e-6:.8f}"), "legal_ttt_exact", "val_bpb is .*but other numbers"),
-    "a better loss": (number(r"^legal_ttt_exact.*val_loss:(\S+)", lambda x: f"{float(x) - 1e-6:.8f}"), "legal_ttt_exact", "val_bpb is .*but other numbers"),
+    "a better score": (number(r"^legal_ttt_exact.*val_bpb:(\S+)", nearby), "legal_ttt_exact", "val_bpb is .*but other numbers"),
+    "a better loss": (number(r"^legal_ttt_exact.*val_loss:(\S+)", nearby), "legal_ttt_exact", "val_bpb is .*but other numbers"),
     "a better line": (number(r"^legal_ttt val_loss:\S+ val_bpb:(\S+)", lambda x: f"{float(x) - 2e-4:.4f}"), "legal_ttt ", "val_bpb is"),
     "a better row": (number(r"^legal_ttt  +\S+ +(\S+)", lambda x: f"{float(x) - 1e-4:.4f}"), "legal_ttt    ", "val_bpb is"),
     "more bytes": (number(r"^bytes_per_token.*bytes:(\d+)$", lambda n: int(n) + 1), "bytes_per_token", "number of bytes is"),

@@ -173,6 +173,43 @@ def test_the_log_of_a_gpu_names_card_and_driver(cfg, tmp_path, monkeypatch):
     assert lines[2:4] == ["device:NVIDIA H100 world_size:1", "nvidia-smi: ['NVIDIA H100, 580.1, 700 W, 1980 MHz']"]
 
 
+@pytest.mark.parametrize("error, status, words", [
+    (t.InputError("no such shard"), 1, ["train_gpt.py: no such shard"]), (KeyboardInterrupt(), 130, []),
+    (ZeroDivisionError("planted"), 1, ["Traceback", "planted"]), (MemoryError("CUDA out of memory"), 1, ["Traceback", "CUDA out of memory"])])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_rank_that_fails_says_why_and_leaves_at_once(monkeypatch, capsys, error, status, words, grouped):
+    """In a group without an orderly end: other ranks may be waiting for this one, and that end waits for them."""
+    class Left(Exception):
+        pass
+
+    def leave(code):
+        raise Left(code)
+
+    def fail(argv, env):
+        with t.launch({}):
+            raise error
+
+    monkeypatch.setattr(t, "main", fail)
+    monkeypatch.setattr(t.dist, "is_initialized", lambda: grouped)
+    monkeypatch.setattr(t.dist, "destroy_process_group", lambda: pytest.fail("it would wait"))
+    monkeypatch.setattr(t.os, "_exit", leave)
+    with pytest.raises(Left if grouped else SystemExit) as left:
+        t.run([], {})
+    assert left.value.args == (status,)
+    said = capsys.readouterr().err
+    assert all(word in said for word in words) and (status == 1) == bool(said) and ("Traceback" in said) == ("Traceback" in words)
+
+
+def test_one_rank_that_fails_ends_the_run_of_all(env, tmp_path):
+    """By torchrun, which kills the others as soon as one has left with a status."""
+    source = (ROOT / "train_gpt.py").read_text()
+    planted = source.replace("        reading = trainer.step(scale,", "        assert step < 3 or trainer.ranks.rank == 0, 'planted'\n        reading = trainer.step(scale,")
+    assert planted != source
+    (script := tmp_path / "train_gpt.py").write_text(planted)
+    done = run(env, processes=2, script=script, check=False, fresh=True)
+    assert done.returncode and "AssertionError: planted" in done.stderr and "final_int6" not in done.stdout
+
+
 @pytest.mark.slow
 def test_two_nodes_that_meet_over_a_port_score_as_one_process(env, tmp_path):
     """torchrun's rendezvous of two agents on the loopback device, a folder for both."""
