@@ -80,7 +80,7 @@ def coded_rows(w, grid, cfg, hessian=None):
 def coded(weights, grid_of, cfg, hessians=None):
     """The tensors of an artifact by the row rule; GPTQ for the names that have a Hessian."""
     costs = {name: t.Curvature(hessian, torch.zeros(len(weights[name]))) for name, hessian in (hessians or {}).items()}
-    return t.quantize(weights, t.plan(weights, grid_of, cfg, costs), cfg)
+    return t.quantize(weights, t.coding_plans(weights, grid_of, cfg, costs), cfg)
 
 
 def run(env, *args, processes=1, script=ROOT / "train_gpt.py", check=True, cwd=None, fresh=False):

@@ -1,4 +1,4 @@
-"""An outsider's audit of every kind of evaluation, through train_gpt.audit and the AUDIT file alone, and of cheats that it must catch.
+"""An outsider's audit of every kind of evaluation, through tools/audit.py and the AUDIT file alone, and of cheats that it must catch.
 
 AUDIT_TABLE=path, without xdist, writes the largest error of each test and kind as a Markdown table.
 """
@@ -22,6 +22,9 @@ from conftest import ROOT, coded, finals, make_model, run
 
 import train_gpt as t
 
+sys.path.insert(0, str(ROOT / "tools"))
+from audit import audit, known_stream, report  # noqa: E402
+
 V, N = 10, 51  # pieces of the tokenizer, tokens of the stream
 FIRSTS = (0, 13, 14, 23, 40)  # where its documents begin
 SHARED = dict(num_layers=2, ve_layers=(1,), xsa_last_n=1, eval_seq_len=8, eval_stride=4, eval_batch_seqs=3, ttt_chunk_tokens=16,
@@ -29,7 +32,7 @@ SHARED = dict(num_layers=2, ve_layers=(1,), xsa_last_n=1, eval_seq_len=8, eval_s
 KINDS = {
     "plain": dict(ttt_epochs=0),
     "sgd": dict(ttt_lr=0.05),
-    "pr1812": dict(ttt_lr=0.05, ttt_freeze_blocks=1, ttt_nesterov=True, ttt_z_loss=1e-3, ttt_min_elements=200, ttt_cosine_floor=0.0),
+    "pr1812": dict(ttt_lr=0.05, ttt_params=("*.weight", "!blocks.0.*"), ttt_nesterov=True, ttt_z_loss=1e-3, ttt_cosine_floor=0.0),
     "pr490": dict(ttt_optimizer="adamw", ttt_params=("blocks.1.*", "*.attn_scale", "tok_emb.*"), ttt_cosine_floor=0.1, ttt_temperature=0.9,
                   ttt_lr=0.01),
     "lora": dict(ttt_lora_rank=4, ttt_optimizer="adamw", ttt_lr=0.02),
@@ -89,7 +92,7 @@ def stream(length=N, seed=0):
 def nll_of(tiny):
     """(kind, tokens, changed options) -> nll of each target."""
     def score(kind, tokens, **changes):
-        return t.audit(tiny[0], tokens, tokenizer_path=str(tiny[1]), **KINDS[kind] | changes)["nll"]
+        return audit(tiny[0], tokens, tokenizer_path=str(tiny[1]), **KINDS[kind] | changes)["nll"]
 
     return score
 
@@ -181,7 +184,7 @@ def chunks_of(kind, length=N):
 @pytest.mark.parametrize("length", [2, 17, 18, N])
 def test_each_target_is_scored_once_in_its_chunk(tiny, kind, length, monkeypatch):
     """H6. Scores count up: a target that were scored twice would have a sum, and one that were not 0."""
-    found = t.audit(tiny[0], stream(length), tokenizer_path=str(tiny[1]), **KINDS[kind])
+    found = audit(tiny[0], stream(length), tokenizer_path=str(tiny[1]), **KINDS[kind])
     assert found["chunk"].tolist() == chunks_of(kind, length) and found["chunk"].dtype == np.int64
     assert found.keys() == {"nll", "bytes", "chunk"} and {len(column) for column in found.values()} == {length - 1}
     assert found["nll"].dtype == np.float64 and (found["nll"] > 0).all()
@@ -256,7 +259,7 @@ def test_bytes_are_those_of_the_decoded_documents(dataset, documents, tmp_path, 
     path, cfg = write_artifact(tmp_path, dataset["TOKENIZER_PATH"], 384)
     sp = sentencepiece.SentencePieceProcessor(model_file=cfg.tokenizer_path)
     ids = [[t.BOS, *sp.encode(text)] for text in [documents[0][:900], *(ODD if texts == "odd" else [text[:300] for text in documents[1:3]])]]
-    counted = t.audit(path, np.array(sum(ids, [])), tokenizer_path=cfg.tokenizer_path, ttt_epochs=0)["bytes"]
+    counted = audit(path, np.array(sum(ids, [])), tokenizer_path=cfg.tokenizer_path, ttt_epochs=0)["bytes"]
     of_document = np.add.reduceat(np.append(0, counted), np.cumsum([0, *map(len, ids[:-1])]))
     assert of_document.tolist() == [len(sp.decode(document[1:]).encode()) for document in ids] and counted.dtype == np.int64
     if texts == "odd":
@@ -379,7 +382,7 @@ def test_processes_have_the_scores_of_one_also_if_one_of_them_is_late(tiny, plac
     assert done.returncode and "train_gpt.py: the ranks adapted to different weights; score with one process, and report this" in done.stderr
     assert done.stdout.count("legal_ttt_exact") == len(runs) - 2  # the plain kind has none, and the last run none any more
     for (kind, trouble), file in list(zip(runs, found))[:-1]:
-        alone = t.audit(tiny[0], stream(), tokenizer_path=str(tiny[1]), **KINDS[kind])
+        alone = audit(tiny[0], stream(), tokenizer_path=str(tiny[1]), **KINDS[kind])
         assert (file["chunk"] == alone["chunk"]).all() and (file["bytes"] == alone["bytes"]).all()
         assert noted(kind, f"H7 {processes} ranks{' late' * bool(trouble)}", np.abs(file["nll"] - alone["nll"]).max()) < 1e-5
 
@@ -438,7 +441,7 @@ def test_the_artifact_alone_has_the_same_score(tiny, tmp_path):
     assert done.returncode == 0, done.stderr
     opened = set(done.stdout.splitlines()[-1].removeprefix("opened:").split(","))
     assert opened == {"train_gpt.py", "model.ptz", "val/fineweb_val_000000.bin", "audit.npz", "logs/alone.txt", "tiny.model"}
-    expected = t.audit(tiny[0], stream(), tokenizer_path=str(tiny[1]), **KINDS["sgd"])["nll"]
+    expected = audit(tiny[0], stream(), tokenizer_path=str(tiny[1]), **KINDS["sgd"])["nll"]
     with np.load(folder / "audit.npz") as found:
         assert noted("sgd", "H11 artifact only", np.abs(found["nll"] - expected).max()) < 1e-6
         assert finals(done.stdout)["legal_ttt"] == pytest.approx(expected.sum() / np.log(2) / found["bytes"].sum(), abs=1e-7)
@@ -504,3 +507,26 @@ def test_it_compiles_on_every_supported_python_here(python):
         pytest.skip(f"there is no {python} here")
     code = "import sys; compile(open(sys.argv[1], encoding='utf-8').read(), 'train_gpt.py', 'exec')"
     assert subprocess.run([python, "-c", code, str(ROOT / "train_gpt.py")], capture_output=True, text=True).stderr == ""
+
+
+# ---- the tool
+
+@pytest.mark.parametrize("name, targets, size, whole", [
+    ("fineweb10B_sp8192", 40_540_802, 151_080_891, True), ("fineweb10B_sp8192", 40_540_160, 151_078_200, False),
+    ("fineweb10B_sp8192", 40_540_802, 151_080_892, False), ("fineweb10B_sp1024", 62_021_632, 151_080_354, True),
+    ("fineweb10B_sp1024", 62_021_632, 151_120_000, False), ("fineweb10B_sp4096", 45_508_608, 151_074_062, True)])
+def test_the_contests_stream_is_known_by_its_counts(name, targets, size, whole):
+    """Counts of rules.md 4: sp8192 whole, the others without the tail that the published logs leave out."""
+    assert known_stream(name, targets, size) is whole
+
+
+def test_the_file_alone_gives_the_score_again(env, tmp_path):
+    out = run(env | dict(AUDIT=str(tmp_path / "audit.npz"), ITERATIONS="2")).stdout
+    said = report(tmp_path / "audit.npz")
+    found = dict(part.split(":", 1) for part in said.split()[:5])
+    assert f"legal_ttt_exact val_loss:{found['val_loss']} val_bpb:{found['val_bpb']}" in out and said.endswith("stream:none of the contest")
+    assert f"targets:{found['targets']} bytes:{found['bytes']}" in out
+    (tmp_path / "other.npz").write_bytes(b"no file of numpy's")
+    for name in ("other.npz", "missing.npz"):
+        with pytest.raises(t.InputError, match=f"{name} is no file of AUDIT="):
+            report(tmp_path / name)

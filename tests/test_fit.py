@@ -54,10 +54,10 @@ def steps_of(tensors, name):
 def test_steps_follow_the_cost_by_the_power_and_their_geometric_mean_is_the_option(power):
     cfg = dataclasses.replace(CFG, step_power=power, mean_step=3.0, gptq_damping=0.02)
     weights, costs = costs_of(SHAPES)
-    tensors = t.quantize(weights, t.plan(weights, GRIDS, cfg, costs), cfg)
+    tensors = t.quantize(weights, t.coding_plans(weights, GRIDS, cfg, costs), cfg)
     steps = {name: steps_of(tensors, name) for name in SHAPES}
     together, level = np.concatenate([s.ravel() for s in steps.values()]), []
-    assert not any((p.weight / p.columns).abs().amax(1).gt(127 * p.steps).any() for p in t.plan(weights, GRIDS, cfg, costs).values())  # none at its least
+    assert not any((p.weight / p.columns).abs().amax(1).gt(127 * p.steps).any() for p in t.coding_plans(weights, GRIDS, cfg, costs).values())  # none at its least
     for name, cost in costs.items():
         rows = cost.rows.double().numpy()
         rows, columns = rows + 0.02 * rows.mean(), column_costs_by_hand(cost.inputs, 0.02)
@@ -71,7 +71,7 @@ def test_steps_follow_the_cost_by_the_power_and_their_geometric_mean_is_the_opti
 def test_what_is_read_is_codes_times_steps_times_columns(power):
     weights, costs = costs_of(SHAPES)
     cfg = dataclasses.replace(CFG, step_power=power)
-    plans = t.plan(weights | {"kept": torch.ones(3)}, GRIDS, cfg, costs)
+    plans = t.coding_plans(weights | {"kept": torch.ones(3)}, GRIDS, cfg, costs)
     tensors = t.quantize(weights | {"kept": torch.ones(3)}, plans, cfg)
     assert plans.keys() == SHAPES.keys() and tensors["kept"].dtype == torch.float16
     read = t.dequantize(t.unpack(t.pack(tensors, False, CFG))[1])
@@ -87,7 +87,7 @@ def test_where_all_errors_cost_the_same_there_is_one_step_and_codes_are_rounded(
     weights = {"a.weight": 0.3 * gaussian(20, 24), "b.weight": 0.3 * gaussian(10, 24, 1)}
     costs = {name: t.Curvature(3 * torch.eye(24), torch.full((len(w),), 7.0)) for name, w in weights.items()}
     cfg = dataclasses.replace(CFG, step_power=power, mean_step=0.0625)  # exact in fp16
-    tensors = t.quantize(weights, t.plan(weights, {n: t.Grid(8, 0.0) for n in weights}, cfg, costs), cfg)
+    tensors = t.quantize(weights, t.coding_plans(weights, {n: t.Grid(8, 0.0) for n in weights}, cfg, costs), cfg)
     for name, w in weights.items():
         assert (steps_of(tensors, name) == 0.0625).all()
         assert torch.equal(tensors[f"{name}.codes"].float(), (w / 0.0625).round())
@@ -99,7 +99,7 @@ def test_an_error_costs_less_than_with_steps_that_are_all_alike():
     total = []
     for power in (0.0, 1.0):
         cfg = dataclasses.replace(CFG, step_power=power, mean_step=0.05)
-        read = t.dequantize(t.quantize(weights, t.plan(weights, GRIDS, cfg, costs), cfg))
+        read = t.dequantize(t.quantize(weights, t.coding_plans(weights, GRIDS, cfg, costs), cfg))
         total.append(0.0)
         for name, (inputs, rows) in costs.items():
             off = (read[name] - weights[name]).double()
@@ -110,7 +110,7 @@ def test_an_error_costs_less_than_with_steps_that_are_all_alike():
 def test_gptq_keeps_outputs_where_columns_have_steps_of_their_own():
     weights, costs = {"a.weight": gaussian(64, 96)}, {"a.weight": t.Curvature(hessian_of(96, 0.95), torch.ones(64))}
     cfg = dataclasses.replace(CFG, mean_step=0.3)
-    (p,) = t.plan(weights, {"a.weight": t.Grid(8, 0.0)}, cfg, costs).values()
+    (p,) = t.coding_plans(weights, {"a.weight": t.Grid(8, 0.0)}, cfg, costs).values()
     off = [(t.dequantize_rows(*t.quantize_rows(q, cfg), p.columns.half()) - p.weight).double() for q in (p, p._replace(factor=None))]
     gptq, rounded = ((o @ costs["a.weight"].inputs.double() * o).sum() for o in off)
     assert rounded > 3 * gptq and p.columns.max() > 2 * p.columns.min()
@@ -120,7 +120,7 @@ def test_gptq_keeps_outputs_where_columns_have_steps_of_their_own():
 def test_codes_of_a_plan_by_cost_are_those_of_gptq_on_scaled_columns(power):
     """In units of its columns a weight has inputs that are larger by them; the damping is that of the inputs as they were."""
     cfg, hessian = dataclasses.replace(CFG, mean_step=0.3, step_power=power, gptq_damping=0.05), hessian_of(48)
-    (p,) = t.plan({"a.weight": gaussian(40, 48)}, {"a.weight": t.Grid(8, 0.0)}, cfg, {"a.weight": t.Curvature(hessian, torch.ones(40))}).values()
+    (p,) = t.coding_plans({"a.weight": gaussian(40, 48)}, {"a.weight": t.Grid(8, 0.0)}, cfg, {"a.weight": t.Curvature(hessian, torch.ones(40))}).values()
     codes, steps = t.quantize_rows(p, cfg)
     damped = hessian.double() + 0.05 * hessian.double().diagonal().mean() * torch.eye(48)
     scaled = p.columns[:, None].double() * damped * p.columns.double()
@@ -132,8 +132,8 @@ def test_a_weight_that_no_gradient_reached_is_told():
     weights, costs = costs_of(SHAPES)
     costs["table.weight"] = costs["table.weight"]._replace(rows=torch.zeros(25))
     with pytest.raises(t.Unusable, match="MEAN_STEP cannot weigh errors in table.weight"):
-        t.plan(weights, GRIDS, CFG, costs)
-    assert t.plan(weights, GRIDS, dataclasses.replace(CFG, mean_step=0.0), costs).keys() == SHAPES.keys()
+        t.coding_plans(weights, GRIDS, CFG, costs)
+    assert t.coding_plans(weights, GRIDS, dataclasses.replace(CFG, mean_step=0.0), costs).keys() == SHAPES.keys()
 
 
 def test_a_mean_step_without_gptq_is_refused():
@@ -149,7 +149,7 @@ def test_a_factor_scales_the_steps_of_a_plan_by_cost_and_no_weight_is_clipped(fa
     """The least step of a row is what brings its largest weight to code 127."""
     weights, costs = costs_of(SHAPES)
     cfg = dataclasses.replace(CFG, mean_step=mean_step)
-    plans = t.plan(weights, GRIDS, cfg, costs)
+    plans = t.coding_plans(weights, GRIDS, cfg, costs)
     plain, scaled = t.quantize(weights, plans, cfg), t.quantize(weights, plans, cfg, factor)
     for name, w in weights.items():
         least = (w / plans[name].columns).abs().amax(1) / 127
@@ -164,7 +164,7 @@ def test_steps_too_small_for_an_int8_lose_no_more_than_eight_bits_do(power):
     cfg = dataclasses.replace(CFG, step_power=power, mean_step=1e-5)
     weights, costs = costs_of(SHAPES)
     eight = dataclasses.replace(cfg, mean_step=0.0, clip_shares=(1.0,), step_floor=0.0)
-    ours, theirs = (t.dequantize(t.quantize(weights, t.plan(weights, GRIDS, c, costs), c)) for c in (cfg, eight))
+    ours, theirs = (t.dequantize(t.quantize(weights, t.coding_plans(weights, GRIDS, c, costs), c)) for c in (cfg, eight))
     for name, cost in costs.items():
         ours_off, theirs_off = ((read[name] - weights[name]).double() for read in (ours, theirs))
         assert (ours_off @ cost.inputs.double() * ours_off).sum() < 2 * (theirs_off @ cost.inputs.double() * theirs_off).sum(), name
@@ -190,7 +190,7 @@ def test_factor_one_is_the_plan_itself():
     model = make_model(CFG)
     weights, cfg = weights_of(model), dataclasses.replace(CFG, mean_step=0.0)
     grid_of = t.grids(model, cfg)
-    plans = t.plan(weights, grid_of, cfg)
+    plans = t.coding_plans(weights, grid_of, cfg)
     tensors = t.quantize(weights, plans, cfg)
     for name, p in plans.items():
         assert torch.equal(tensors[f"{name}.steps"].float(), p.steps)
@@ -439,7 +439,7 @@ def saved(tmp_path, room, **changes):
     code, lines = Path(t.__file__).stat().st_size, []
     cfg = dataclasses.replace(CFG, mean_step=0.0, quantizer="rtn", output_dir=str(tmp_path), max_artifact_bytes=code + room, step_floor=0.0, **changes)
     weights = {"blocks.0.a.weight": gaussian(800, 1000), "gain": torch.ones(5)}
-    plans = t.plan(weights, {"blocks.0.a.weight": t.Grid(6, 6.0)}, cfg)
+    plans = t.coding_plans(weights, {"blocks.0.a.weight": t.Grid(6, 6.0)}, cfg)
     t.save_artifact(plans, weights, False, cfg, t.Ranks(), lines.append)
     blob = cfg.artifact_path.read_bytes()
     return blob, t.unpack(blob)[1], "\n".join(map(str, lines)), plans["blocks.0.a.weight"].steps

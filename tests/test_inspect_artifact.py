@@ -28,7 +28,7 @@ def tensors(cfg):
     """What is stored of a model of four blocks; one matrix has column factors too, and one has no codes."""
     model = make_model(cfg)
     weights = {name: p.detach() for name, p in model.named_parameters()}
-    stored = t.quantize(weights, t.plan(weights, t.grids(model, cfg), cfg), cfg)
+    stored = t.quantize(weights, t.coding_plans(weights, t.grids(model, cfg), cfg), cfg)
     del stored["blocks.2.attn.c_q.weight.codes"], stored["blocks.2.attn.c_q.weight.steps"]
     plain = {"blocks.2.attn.c_q.weight": weights["blocks.2.attn.c_q.weight"].half()}
     return stored | plain | {"blocks.1.mlp.fc.weight.columns": torch.linspace(0.5, 2, 32).half()}
