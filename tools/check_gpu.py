@@ -314,8 +314,10 @@ def check_row(row: str, folder: Path, seconds: float, roof: float) -> None:
 # All rows, and the table
 
 def predictions(path: Path) -> dict[str, float]:
-    """Predicted milliseconds of a step by row, from tools/anatomy.py's file; none without it."""
-    return json.loads(path.read_text())["predicted_ms"] if path.exists() else {}
+    """Predicted milliseconds of a step on one GPU by row, from tools/anatomy.py's file; none without it."""
+    rows = json.loads(path.read_text()) if path.exists() else []
+    return {r["name"] + " looped" * r["looped"]: r["predicted_ms"]["optimizer"]
+            for r in rows if "optimizer" in r["predicted_ms"]}
 
 
 def wrong(found: Mapping[str, Any]) -> list[str]:
