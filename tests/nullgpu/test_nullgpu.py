@@ -35,6 +35,8 @@ def test_a_row_runs_whole(tmp_path, row):
     assert ("layer_loop:enabled" in trained.text) == (row == "pr1812")
     assert ("gptq:collected" in trained.text) == (row in ("pr490", "pr1812", "frontier"))
     given = {name: env[name] for name in ("DATA_PATH", "TOKENIZER_PATH", "ATTENTION")}
+    # three rows with windows side by side, so that one graph serves the plain and the sliding pass; the others slide
+    given |= dict(EVAL_STRIDE="2048") if row in ("pr150", "pr455", "pr490") else {}
     evaluated = suite.Run(tmp_path / "evaluation", given | dict(EVAL_ONLY="1", ARTIFACT=str(tmp_path / "run" / "final_model.int6.ptz")))
     assert evaluated.complaints() == []
     assert "legal_ttt_exact" in evaluated.text
@@ -43,9 +45,13 @@ def test_a_row_runs_whole(tmp_path, row):
     assert max(peaks.values()) < suite.MOST_GIB, peaks
 
 
-@pytest.mark.parametrize("row", ["card", "pr1812"])
+# pr1812 with fewer blocks, three of them looped: it has six graphs, and is whole at full depth in the test above
+TWO = dict(card={}, pr1812=dict(NUM_LAYERS="7", XSA_LAST_N="7", PARALLEL_RESIDUAL_START="6"))
+
+
+@pytest.mark.parametrize("row", TWO)
 def test_two_ranks_run_whole(tmp_path, row):
-    run = suite.Run(tmp_path / "run", settings(row, tmp_path, 2), processes=2)
+    run = suite.Run(tmp_path / "run", settings(row, tmp_path, 2) | TWO[row], processes=2)
     assert run.complaints() == []
     assert len(run.reports) == 2 and "world_size:2" in run.text and "legal_ttt_exact" in run.text
     assert max(run.peaks().values()) < suite.MOST_GIB, run.peaks()
