@@ -2,7 +2,9 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0  # the version that the tests ran with; on the contest's image use TORCH=torch
 
-.PHONY: demo test test-all bench lint clean
+CUDA_TORCH ?= torch==2.9.1  # the contest's: on Linux the package index gives its CUDA build (about 6 GB)
+
+.PHONY: demo test test-all test-cuda check-gpu compiler bench lint clean
 
 .venv/ready: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv
@@ -23,6 +25,22 @@ test: .venv/ready
 test-all: test
 	.venv/bin/python -m pytest -m slow
 
+compiler:
+	@for tool in gcc nm; do command -v $$tool > /dev/null || { echo "make test-cuda needs $$tool: install gcc and binutils"; exit 1; }; done
+
+.venv-cuda/ready: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv .venv-cuda
+	.venv-cuda/bin/python -m pip install --quiet $(CUDA_TORCH)
+	.venv-cuda/bin/python -m pip install --quiet -r requirements.txt -r requirements-dev.txt
+	touch $@
+
+test-cuda: compiler .venv-cuda/ready
+	CUDA_VISIBLE_DEVICES= .venv-cuda/bin/python -m pytest
+	.venv-cuda/bin/python -m pytest tests/nullgpu --dist load --maxschedchunk 1
+
+check-gpu:  # with the torch of the machine: it needs nothing else
+	$(PYTHON) tools/check_gpu.py
+
 bench: .venv/ready
 	.venv/bin/python tools/bench.py
 
@@ -30,4 +48,4 @@ lint: .venv/ready
 	.venv/bin/python -m ruff check .
 
 clean:
-	rm -rf .venv demo
+	rm -rf .venv .venv-cuda demo

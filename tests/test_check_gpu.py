@@ -64,8 +64,12 @@ def test_what_is_wrong_is_said(change, words):
 
 
 def test_the_table_has_what_was_measured_beside_what_was_predicted():
-    rows = check_gpu.table([GOOD, GOOD | dict(row="pr1812", what="step looped"), dict(row="card", what="coding")], {"card": 74.8, "pr1812 looped": 140.0}).splitlines()
-    assert rows[2] == "| `card` | fa3 | 75.2 | 74.8 | 40.0% | 18,000 | 500 | 60 |" and "| `pr1812 looped` | fa3 | 75.2 | 140.0 |" in rows[3] and len(rows) == 4
+    results = [GOOD, GOOD | dict(row="pr1812", what="step looped"), dict(row="card", what="coding")]
+    rows = check_gpu.table(results, {"card": 74.8, "pr1812 looped": 140.0}).splitlines()
+    assert rows[2] == "| `card` | fa3 | 75.2 | 74.8 | 40.0% | 18,000 | 500 | 60 |" and len(rows) == 4
+    assert "| `pr1812 looped` | fa3 | 75.2 | 140.0 |" in rows[3]
+    predicted = check_gpu.predictions(ROOT / "logs" / "anatomy.json")
+    assert set(predicted) >= {"card", "pr1812", "pr1812 looped"} and 60 < predicted["card"] < 90 and check_gpu.predictions(ROOT / "none") == {}
     assert check_gpu.line(GOOD).startswith("card step: attention:fa3") and "ms:75.25" in check_gpu.line(GOOD)
 
 

@@ -203,7 +203,8 @@ def test_a_rank_that_fails_says_why_and_leaves_at_once(monkeypatch, capsys, erro
 def test_one_rank_that_fails_ends_the_run_of_all(env, tmp_path):
     """By torchrun, which kills the others as soon as one has left with a status."""
     source = (ROOT / "train_gpt.py").read_text()
-    planted = source.replace("        reading = trainer.step(scale,", "        assert step < 3 or trainer.ranks.rank == 0, 'planted'\n        reading = trainer.step(scale,")
+    before, fault = "        reading = trainer.step(scale,", "        assert step < 3 or trainer.ranks.rank == 0, 'planted'\n"
+    planted = source.replace(before, fault + before)
     assert planted != source
     (script := tmp_path / "train_gpt.py").write_text(planted)
     done = run(env, processes=2, script=script, check=False, fresh=True)

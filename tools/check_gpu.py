@@ -16,9 +16,11 @@ import fcntl
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -314,8 +316,11 @@ def check_row(row: str, folder: Path, seconds: float, roof: float) -> None:
 # All rows, and the table
 
 def predictions(path: Path) -> dict[str, float]:
-    """Predicted milliseconds of a step by row, from tools/anatomy.py's file; none without it."""
-    return json.loads(path.read_text())["predicted_ms"] if path.exists() else {}
+    """Predicted milliseconds of a step on one GPU by row, from tools/anatomy.py's file; none without it."""
+    rows = json.loads(path.read_text()) if path.exists() else []
+    one = "optimizer of 1/1"
+    return {r["name"] + " looped" * r["looped"]: r["predicted_ms"][one]
+            for r in rows if one in r["predicted_ms"]}
 
 
 def wrong(found: Mapping[str, Any]) -> list[str]:
@@ -333,22 +338,27 @@ def line(found: Mapping[str, Any]) -> str:
     return f"{found['row']} {found['what']}: {text}"
 
 
-def run_row(row: str, args: argparse.Namespace, folder: Path, roof: float) -> list[dict[str, Any]]:
-    """The results of a row's process, printed as they come; its failure is one of them."""
+def run_row(row: str, args: argparse.Namespace, folder: Path, roof: float, end: float) -> list[dict[str, Any]]:
+    """The results of a row's process, printed as they come; that it failed, or was cut at `end`, is one of them."""
     told = dict(row=row, folder=folder, seconds=args.seconds, roof=roof)
     command = [sys.executable, __file__, *(part for k, v in told.items() for part in (f"--{k}", str(v)))]
     results: list[dict[str, Any]] = []
     with (folder / f"{row}.stderr").open("w+") as stderr:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
+        cut = threading.Timer(max(0.0, end - time.perf_counter()), process.kill)
+        cut.start()
         for text in process.stdout:
             if not text.startswith("{"):
                 continue
             found = json.loads(text)
             results.append(found)
             print(line(found), *(f"WRONG: {fault}" for fault in wrong(found)), flush=True)
-        if process.wait():
+        status = process.wait()
+        cut.cancel()
+        if status:
             stderr.seek(0)
-            results.append(dict(row=row, what="failed", error=stderr.read()[-3000:]))
+            why = "it was not done in --minutes\n" if status == -signal.SIGKILL else ""
+            results.append(dict(row=row, what="failed", error=why + stderr.read()[-3000:]))
             print(f"{row} FAILED:\n{results[-1]['error']}", flush=True)
     return results
 
@@ -370,6 +380,7 @@ def main(argv: list[str]) -> None:
     cli.add_argument("--rows", default=",".join(ROWS), help="default: %(default)s")
     cli.add_argument("--output", type=Path, default=Path("check_gpu.json"), help="default: %(default)s")
     cli.add_argument("--seconds", type=float, default=4.0, help="of timed steps a row (default: %(default)s)")
+    cli.add_argument("--minutes", type=float, default=8.0, help="after which it ends (default: %(default)s)")
     workers = max(1, min(4, (os.cpu_count() or 1) // 3))
     cli.add_argument("--workers", type=int, default=workers, help="rows at a time (here: %(default)s)")
     for name, kind in dict(row=str, folder=Path, roof=float).items():  # of one row's process
@@ -383,13 +394,15 @@ def main(argv: list[str]) -> None:
     if stray := set(rows) - set(ROWS):
         raise t.InputError(f"--rows {','.join(stray)} must be among {','.join(ROWS)}")
     device, begin = torch.device("cuda"), time.perf_counter()
+    end = begin + 60 * args.minutes
     result = dict(machine=bench.machine(device), ceilings=bench.ceilings(device, torch.bfloat16), results=[])
     roofs = result["ceilings"]
     print(f"{result['machine']['device']}, torch {torch.__version__}: copy {roofs['copy'] / 1e12:.2f} TB/s, "
           f"bf16 {roofs['bfloat16'] / 1e12:.0f} TFLOP/s", flush=True)
     torch.cuda.empty_cache()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.workers) as pool:
-        for found in pool.map(lambda row: run_row(row, args, Path(folder), roofs["bfloat16"]), rows):
+        done = pool.map(lambda row: run_row(row, args, Path(folder), roofs["bfloat16"], end), rows)
+        for found in done:
             result["results"] += found
             result["seconds"] = time.perf_counter() - begin
             t.write_file(args.output, json.dumps(result, indent=1).encode())

@@ -1,0 +1,129 @@
+"""The script on a GPU that computes nothing: whole runs of every contest row, ranks, kernels of attention, and mistakes that must be told.
+
+Tests stand in the order in which they should begin: those that take longest first, and those that find compiled code behind what compiles it.
+"""
+
+import os
+import subprocess
+import sys
+
+import nullgpu
+import pytest
+import suite
+import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def compiler_cache(tmp_path_factory):
+    """One for all workers, so that each graph is compiled once; a new one, unless TORCHINDUCTOR_CACHE_DIR names another."""
+    base = tmp_path_factory.getbasetemp()
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"))
+
+
+def settings(row, folder, processes=1):
+    """A short run of a row, at full size, in which each rank has the batch of one of eight."""
+    tokens = (65_536 if row == "pr1127" else 98_304) * processes
+    return suite.SHORT | suite.dataset(folder, 8192 if row == "pr1812" else 1024) | dict(VARIANT=row, TRAIN_BATCH_TOKENS=str(tokens))
+
+
+@pytest.mark.parametrize("row", suite.ROWS)
+def test_a_row_runs_whole(tmp_path, row):
+    env = settings(row, tmp_path)
+    trained = suite.Run(tmp_path / "run", env | dict(NULLGPU_STOP="trained"))
+    assert trained.complaints() == []
+    assert ("late_qat:enabled" in trained.text) == (row not in ("pr1812", "frontier"))
+    assert ("layer_loop:enabled" in trained.text) == (row == "pr1812")
+    assert ("gptq:collected" in trained.text) == (row in ("pr490", "pr1812", "frontier"))
+    given = {name: env[name] for name in ("DATA_PATH", "TOKENIZER_PATH", "ATTENTION")}
+    # three rows with windows side by side, so that one graph serves the plain and the sliding pass; the others slide
+    given |= dict(EVAL_STRIDE="2048") if row in ("pr150", "pr455", "pr490") else {}
+    evaluated = suite.Run(tmp_path / "evaluation", given | dict(EVAL_ONLY="1", ARTIFACT=str(tmp_path / "run" / "final_model.int6.ptz")))
+    assert evaluated.complaints() == []
+    assert "legal_ttt_exact" in evaluated.text
+    peaks = trained.peaks() | evaluated.peaks()
+    suite.keep(row, peaks)
+    assert max(peaks.values()) < suite.MOST_GIB, peaks
+
+
+# pr1812 with fewer blocks, three of them looped: it has six graphs, and is whole at full depth in the test above
+TWO = dict(card={}, pr1812=dict(NUM_LAYERS="7", XSA_LAST_N="7", PARALLEL_RESIDUAL_START="6"))
+
+
+@pytest.mark.parametrize("row", TWO)
+def test_two_ranks_run_whole(tmp_path, row):
+    run = suite.Run(tmp_path / "run", settings(row, tmp_path, 2) | TWO[row], processes=2)
+    assert run.complaints() == []
+    assert len(run.reports) == 2 and "world_size:2" in run.text and "legal_ttt_exact" in run.text
+    assert max(run.peaks().values()) < suite.MOST_GIB, run.peaks()
+
+
+# the row, ATTENTION, the folder of modules/ that stands in for its package, the kernel of the log, whether the log misses FlashAttention-3
+KERNELS = [("card", "auto", "fa3_2026", "fa3", False), ("card", "auto", "fa2", "fa2", True), ("card", "cudnn", "", "cudnn", False),
+           ("card", "flash", "", "flash", False), ("pr1127", "fa3", "fa3_2026", "fa3", False)]  # the last has heads of 60 channels, which are padded
+
+
+@pytest.mark.parametrize("row,name,modules,kernel,missing", KERNELS)
+def test_a_kernel_of_attention_trains_and_scores(tmp_path, row, name, modules, kernel, missing):
+    shallow = dict(ATTENTION=name, NUM_LAYERS="2", XSA_LAST_N="1", VE_LAYERS="1" * (row == "card"), ITERATIONS="4", QUANTIZER="gptq")
+    short = dict(EVAL_STRIDE="2048", VAL_MAX_TOKENS="70000")  # windows side by side in each pass, so that one graph serves both
+    run = suite.Run(tmp_path / "run", settings(row, tmp_path) | shallow | short, modules=modules)
+    assert run.complaints() == []
+    assert run.text.count(f"attention:{kernel} ") == 2 and ("WARNING: attention by" in run.text) == missing
+
+
+CHOICE = """
+import torch, train_gpt as t
+cfg = t.Config.from_env(dict(ATTENTION={name!r}, COMPILE={compile!r}))
+kind = t.choose_attention(cfg, t.Ranks(device=torch.device("cuda")))
+q, k = (torch.zeros(2, 16, heads, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for heads in (8, 4))
+y = kind.attend(q, k, k)
+y.sum().backward()
+print(kind.name, tuple(y.shape), kind.warning)
+"""
+CHOICES = [
+    ("auto", "auto", "", "sdpa (2, 16, 8, 64) WARNING.*fa3"),
+    ("auto", "auto", "fa3_2025_08", "sdpa (2, 16, 8, 64) WARNING.*flash_attn_interface registers no operator"),
+    ("auto", "auto", "fa3_2025_06", "sdpa (2, 16, 8, 64) WARNING.*flash_attn_interface registers no operator"),
+    ("auto", "auto", "fa3_broken", "sdpa (2, 16, 8, 64) WARNING.*undefined symbol"),
+    ("fa3", "auto", "fa3_2025_08", "InputError: ATTENTION=fa3 cannot run: .*registers no operator"),
+    ("auto", "off", "fa3_2025_08", "fa3 (2, 16, 8, 64) "),
+    ("auto", "off", "fa3_2025_06", "fa3 (2, 16, 8, 64) "),
+]
+
+
+@pytest.mark.parametrize("name,compile,modules,words", CHOICES)
+def test_old_and_broken_packages_are_passed_over_aloud(name, compile, modules, words):
+    env = nullgpu.environment(sys.executable) | {"PYTHONPATH": f"{suite.HERE.parent.parent}:{suite.HERE / 'modules' / modules}"}
+    done = subprocess.run([sys.executable, "-c", CHOICE.format(name=name, compile=compile)], env=env, capture_output=True, text=True)
+    begin, *rest = words.split(".*")
+    assert begin in done.stdout + done.stderr and all(part in done.stdout + done.stderr for part in rest), done.stdout + done.stderr
+
+
+PLANTED = {  # what to replace in the script, by what, and what the suite must say of it
+    "a bool index": ("self.looped_order if looped else self.order", "[self.order, self.looped_order][looped]", "indices must be integers or slices, not"),
+    "a value read in the step": ("loss += part.detach()", "loss += part.item()", "rank 0: step 1: 2 waits"),
+    "an upload in the step": ("loss = torch.zeros((), device=self.ranks.device)", "loss = torch.tensor(0.0).to(self.ranks.device, non_blocking=True)",
+                              "rank 0: step 1: 1 pageable"),
+    "a recompilation": ("self.compiled(ids, targets, self.looped)", "self.compiled(ids, targets, self.looped, 1.0 + (self.batches.step > 4))",
+                        "rank 0: step 4: 2 compiles"),
+    "fp32 times bf16": ("(self.weight if scale is None else scale[:, None] * self.weight).to(x.dtype))",
+                        "(self.weight if scale is None else scale[:, None] * self.weight))", "same dtype"),
+    "a host index in a batch": ("losses = forward(inputs, targets).double()", "losses = forward(inputs, targets)[torch.arange(len(inputs))].double()",
+                                "1 waits"),
+}
+
+
+@pytest.mark.parametrize("mistake", PLANTED)
+def test_a_planted_mistake_is_told(tmp_path, mistake):
+    if mistake == "a bool index" and not torch.__version__.startswith("2.9."):
+        pytest.skip("later versions index by a bool")
+    right, wrong, words = PLANTED[mistake]
+    script, text = tmp_path / "train_gpt.py", suite.SCRIPT.read_text()
+    assert text.count(right) == 1
+    script.write_text(text.replace(right, wrong))
+    complaints = suite.Run(tmp_path / "run", suite.SMALL | suite.dataset(tmp_path, 1024), script=script).complaints()
+    assert any(words in complaint for complaint in complaints), complaints
+
+
+def test_without_them_there_is_nothing_to_tell(tmp_path):
+    assert suite.Run(tmp_path / "run", suite.SMALL | suite.dataset(tmp_path, 1024)).complaints() == []

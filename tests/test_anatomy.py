@@ -1,0 +1,237 @@
+"""tools/anatomy.py: bytes, operations and launches by hand, FLOPs against torch's own counter, the rules, the table."""
+
+import json
+import sys
+import types
+
+import pytest
+import torch
+from conftest import ROOT
+from torch.utils.flop_counter import FlopCounterMode
+
+import train_gpt as t
+
+sys.path.insert(0, str(ROOT / "tools"))
+import anatomy  # noqa: E402
+import costs  # noqa: E402
+from anatomy import Event  # noqa: E402
+
+TINY = t.Config(**t.VARIANTS["card"] | dict(num_layers=3, xsa_last_n=2, model_dim=64, num_heads=4, num_kv_heads=2, ve_layers=(2,), ve_dim=16, bigram_dim=16,
+                                            vocab_size=128, train_seq_len=32, train_batch_tokens=64, micro_batch_tokens=64, eval_stride=32,
+                                            ttt_chunk_tokens=32, muon_backend_steps=2, dtype="fp32", compile="off"))
+
+
+def seen(run):
+    """The events of `run` on a CPU."""
+    with anatomy.Recorder("cpu") as recorder:
+        run()
+    return recorder.take()
+
+
+# ---- bytes and operations of one operator
+
+A, B = torch.zeros(6, 4), torch.zeros(4, 8)  # 96 and 128 bytes
+
+
+@pytest.mark.parametrize("run, name, moved", [
+    (lambda: A + 1, "add", 96 + 96),
+    (lambda: A.add_(A), "add_", 96 + 96 + 96),
+    (lambda: A.double(), "_to_copy", 96 + 192),
+    (lambda: A.copy_(A.clone()), "copy_", 96 + 96),  # does not read what it overwrites
+    (lambda: A.zero_(), "zero_", 96),
+    (lambda: torch.add(A, A, out=torch.empty(6, 4)), "add", 3 * 96),
+    (lambda: B[:1].expand(1000, 8).sum(), "sum", 128 + 4),  # what is expanded is there once
+    (lambda: torch._foreach_add_([A, B], 1.0), "_foreach_add_", 2 * (96 + 128)),  # returns nothing, changes all
+    (lambda: torch._foreach_lerp_([A], [A], 0.5), "_foreach_lerp_", 3 * 96),
+    (lambda: torch.stack([A, A]), "stack", 4 * 96)])
+def test_an_operator_moves_what_it_reads_and_writes(run, name, moved):
+    event = seen(run)[-1]
+    assert (event.kind, event.name, event.bytes, event.flops) == ("eager", name, moved, 0)
+
+
+def test_views_and_new_memory_are_free():
+    assert seen(lambda: (A.view(-1), A.mT[0], B.split(2), B.unflatten(1, (2, 4)), torch.empty(9), A.detach(), A.to(A.dtype))) == []
+
+
+def test_tensors_of_another_device_do_not_count():
+    with anatomy.Recorder("cuda") as recorder:
+        A + 1
+    assert recorder.events == []
+
+
+@pytest.mark.parametrize("run, moved, flops", [
+    (lambda: A @ B, 96 + 128 + 192, 2 * 6 * 4 * 8),
+    (lambda: torch.mm(A, B, out=torch.empty(6, 8)), 96 + 128 + 192, 2 * 6 * 4 * 8),  # as compiled code calls it
+    (lambda: torch.baddbmm(A.new_zeros(1, 6, 8), A[None], B[None]), 96 + 128 + 192 + 192, 2 * 6 * 4 * 8)])
+def test_a_product_has_its_operations(run, moved, flops):
+    assert [(e.bytes, e.flops) for e in seen(run) if e.kind == "product"] == [(moved, flops)]
+
+
+# ---- attention
+
+def attended(rows=2, length=8, heads=4, groups=2):
+    q, k = (torch.randn(rows, length, n, 16, requires_grad=True) for n in (heads, groups))
+    return seen(lambda: anatomy.attend(q, k, k).sum().backward())
+
+
+def test_attention_has_the_operations_of_train_flops():
+    """Forward and backward of 2 x 8 tokens and 64 channels: 7 (T+1) D a token."""
+    events = [e for e in attended() if e.kind == "attention"]
+    assert [e.name for e in events] == ["attention", "attention_backward"]
+    assert sum(e.flops for e in events) == 2 * 8 * 7 * (8 + 1) * 64
+    q, k, lse = 4 * 2 * 8 * 64, 4 * 2 * 8 * 32, 4 * 2 * 8 * 4
+    assert [e.bytes for e in events] == [2 * q + 2 * k + lse, 4 * q + 4 * k + lse]
+
+
+def test_a_model_has_the_operations_that_costs_and_torch_count():
+    model = t.GPT(TINY, anatomy.attend)
+    model.init_weights(TINY)
+    ids = torch.randint(2, 128, (2, 32))
+    with FlopCounterMode(display=False) as counter:
+        model(ids, ids).mean().backward()
+    events, expected = seen(lambda: model(ids, ids).mean().backward()), costs.train_flops(TINY, False)
+    counted = {kind: sum(e.flops for e in events if e.kind == kind) for kind in ("product", "attention")}
+    assert counted["product"] == counter.get_total_flops() == 64 * expected.matmul
+    assert counted["attention"] == 64 * expected.attention
+
+
+# ---- kernels of Triton, collectives, the optimizer
+
+def test_kernels_of_triton_count_with_the_bytes_that_inductor_noted(monkeypatch):
+    heuristics = pytest.importorskip("torch._inductor.runtime.triton_heuristics")
+    monkeypatch.setattr(heuristics.CachingAutotuner, "run", lambda kernel, x: x + 1)  # what it runs itself is not counted
+    original, kernel = heuristics.CachingAutotuner.run, types.SimpleNamespace(inductor_meta=dict(kernel_name="triton_k", kernel_num_gb=0.5))
+    with anatomy.recording("cpu") as recorder:
+        for _ in range(3):
+            heuristics.CachingAutotuner.run(kernel, A)
+        A + 1
+    found = anatomy.summary(recorder.take(), heaviest=1)
+    assert (found["triton"]["launches"], found["triton"]["kernels"], found["triton"]["gb"]) == (3, 1, 1.5)
+    assert found["eager"]["launches"] == 1 and found["heaviest"] == [[1.5, 3, "triton_k"]]
+    assert heuristics.CachingAutotuner.run is original
+
+
+def test_a_sharded_optimizer_sends_and_computes_its_share():
+    """Of 4 ranks each orthogonalizes a fourth (3 blocks fill up to 4), and gathers what all have."""
+    model = t.GPT(TINY, anatomy.attend)
+    model.init_weights(TINY)
+    flops = {}
+    for world in (1, 4):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        if world == 1:
+            events = seen(lambda: t.Optimizers(model, t.Ranks(), TINY).step(1.0, 0.9))
+        else:
+            with costs.pretended(world, torch.device("cpu")) as ranks:
+                events = seen(lambda: t.Optimizers(model, ranks, TINY).step(1.0, 0.9))
+        flops[world] = sum(e.flops for e in events if e.kind == "product")
+    assert 2.9 < flops[1] / flops[4] < 3  # the two small projections of tables are one a rank
+    kinds = {e.name for e in events if e.kind == "collective"}
+    assert kinds == {"reduce_scatter", "allgather", "allreduce"}
+
+
+# ---- the rules
+
+def test_a_kernel_takes_the_longest_of_operations_bytes_and_a_launch():
+    assert anatomy.seconds(Event("triton", "k", 2.6e9)) == pytest.approx(1e-3)
+    assert anatomy.seconds(Event("eager", "k", 26.0)) == anatomy.LAUNCH
+    assert anatomy.seconds(Event("product", "mm", 2.6e9, 620e8)) == pytest.approx(1e-3)
+    assert anatomy.seconds(Event("product", "mm", 2.6e6, 620e9)) == pytest.approx(1e-3)
+    assert anatomy.seconds(Event("attention", "a", 1e15, 400e9)) == pytest.approx(1e-3)
+    ring = anatomy.seconds(Event("collective", "allreduce", 360e6))
+    assert ring == pytest.approx(2 * 7 / 8 * 1e-3 + 25e-6)
+
+
+def test_a_summary_adds_up():
+    found = anatomy.summary([Event("triton", "a", 2.6e9), Event("triton", "a", 2.6e9), Event("product", "mm", 0.0, 620e9)])
+    assert found == dict(triton=dict(launches=2, kernels=1, gb=5.2, tflop=0.0, ms=2.0),
+                         product=dict(launches=1, kernels=1, gb=0.0, tflop=0.62, ms=1.0), ms=3.0)
+
+
+# ---- a whole count, the file and the table
+
+def test_a_whole_count_adds_its_parts(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 << 30)
+    cpu = torch.device("cpu")
+    with anatomy.Recorder("cpu") as recorder:
+        row = anatomy.measure(anatomy.ours(TINY, False, cpu), recorder, cpu)
+    phases, tokens = row["phases"], row["tokens"]
+    assert tokens == 64 and row["peak_gib"] == 3 and list(phases) == ["forward", "backward", "optimizer of 1/1", "optimizer of 1/8", "late QAT"]
+    assert row["predicted_ms"]["optimizer of 1/8"] == pytest.approx(
+        sum(phases[name]["ms"] for name in ("forward", "backward", "optimizer of 1/8")), abs=0.1)
+    assert phases["backward"]["attention"]["launches"] == TINY.num_layers and "product" in phases["optimizer of 1/1"]
+    assert phases["late QAT"]["eager"]["launches"] > 50 and "product" not in phases["late QAT"]
+    assert "collective" not in phases["optimizer of 1/1"] and "collective" in phases["optimizer of 1/8"]
+
+
+def row(name="card", looped=False, **changes):
+    phase = dict(triton=dict(launches=1, kernels=1, gb=2.0, tflop=0.0, ms=1.0), product=dict(tflop=0.25), ms=4.0)
+    return dict(name=name, looped=looped, torch="2.9.1", tokens=64, compile_s=9.6, peak_gib=1.5, predicted_ms={"optimizer of 1/8": 9.0},
+                phases={"forward": phase, "backward": phase, "optimizer of 1/8": dict(ms=1.0)}) | changes
+
+
+def test_the_table_has_a_row_a_count(tmp_path, capsys):
+    path = tmp_path / "anatomy.json"
+    path.write_text(json.dumps([row(), row("pr1812", True)]))
+    anatomy.main(["--table", "--json", str(path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
+    assert lines[2] == "| card | off | 1 + 1 | 2.0 + 2.0 | 0.50 | 0.00 | 8.0 | - / 1.0 | - | 1.5 | 10 | - / 9.0 |"
+
+
+def test_a_new_count_takes_the_place_of_the_old_one():
+    old, other = row(), row(looped=True)
+    assert anatomy.merged([other, old], row(peak_gib=2.0)) == [row(peak_gib=2.0), other]
+    assert len(anatomy.merged([old], row(torch="2.11.0"))) == 2
+
+
+# ---- published scripts
+
+PEER = '''
+import torch
+from torch import nn
+from flash_attn_interface import flash_attn_func
+class Hyperparameters:
+    dim, layers, gate_enabled, train_batch_tokens, train_seq_len = 16, 2, True, 8 * 64, 32
+    grad_clip_norm, lr = 1.0, 0.1
+class CastedLinear(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.to(x.dtype))
+class GPT(nn.Module):
+    def __init__(self, dim, layers, gate):
+        super().__init__()
+        self.table, self.head, self.gain = nn.Embedding(8, dim), CastedLinear(dim, 8, bias=False), nn.Parameter(torch.ones(()))
+        self.bank = nn.Parameter(torch.zeros(layers, dim, dim))
+    def forward(self, x, y):
+        h = self.table(x)
+        for w in self.bank:
+            h = self.gain.to(h.dtype) * h + nn.functional.linear(h, w.to(h.dtype))
+        h = flash_attn_func(*(3 * [h.unflatten(-1, (1, -1))]), causal=True).flatten(2)
+        return nn.functional.cross_entropy(self.head(h).flatten(0, 1).float(), y.flatten())
+def restore_low_dim_params_to_fp32(model):
+    model.gain.data = model.gain.data.float()
+class Optimizers:
+    def __init__(self, h, model):
+        self.step = torch.optim.SGD(model.parameters(), h.lr).step
+'''
+
+
+def test_a_published_script_is_counted_by_its_own_model_and_settings(tmp_path, monkeypatch):
+    (tmp_path / "peer.py").write_text(PEER)
+    monkeypatch.setattr(torch, "compile", lambda fn, **options: fn)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
+    cpu = torch.device("cpu")
+    subject = anatomy.peer(tmp_path / "peer.py", False, cpu)
+    dtypes = {name: p.dtype for name, p in subject.model.named_parameters()}
+    assert dtypes == {"table.weight": torch.bfloat16, "head.weight": torch.float32, "gain": torch.float32, "bank": torch.float32}
+    with anatomy.Recorder("cpu") as recorder:
+        found = anatomy.measure(replace_worlds(subject, (8,)), recorder, cpu)
+    products = sum(found["phases"][name]["product"]["launches"] for name in ("forward", "backward"))
+    assert (found["tokens"], products) == (64, 3 * (2 + 1))
+    assert found["phases"]["forward"]["attention"]["launches"] == 1 and [*found["predicted_ms"]] == ["optimizer of 1/8"]
+
+
+def replace_worlds(subject, worlds):
+    return subject._replace(worlds=worlds)
