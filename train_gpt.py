@@ -1982,7 +1982,7 @@ class Scorer:
     def __init__(self, stream: np.ndarray, cfg: Config, ranks: Ranks, log: Log):
         if len(stream) < 2:
             raise InputError(f"the validation stream has {len(stream)} token; scoring needs 2")
-        stream = check_tokens(stream[: cfg.val_max_tokens + 1] if cfg.val_max_tokens else stream, cfg.vocab_size, "it")
+        stream = check_tokens(stream[: cfg.val_max_tokens + 1] if cfg.val_max_tokens else stream, cfg.vocab_size, "the stream")
         self.tokens = torch.from_numpy(stream.astype(np.int64)).to(ranks.device)
         self.bytes = load_byte_table(cfg, ranks.device).count(self.tokens[:-1], self.tokens[1:])
         self.documents = document_spans(stream)

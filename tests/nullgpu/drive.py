@@ -153,7 +153,7 @@ def stand_in(t):
         return SimpleNamespace(is_control=lambda i: i < 3, is_unknown=lambda i: i == 3, is_unused=lambda i: False, is_byte=lambda i: i < 259,
                                id_to_piece=lambda i: f"\u2581{i}" if i % 2 else str(i))
 
-    def plan(original, *args):
+    def coding_plans(original, *args):
         with mock.patch.object(torch.Tensor, "__bool__", lambda tensor: True):
             return original(*args)
 
@@ -162,7 +162,7 @@ def stand_in(t):
         show.spoken = math.inf
 
     around(t, "load_tokenizer", load_tokenizer)
-    around(t, "plan", plan)
+    around(t, "coding_plans", coding_plans)
     around(t.Progress, "__init__", never_late)
 
 
