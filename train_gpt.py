@@ -552,7 +552,7 @@ class Log:
             if importlib.util.find_spec(package) is None:
                 raise InputError(f"the package {package} is missing; pip install -r requirements.txt")
         compressor_module(cfg.compressor)
-        for file in (cfg.artifact_path, Path(cfg.audit)) if cfg.audit else (cfg.artifact_path,):
+        for file in filter(None, (cfg.artifact_path, cfg.audit and Path(cfg.audit))):
             if self.active and not file.parent.is_dir() and file.parent != Path(cfg.output_dir):
                 raise InputError(f"there is no folder {file.parent} to hold {file.name}")
             if file.is_dir():
@@ -1982,7 +1982,9 @@ class Scorer:
     def __init__(self, stream: np.ndarray, cfg: Config, ranks: Ranks, log: Log):
         if len(stream) < 2:
             raise InputError(f"the validation stream has {len(stream)} token; scoring needs 2")
-        stream = check_tokens(stream[: cfg.val_max_tokens + 1] if cfg.val_max_tokens else stream, cfg.vocab_size, "the stream")
+        if cfg.val_max_tokens:
+            stream = stream[: cfg.val_max_tokens + 1]
+        check_tokens(stream, cfg.vocab_size, "the stream")
         self.tokens = torch.from_numpy(stream.astype(np.int64)).to(ranks.device)
         self.bytes = load_byte_table(cfg, ranks.device).count(self.tokens[:-1], self.tokens[1:])
         self.documents = document_spans(stream)
