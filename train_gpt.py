@@ -541,6 +541,13 @@ class Reading:
             self.arrived.synchronize()
         return float(self.host)
 
+def check_packages(cfg: Config) -> None:
+    """Raise InputError for what a run would miss only later."""
+    for package in PACKAGES:
+        if importlib.util.find_spec(package) is None:
+            raise InputError(f"the package {package} is missing; pip install -r requirements.txt")
+    compressor_module(cfg.compressor)
+
 class Log:
     """One `key:value` line an event, to the terminal and to OUTPUT_DIR/logs/RUN_ID.txt; silent beside the main rank."""
     def __init__(self, cfg: Config, ranks: Ranks):
@@ -548,10 +555,7 @@ class Log:
         name = cfg.run_id or f"{cfg.variant}_seed{cfg.seed}_{'eval_' if cfg.eval_only else ''}{stamp}"
         self.path = Path(cfg.output_dir) / "logs" / f"{name}.txt"
         self.active = ranks.is_main
-        for package in PACKAGES:
-            if importlib.util.find_spec(package) is None:
-                raise InputError(f"the package {package} is missing; pip install -r requirements.txt")
-        compressor_module(cfg.compressor)
+        check_packages(cfg)
         for file in filter(None, (cfg.artifact_path, cfg.audit and Path(cfg.audit))):
             if self.active and not file.parent.is_dir() and file.parent != Path(cfg.output_dir):
                 raise InputError(f"there is no folder {file.parent} to hold {file.name}")
