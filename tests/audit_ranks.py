@@ -1,7 +1,7 @@
 """EVAL_ONLY runs, one after the other, in the processes of one torchrun. For torchrun.
 
 Its argument is JSON, a list of [environment, trouble]: "late" holds the last rank up for a second in its first score, "other"
-gives it slightly different weights, "" is no trouble. The main rank prints after each what Ranks.differ found.
+gives it slightly different weights, "" is no trouble. The main rank prints after each what Ranks.unequal found.
 """
 
 import json
@@ -15,7 +15,7 @@ import torch
 import train_gpt as t
 
 LAST = int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1
-found, waits, forward, differ, load_model = [], [], t.GPT.forward, t.Ranks.differ, t.load_model
+found, waits, forward, differ, load_model = [], [], t.GPT.forward, t.Ranks.unequal, t.load_model
 
 
 def late(self, *args, **kwargs):
@@ -36,7 +36,7 @@ def perturbed(*args):
     return model
 
 
-t.GPT.forward, t.Ranks.differ = late, noted
+t.GPT.forward, t.Ranks.unequal = late, noted
 try:
     with t.launch(os.environ) as ranks:
         t.launch = lambda env: nullcontext(ranks)  # one group of processes serves all runs

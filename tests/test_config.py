@@ -30,7 +30,7 @@ def test_names_of_other_programs_pass():
     ("SEED", "one", "SEED='one' is not valid"), ("SEED", "-1", r"SEED=-1 must lie in \[0, "),
     ("MATRIX_LR", "nan", "not valid"), ("EVAL_ONLY", "yes", "takes 0 or 1"), ("AVERAGING", "emma", "one of ema, swa, last"),
     ("VARIANT", "crad", "one of card"), ("VE_LAYERS", "9,x", "not valid"), ("VE_LAYERS", "9,11", "NUM_LAYERS=11"),
-    ("NUM_HEADS", "7", "MODEL_DIM=512 NUM_HEADS=7"), ("TRAIN_BATCH_TOKENS", "1000", "TRAIN_SEQ_LEN=2048"),
+    ("NUM_HEADS", "7", "MODEL_DIM=512 must be a multiple of NUM_HEADS=7"), ("TRAIN_BATCH_TOKENS", "1000", "TRAIN_SEQ_LEN=2048"),
     ("ROPE_DIMS", "15", "ROPE_DIMS=15"), ("EMBED_BITS", "9", "2 to 8, or 16"), ("CLIP_SHARES", "0.5,0", "CLIP_SHARES"),
     ("CLIP_SHARES", "", "CLIP_SHARES"), ("EVAL_STRIDE", "100", "EVAL_STRIDE=100"), ("TTT_CHUNK_TOKENS", "3000", "TTT_CHUNK_TOKENS"),
 ])
@@ -82,3 +82,14 @@ def test_describe_prints_the_exact_count_at_full_size_without_data(tmp_path):
 def test_an_unknown_argument_is_refused(tmp_path):
     done = run({}, "--descrbe", check=False, cwd=tmp_path)
     assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1 and "--descrbe" in done.stderr
+
+
+@pytest.mark.parametrize("given, words", [
+    (dict(WARMDOWN_FRAC="0.3"), "WARMDOWN_FRAC=0.3 and WARMDOWN_ITERS=3500 both set the warmdown; set one to 0"),
+    (dict(VARIANT="pr1812", WARMDOWN_ITERS="100"), "WARMDOWN_FRAC=0.72 and WARMDOWN_ITERS=100"),
+    (dict(MUON_MOMENTUM_WARMUP_FRAC="0.1"), "MUON_MOMENTUM_WARMUP_FRAC=0.1 and MUON_MOMENTUM_WARMUP_STEPS=1500 both")])
+def test_two_forms_of_one_schedule_are_refused(given, words):
+    """The longer one used to win without a word."""
+    with pytest.raises(t.InputError, match=words):
+        t.Config.from_env(given)
+    assert t.Config.from_env({k: v for k, v in given.items() if "FRAC" in k} | dict(WARMDOWN_ITERS="0", MUON_MOMENTUM_WARMUP_STEPS="0"))

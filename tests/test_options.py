@@ -11,7 +11,7 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from conftest import make_model
 from test_data import write_shard
-from test_variants import PUBLISHED, SMALL
+from test_variants import PUBLISHED, scaled
 
 import train_gpt as t
 
@@ -45,7 +45,7 @@ def twin(cfg, values=None, **changes):
 
 
 def small(variant, dataset, **changes):
-    return dataclasses.replace(t.Config.from_env(dataset | SMALL | {"VARIANT": variant}), **changes)
+    return dataclasses.replace(t.Config.from_env(dataset | scaled(variant)), **changes)
 
 
 def trainer_of(cfg):
@@ -703,7 +703,7 @@ def test_neutral_schedule_values_are_the_plain_warm_up_whatever_the_clock_and_th
 @pytest.mark.parametrize("variant", PUBLISHED)
 def test_late_qat_and_the_loops_switch_on_once_at_their_time_and_stay(variant):
     cfg, said = t.Config.from_env({"VARIANT": variant}), []
-    trainer = SimpleNamespace(cfg=cfg, qat=False, looped=False, model=SimpleNamespace(orders=[[], []]))
+    trainer = SimpleNamespace(cfg=cfg, qat=False, looped=False, model=SimpleNamespace(looped_order=[]))
     shares = [(i + 0.5) / 1000 for i in range(1000)]
     seen = []
     for step, share in enumerate(shares):

@@ -114,7 +114,7 @@ def test_a_step_with_late_qat_uses_the_gradient_of_the_rounded_weights(cfg, log)
     for qat in (False, True):
         trainer = trainer_of(cfg)
         trainer.model.load_state_dict(make_model(cfg).state_dict())
-        trainer.optimizers.step = lambda *_, trainer=trainer: gradients.append([p.grad.clone() for p in trainer.model.parameters()]) or 0.0
+        trainer.optimizers.step = lambda *_, trainer=trainer: gradients.append([p.grad.clone() for p in trainer.model.parameters()]) or torch.ones(())
         trainer.qat = qat
         losses.append(trainer.step(1.0, 0.9).value())
         assert all(torch.equal(p, q) for p, q in zip(trainer.model.parameters(), make_model(cfg).parameters()))
