@@ -26,15 +26,17 @@ test-all: test
 	.venv/bin/python -m pytest -m slow
 
 compiler:
-	@for tool in gcc nm; do command -v $$tool > /dev/null || { echo "make test-cuda needs $$tool: install gcc and binutils"; exit 1; }; done
+	@for tool in gcc g++ nm; do command -v $$tool > /dev/null || { echo "make test-cuda needs $$tool: install g++ and binutils"; exit 1; }; done
+	@$(PYTHON) -c "import os, sysconfig; os.stat(sysconfig.get_paths()['include'] + '/Python.h')" 2> /dev/null \
+		|| { echo "make test-cuda needs Python.h: install the headers of $(PYTHON) (python3-dev)"; exit 1; }
 
-.venv-cuda/ready: requirements.txt requirements-dev.txt
-	$(PYTHON) -m venv .venv-cuda
+.venv-cuda/$(strip $(CUDA_TORCH)): requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv --clear .venv-cuda
 	.venv-cuda/bin/python -m pip install --quiet $(CUDA_TORCH)
 	.venv-cuda/bin/python -m pip install --quiet -r requirements.txt -r requirements-dev.txt
 	touch $@
 
-test-cuda: compiler .venv-cuda/ready
+test-cuda: compiler .venv-cuda/$(strip $(CUDA_TORCH))
 	CUDA_VISIBLE_DEVICES= .venv-cuda/bin/python -m pytest
 	.venv-cuda/bin/python -m pytest tests/nullgpu --dist load --maxschedchunk 1
 

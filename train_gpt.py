@@ -281,6 +281,8 @@ def evaluation_rules(c: Config) -> list[tuple[bool, str]]:
     """The same for scoring and test-time training."""
     document = c.ttt_scope == "document"
     return [
+        (max(c.train_seq_len, c.window) * c.head_dim <= 2**26,
+         "TRAIN_SEQ_LEN={train_seq_len} or the window of {window}, times MODEL_DIM / NUM_HEADS, is above 2**26"),
         (c.window % c.eval_stride == 0, "EVAL_STRIDE={eval_stride} must divide the window of {window}"),
         (document or c.ttt_chunk_tokens % c.window == 0,
          "TTT_CHUNK_TOKENS={ttt_chunk_tokens} must be a multiple of the window of {window}, or TTT_SCOPE=document"),
@@ -1565,12 +1567,13 @@ def code_stream(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list]
         [name, list(codes.shape)] for name, codes in coded.items()]
 
 def decode_stream(tensors: dict[str, Tensor], coded: list) -> dict[str, Tensor]:
-    """The inverse of `code_stream`. A stream that lies raises what it will, and allocates no more than a true one."""
+    """The inverse of `code_stream`. A stream that lies raises what it will; it claims ARTIFACT_MOST_CODES at most."""
     streams = {k: tensors.pop(f"rans.{k}").numpy() for k in ("rows", "columns", "table", "state", "words")}
     names, shapes = [name for name, _ in coded], np.array([shape for _, shape in coded])
     ends = shapes.cumsum(0)[:-1]
-    rows, columns = (np.split(streams[k].ravel(), ends[:, i]) for i, k in enumerate(("rows", "columns")))
-    if sum(len(r) * len(c) for r, c in zip(rows, columns)) > ARTIFACT_MOST_UNPACKED or tensors.keys() & set(names):
+    classes = (streams[k].astype(np.uint8).ravel() for k in ("rows", "columns"))
+    rows, columns = (np.split(v, ends[:, i]) for i, v in enumerate(classes))
+    if sum(len(r) * len(c) for r, c in zip(rows, columns)) > ARTIFACT_MOST_CODES or tensors.keys() & set(names):
         raise ValueError("codes")
     contexts = np.concatenate([*map(context_of, rows, columns)])
     symbols = rans_decode(contexts, streams["table"].T, streams["state"], streams["words"]).view(np.int8)
@@ -1580,7 +1583,7 @@ def decode_stream(tensors: dict[str, Tensor], coded: list) -> dict[str, Tensor]:
 # ---- Artifact: tensors and settings <-> one checked file that cannot run code.
 # magic, format (uint32), sha256 of the rest | compressor (8 bytes), compressed: length (uint32), JSON header, tensors
 
-ARTIFACT_MAGIC, ARTIFACT_FORMAT, ARTIFACT_MOST_UNPACKED = b"PGLF", 3, 2**30
+ARTIFACT_MAGIC, ARTIFACT_FORMAT, ARTIFACT_MOST_UNPACKED, ARTIFACT_MOST_CODES = b"PGLF", 4, 2**30, 2**27
 DTYPES = {"int8": "<i1", "uint8": "|u1", "float16": "<f2", "uint16": "<u2", "float32": "<f4", "uint32": "<u4"}
 COMPRESSORS = dict(zstd="zstandard", rans="zstandard", lzma="lzma", brotli="brotli")  # and their packages
 
@@ -1912,7 +1915,8 @@ def train(trainer: Trainer, validate: Callable[[], Score], log: Log) -> dict[str
     """Train until ITERATIONS or just before the clock's limit; the average is in `trainer.average`. Returns what GPTQ
     must know of the data, met on further batches, on the clock. A step is reported while the next one runs.
     """
-    step_seconds, *calibration = trainer.ranks.broadcast(trainer.warm_up(log), *trainer.rehearse_calibration())
+    (step_seconds,) = trainer.ranks.broadcast(trainer.warm_up(log))
+    calibration = tuple(map(trainer.ranks.most, trainer.rehearse_calibration()))
     cfg, average, done = less_time(trainer.cfg, *calibration, log), trainer.average, None
     clock = Clock(trainer.ranks.device, step_seconds)
     bar = progress_bar("training", 1.0, log)
@@ -2004,9 +2008,8 @@ class Scorer:
         tokens = self.tokens[(firsts[:, None] + span).clamp(max=end)]
         return forward(tokens[:, :-1], tokens[:, -count:])
 
-    def batches(self, windows: list[tuple[int, int]], per_chunk: int) -> Iterator[tuple[list[tuple[int, int]], int]]:
-        """(windows, rows) of this rank's batches. For a compiler all have as many rows, so all ranks share graphs."""
-        size = min(self.cfg.eval_batch_seqs, -(-per_chunk // self.ranks.world))
+    def batches(self, windows: list[tuple[int, int]], size: int) -> Iterator[tuple[list[tuple[int, int]], int]]:
+        """(windows, rows) of this rank's batches of up to `size`. For a compiler all have as many rows: few graphs."""
         for _, alike in groupby(self.ranks.share(windows), key=lambda window: window[1]):
             mine = list(alike)
             for i in range(0, len(mine), size):
@@ -2017,10 +2020,13 @@ class Scorer:
         """Score the stream chunk by chunk. The sum that commits a chunk is the barrier before anyone trains on it."""
         total, show = len(self.tokens) - 1, Progress(self)
         count = -(-total // chunk_tokens)
+        size = min(self.cfg.eval_batch_seqs, -(-chunk_tokens // stride // self.ranks.world))
+        if self.ranks.compiles(self.cfg) and not self.ranks.is_main:
+            self.losses(forward, [(0, self.cfg.window)], size)  # the main rank's first: compile it while that does
         for index, low in enumerate(range(0, total, chunk_tokens)):
             high = min(low + chunk_tokens, total)
             nll = torch.zeros(high - low, dtype=torch.float64, device=self.tokens.device)
-            for batch, rows in self.batches(score_windows(low, high, self.cfg.window, stride), chunk_tokens // stride):
+            for batch, rows in self.batches(score_windows(low, high, self.cfg.window, stride), size):
                 first, last = batch[0][0], min(sum(batch[-1]), high)
                 nll[first - low : last - low] = self.losses(forward, batch, rows).flatten()[: last - first]
             learn = slice(low, low + chunk_tokens * (high < total))
@@ -2268,11 +2274,13 @@ def run_evaluation(artifact: tuple[Config, dict[str, Tensor], bool], begin: floa
     cfg, weights, looped = artifact
     model, scores = load_model(cfg, weights, ranks), {}
     scorer = Scorer(read_validation(cfg), cfg, ranks, log)
-    passes = evaluations(scorer, model, looped)
+    passes, attention = evaluations(scorer, model, looped), choose_attention(cfg, ranks)
     log(f"artifact:{cfg.artifact_path} variant:{cfg.variant} seed:{cfg.seed} "
-        f"attention:{choose_attention(cfg, ranks).name} dtype:{model.dtype} looped:{int(looped)} "
+        f"attention:{attention.name} dtype:{model.dtype} looped:{int(looped)} "
         f"stride:{cfg.eval_stride} eval_seq_len:{cfg.window} ttt_chunk:{cfg.ttt_chunk_tokens} "
         f"load_time:{1000 * (time.perf_counter() - begin):.0f}ms")
+    if attention.warning:
+        log(attention.warning)
     for name, evaluation in passes.items():
         scores[name] = score = evaluation()
         log(f"{name} {score}")

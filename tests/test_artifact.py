@@ -35,7 +35,7 @@ def sealed(header, raw=b"", body=None):
 
 
 def sealed_packed(packed, compressor=b"zstd    "):
-    return b"PGLF" + (3).to_bytes(4, "little") + hashlib.sha256(compressor + packed).digest() + compressor + packed
+    return t.ARTIFACT_MAGIC + t.ARTIFACT_FORMAT.to_bytes(4, "little") + hashlib.sha256(compressor + packed).digest() + compressor + packed
 
 
 def test_tensors_come_back_exactly(cfg):
@@ -80,7 +80,7 @@ def test_packing_is_deterministic(model, cfg, artifact, log):
 @pytest.mark.parametrize("damage, words", [
     (lambda b: b[: len(b) // 2], "cut or damaged"), (lambda b: b[:20], "cut or damaged"), (lambda b: b"", "not an artifact"),
     (lambda b: b[:-9] + bytes([b[-9] ^ 4]) + b[-8:], "cut or damaged"), (lambda b: b"PK\x03\x04" + b[4:], "not an artifact"),
-    (lambda b: b[:4] + (1).to_bytes(4, "little") + b[8:], "format 1, not 3"),
+    (lambda b: b[:4] + (1).to_bytes(4, "little") + b[8:], "format 1, not 4"),
     (lambda b: b[:40] + b"lzma    " + b[48:], "cut or damaged"),
 ])
 def test_a_damaged_file_is_told_in_one_line(artifact, env, damage, words):

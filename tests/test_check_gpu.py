@@ -1,5 +1,6 @@
 """tools/check_gpu.py as far as a CPU goes: its references, its verdicts, and how its processes take turns."""
 
+import dataclasses
 import multiprocessing
 import sys
 
@@ -108,3 +109,15 @@ def test_without_a_gpu_or_with_a_strange_row_it_says_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(t.InputError, match="--rows demo must be among"):
         check_gpu.main(["--rows", "demo"])
+
+
+def test_a_compressor_that_is_missing_is_replaced_and_named(tmp_path, monkeypatch):
+    cfg = bench.row_config("pr1812", dict(TRAIN_SEQ_LEN="64", TRAIN_BATCH_TOKENS="128", MODEL_DIM="64", NUM_HEADS="2", NUM_KV_HEADS="1", QUANTIZER="rtn"), tmp_path, 1)
+    bench.write_tokens(tmp_path / "tokens", cfg.vocab_size, 2**14)
+    shard = tmp_path / "tokens" / "fineweb_train_000000.bin"
+    trainer = bench.make_trainer(dataclasses.replace(cfg, data_path=str(shard.parent), tokenizer_path=str(shard)), t.Ranks())[1]
+    monkeypatch.setattr(check_gpu.importlib.util, "find_spec", lambda name: None if name == "brotli" else name)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    turn = check_gpu.Turn(tmp_path / "turn")
+    found = check_gpu.timed_coding(trainer, turn)
+    assert found["compressor"] == "lzma, not the row's" and found["bytes"] > 1000 and found["pack"] > 0

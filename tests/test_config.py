@@ -30,6 +30,7 @@ def test_names_of_other_programs_pass():
     ("SEED", "one", "SEED='one' is not valid"), ("SEED", "-1", r"SEED=-1 must lie in \[0, "),
     ("MATRIX_LR", "nan", "not valid"), ("EVAL_ONLY", "yes", "takes 0 or 1"), ("AVERAGING", "emma", "one of ema, swa, last"),
     ("VARIANT", "crad", "one of card"), ("VE_LAYERS", "9,x", "not valid"), ("VE_LAYERS", "9,11", "NUM_LAYERS=11"),
+    ("EVAL_SEQ_LEN", str(2**20 + 64), "EVAL_SEQ_LEN"), ("TRAIN_SEQ_LEN", str(2**20), "TRAIN_BATCH_TOKENS|2..26"),
     ("NUM_HEADS", "7", "MODEL_DIM=512 must be a multiple of NUM_HEADS=7"), ("TRAIN_BATCH_TOKENS", "1000", "TRAIN_SEQ_LEN=2048"),
     ("ROPE_DIMS", "15", "ROPE_DIMS=15"), ("EMBED_BITS", "9", "2 to 8, or 16"), ("CLIP_SHARES", "0.5,0", "CLIP_SHARES"),
     ("CLIP_SHARES", "", "CLIP_SHARES"), ("EVAL_STRIDE", "100", "EVAL_STRIDE=100"), ("TTT_CHUNK_TOKENS", "3000", "TTT_CHUNK_TOKENS"),
@@ -93,3 +94,10 @@ def test_two_forms_of_one_schedule_are_refused(given, words):
     with pytest.raises(t.InputError, match=words):
         t.Config.from_env(given)
     assert t.Config.from_env({k: v for k, v in given.items() if "FRAC" in k} | dict(WARMDOWN_ITERS="0", MUON_MOMENTUM_WARMUP_STEPS="0"))
+
+
+def test_tables_of_gigabytes_are_refused():
+    """A header of an artifact could ask for them, too: they are built before any weight is."""
+    with pytest.raises(t.InputError, match="is above 2[*][*]26"):
+        t.Config(eval_seq_len=2**20, eval_stride=64, model_dim=4096, num_heads=8, ttt_epochs=0)
+    assert t.Config(eval_seq_len=2**20, ttt_epochs=0).window == 2**20

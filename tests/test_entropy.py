@@ -286,7 +286,7 @@ def test_a_file_of_kilobytes_cannot_claim_gigabytes(rows, columns, monkeypatch):
     high, wide = (shape if isinstance(shape, int) else shape[0] for shape in (rows, columns))
     arrays = changed(rows=np.zeros(rows, np.uint8), columns=np.zeros(columns, np.uint8), words=np.zeros(0, np.uint16))
     assert len(file_of(arrays, [["a.codes", [high, wide]]])) < 20_000
-    monkeypatch.setattr(t, "ARTIFACT_MOST_UNPACKED", 2**25)
+    monkeypatch.setattr(t, "ARTIFACT_MOST_CODES", 2**22)
     refuse(arrays, [["a.codes", [high, wide]]])
     refuse(changed(table=np.tile(part("table"), (1, 1000))), GOOD[1], most=100e6)  # these are 25 MB of the file itself
 

@@ -86,13 +86,32 @@ def test_ranks_share_the_windows_without_loss_and_cuda_sees_one_shape(cfg, log, 
         scorer = scorer_of(cfg, log)
         scorer.ranks = t.Ranks(rank, world, torch.device(device))
         for low in range(0, 700, 256):
-            for batch, rows in scorer.batches(t.score_windows(low, min(low + 256, 700), 32, 8), 32):
+            for batch, rows in scorer.batches(t.score_windows(low, min(low + 256, 700), 32, 8), -(-32 // world)):
                 shapes.add((rows, batch[0][1]))
                 assert rows >= len(batch) and len({count for _, count in batch}) == 1
                 parts += batch
     assert sorted(i for first, count in parts for i in range(first, first + count)) == list(range(704))
     # the first window, which scores all its targets, is filled up to what a plain pass has
     assert device == "cpu" or shapes == {(16, 32), (16, 8)}
+
+
+@pytest.mark.parametrize("stride", [8, 32])
+def test_all_ranks_meet_the_same_shapes(cfg, log, stride):
+    """The first window scores all its targets. If its graph were the main rank's alone, the others would wait for a compiler."""
+    met, totals = [], []
+    for rank in range(3):
+        scorer, ranks = scorer_of(cfg, log), t.Ranks(rank, 3, torch.device("cuda"))
+        object.__setattr__(ranks, "sum_", lambda tensor: tensor)
+        scorer.ranks = ranks
+        met.append(set())
+
+        def forward(ids, targets, seen=met[-1]):
+            seen.add((tuple(ids.shape), tuple(targets.shape)))
+            return targets.float()
+
+        totals.append(torch.cat([chunk.nll for chunk in scorer.chunks(forward, stride, 256)]))
+    assert met[0] == met[1] == met[2] and len(met[0]) == 1 + (stride < 32)
+    assert torch.equal(sum(totals), scorer.tokens[1:].double())
 
 
 def test_the_reported_bits_per_byte_follow_the_contests_formula(cfg, log):

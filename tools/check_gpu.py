@@ -5,7 +5,7 @@
 For each row of the variant table: loss and gradients of a small model against the CPU in fp32, and of the compiled full
 batch against the same graph uncompiled; milliseconds, MFU, memory and kernels of a step; its evaluation; GPTQ, packing.
 Each row has a process; one has the GPU at a time, and lends it to the others while it compiles. Tokens are random. It
-needs torch and numpy; what tells a person of progress is left out, and packing without zstandard is by lzma.
+needs torch and numpy; what tells a person of progress is left out, and lzma packs where a row's compressor is missing.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def error(found: Tensor, reference: Tensor) -> float:
 
 
 def against_the_cpu(cfg: t.Config, device: torch.device) -> dict[str, float]:
-    """The model of a device and dtype, uncompiled; with the given weights, or some that hide no term behind a 0."""
+    """The row's model of a device and dtype, with the given weights, or some that hide no term behind a 0."""
     cfg, found = small(cfg), {}
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(2, cfg.vocab_size, (4, cfg.train_seq_len + 1), generator=draw)
@@ -183,7 +183,7 @@ class Silent:
 
 
 def timed_evaluations(trainer: t.Trainer) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each pass of the row's evaluation over about 2 million tokens, targets with their contexts, compiled before."""
+    """Each pass of the row's evaluation, after one that compiles: 2 million tokens through the model, or two chunks."""
     cfg, ranks = trainer.cfg, trainer.ranks
     stream = cfg.ttt_chunk_tokens if cfg.ttt_scope == "stream" else 0
     chunk = stream or 2**17
@@ -208,7 +208,7 @@ def timed_evaluations(trainer: t.Trainer) -> Iterator[tuple[str, dict[str, Any]]
 def timed_coding(trainer: t.Trainer, turn: Turn) -> dict[str, float]:
     """Seconds of a GPTQ batch, of quantizing as the row does, on made-up costs, and of packing."""
     cfg, weights, found = trainer.cfg, trainer.average.values, {}
-    if not importlib.util.find_spec("zstandard") and cfg.compressor in ("zstd", "rans"):
+    if not importlib.util.find_spec(t.COMPRESSORS[cfg.compressor]):
         cfg, found["compressor"] = replace(cfg, compressor="lzma"), "lzma, not the row's"
     grid_of, costs_of = t.grids(trainer.model, cfg), {}
     if cfg.quantizer == "gptq":
@@ -381,7 +381,7 @@ def main(argv: list[str]) -> None:
     cli.add_argument("--output", type=Path, default=Path("check_gpu.json"), help="default: %(default)s")
     cli.add_argument("--seconds", type=float, default=4.0, help="of timed steps a row (default: %(default)s)")
     cli.add_argument("--minutes", type=float, default=8.0, help="after which it ends (default: %(default)s)")
-    workers = max(1, min(4, (os.cpu_count() or 1) // 3))
+    workers = max(1, min(2, (os.cpu_count() or 1) // 3))  # one that waits keeps the memory of its step
     cli.add_argument("--workers", type=int, default=workers, help="rows at a time (here: %(default)s)")
     for name, kind in dict(row=str, folder=Path, roof=float).items():  # of one row's process
         cli.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)

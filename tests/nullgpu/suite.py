@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import nullgpu
@@ -52,7 +53,7 @@ class Run:
         kept = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR", "TORCHINDUCTOR_CACHE_DIR") if name in os.environ}
         command = [sys.executable, *launcher, str(HERE / "drive.py"), str(folder / "report"), str(script)]
         done = subprocess.run(command, env=kept | nullgpu.environment(sys.executable) | whole | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                              text=True, timeout=1200)
+                              text=True, timeout=2400)
         self.status, self.text = done.returncode, done.stdout
         self.reports = [json.loads(path.read_text()) for path in sorted(folder.glob("report.*.json"))]
 
@@ -61,6 +62,11 @@ class Run:
         if self.status:
             return [f"ended with {self.status}:\n{self.text[-6000:]}"]
         return [f"rank {rank}: {text}" for rank, report in enumerate(self.reports) for text in bad_steps(report) + bad_batches(report)]
+
+    def seen(self):
+        """How many spans were counted of each phase, at least, over the ranks."""
+        counts = [Counter(span["phase"] for span in report["spans"]) for report in self.reports]
+        return {phase: min(count[phase] for count in counts) for phase in counts[0]}
 
     def peaks(self):
         """The most GiB of device memory of any rank, by phase."""
