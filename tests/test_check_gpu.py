@@ -112,7 +112,8 @@ def test_without_a_gpu_or_with_a_strange_row_it_says_so(monkeypatch):
 
 
 def test_a_compressor_that_is_missing_is_replaced_and_named(tmp_path, monkeypatch):
-    cfg = bench.row_config("pr1812", dict(TRAIN_SEQ_LEN="64", TRAIN_BATCH_TOKENS="128", MODEL_DIM="64", NUM_HEADS="2", NUM_KV_HEADS="1", QUANTIZER="rtn"), tmp_path, 1)
+    small = dict(TRAIN_SEQ_LEN="64", TRAIN_BATCH_TOKENS="128", MODEL_DIM="64", NUM_HEADS="2", NUM_KV_HEADS="1", QUANTIZER="rtn")
+    cfg = bench.row_config("pr1812", small, tmp_path, 1)
     bench.write_tokens(tmp_path / "tokens", cfg.vocab_size, 2**14)
     shard = tmp_path / "tokens" / "fineweb_train_000000.bin"
     trainer = bench.make_trainer(dataclasses.replace(cfg, data_path=str(shard.parent), tokenizer_path=str(shard)), t.Ranks())[1]
