@@ -348,7 +348,7 @@ def run_row(row: str, args: argparse.Namespace, folder: Path, roof: float, end: 
         cut = threading.Timer(max(0.0, end - time.perf_counter()), process.kill)
         cut.start()
         for text in process.stdout:
-            if not text.startswith("{"):
+            if not (text.startswith("{") and text.endswith("}\n")):  # not ours, or cut off
                 continue
             found = json.loads(text)
             results.append(found)
