@@ -36,8 +36,8 @@ def test_a_row_runs_whole(tmp_path, row):
     assert ("layer_loop:enabled" in trained.text) == (row == "pr1812")
     assert ("gptq:collected" in trained.text) == (row in ("pr490", "pr1812", "frontier"))
     given = {name: env[name] for name in ("DATA_PATH", "TOKENIZER_PATH", "ATTENTION")}
-    # three rows with windows side by side, so that one graph serves the plain and the sliding pass; the others slide
-    given |= dict(EVAL_STRIDE="2048") if row in ("pr150", "pr455", "pr490") else {}
+    # four rows with windows side by side, so that one graph serves the plain and the sliding pass; the others slide
+    given |= dict(EVAL_STRIDE="2048") if row in ("pr150", "pr455", "pr490", "pr1812") else {}
     evaluated = suite.Run(tmp_path / "evaluation", given | dict(EVAL_ONLY="1", ARTIFACT=str(tmp_path / "run" / "final_model.int6.ptz")))
     assert evaluated.complaints() == [] and sum(phase.endswith(suite.PASSES) for phase in evaluated.seen()) == 3
     assert "legal_ttt_exact" in evaluated.text
