@@ -46,8 +46,8 @@ def test_a_row_runs_whole(tmp_path, row):
     assert max(peaks.values()) < suite.MOST_GIB, peaks
 
 
-# pr1812 with fewer blocks, three of them looped: it has the most graphs, and is whole at full depth in the test above
-TWO = dict(card={}, pr1812=dict(NUM_LAYERS="6", NUM_LOOPS="1", XSA_LAST_N="6", PARALLEL_RESIDUAL_START="5"))
+# pr1812 with fewer blocks, two of them looped: it has the most graphs, and is whole at full depth in the test above
+TWO = dict(card={}, pr1812=dict(NUM_LAYERS="4", LOOP_START="1", LOOP_END="2", NUM_LOOPS="1", XSA_LAST_N="4", PARALLEL_RESIDUAL_START="3"))
 
 
 @pytest.mark.parametrize("row", TWO)
