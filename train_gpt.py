@@ -551,8 +551,12 @@ def check_packages(cfg: Config) -> None:
     compressor_module(cfg.compressor)
 
 class Log:
-    """One `key:value` line an event, to the terminal and to OUTPUT_DIR/logs/RUN_ID.txt; silent beside the main rank."""
+    """One line per event, to the terminal and to OUTPUT_DIR/logs/RUN_ID.txt; silent on all ranks but the main one.
+
+    What a line tells as keywords, too, stands in `facts`: the closing RESULT line has all of them, for programs.
+    """
     def __init__(self, cfg: Config, ranks: Ranks):
+        self.facts: dict[str, Any] = {}
         stamp = time.strftime("%Y%m%d-%H%M%S")
         name = cfg.run_id or f"{cfg.variant}_seed{cfg.seed}_{'eval_' if cfg.eval_only else ''}{stamp}"
         self.path = Path(cfg.output_dir) / "logs" / f"{name}.txt"
@@ -570,7 +574,8 @@ class Log:
             except OSError as error:
                 raise InputError(f"cannot write {self.path}: {error.strerror}; set OUTPUT_DIR elsewhere") from None
 
-    def __call__(self, text: str) -> None:
+    def __call__(self, text: str, **facts: Any) -> None:
+        self.facts |= facts
         if self.active:
             from tqdm import tqdm
 
@@ -579,19 +584,23 @@ class Log:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(text + "\n")
 
-    def header(self, cfg: Config, ranks: Ranks, overrides: list[str]) -> None:
+    def header(self, cfg: Config, ranks: Ranks, overrides: dict[str, str]) -> None:
         """What ran where: source, versions, device, and the settings that the environment gave."""
         source = Path(__file__).read_bytes()
+        sha256 = hashlib.sha256(source).hexdigest()
+        versions = {"python": sys.version.split()[0], "torch": str(torch.__version__)}
+        versions |= {package: importlib.metadata.version(package) for package in PACKAGES}
         on_gpu = ranks.device.type == "cuda"
         device = torch.cuda.get_device_name(ranks.device) if on_gpu else f"cpu x{torch.get_num_threads()}"
-        self(f"source:{Path(__file__).name} sha256:{hashlib.sha256(source).hexdigest()} bytes:{len(source)}")
-        self(f"python:{sys.version.split()[0]} torch:{torch.__version__} "
-             + " ".join(f"{package}:{importlib.metadata.version(package)}" for package in PACKAGES))
-        self(f"device:{device} world_size:{ranks.world}")
+        self(f"source:{Path(__file__).name} sha256:{sha256} bytes:{len(source)}", source_sha256=sha256)
+        self(" ".join(f"{name}:{version}" for name, version in versions.items()), versions=versions)
+        self(f"device:{device} world_size:{ranks.world}", device=device, world_size=ranks.world)
         if self.active and on_gpu and shutil.which("nvidia-smi"):
             query = ["nvidia-smi", "--query-gpu=name,driver_version,power.limit,clocks.max.sm", "--format=csv,noheader"]
             self(f"nvidia-smi: {subprocess.run(query, capture_output=True, text=True).stdout.strip().splitlines()}")
-        self(f"variant:{cfg.variant} seed:{cfg.seed} overrides: {' '.join(overrides) or 'none'}")
+        given = " ".join(f"{name}={value}" for name, value in overrides.items())
+        self(f"variant:{cfg.variant} seed:{cfg.seed} overrides: {given or 'none'}",
+             variant=cfg.variant, seed=cfg.seed, overrides=overrides)
 
 def progress_bar(label: str, total: float, log: Log) -> Any:
     """A progress bar with the time left when a person watches; silent otherwise."""
@@ -1726,9 +1735,11 @@ def save_artifact(plans: Mapping[str, Plan], weights: Mapping[str, Tensor], loop
     payload = sum(t.nbytes for t in tensors.values())
     count = sum(w.numel() for w in weights.values())
     kind, total = f"int{cfg.matrix_bits}+{cfg.compressor}", size + code
-    log(f"quantize_and_pack:{time.perf_counter() - begin:.1f}s, off the training clock")
-    log(f"Serialized model {kind}: {size} bytes (payload:{payload} payload_ratio:{4 * count / payload:.2f}x)")
-    log(f"Code size: {code} bytes")
+    seconds = time.perf_counter() - begin
+    log(f"quantize_and_pack:{seconds:.1f}s, off the training clock", pack_seconds=seconds)
+    log(f"Serialized model {kind}: {size} bytes (payload:{payload} payload_ratio:{4 * count / payload:.2f}x)",
+        kind=kind, model_bytes=size, payload_bytes=payload)
+    log(f"Code size: {code} bytes", code_bytes=code)
     log(f"Total submission size {kind}: {total} bytes")
     if (excess := total - cfg.max_artifact_bytes) > 0:
         raise Unusable(f"code + model = {total} bytes, {excess} over MAX_ARTIFACT_BYTES={cfg.max_artifact_bytes}, so "
@@ -1947,7 +1958,9 @@ def train(trainer: Trainer, validate: Callable[[], Score], log: Log) -> dict[str
     log(f"averaging:{cfg.averaging} updates:{average.count}{trainer.ranks.memory()}")
     costs = calibrate(trainer, *calibration, clock, log) if cfg.quantizer == "gptq" else {}
     clock.synchronize()
-    log(f"training ended: step:{done[0]}/{cfg.iterations} {timing(done[0], clock.seconds())}")
+    steps, seconds = done[0], clock.seconds()
+    log(f"training ended: step:{steps}/{cfg.iterations} {timing(steps, seconds)}",
+        iterations=cfg.iterations, steps=steps, train_seconds=seconds)
     return costs
 
 # ---- Evaluation: stream and model -> chunks whose scores are final -> bits per byte. Only the Scorer holds the stream.
@@ -2234,10 +2247,11 @@ def run_training(cfg: Config, ranks: Ranks, log: Log) -> dict[str, Score]:
     model = GPT(cfg, attention.attend, dtype)
     model.init_weights(cfg)
     trainer = Trainer(model.to(ranks.device), Batches(TokenStream(shards, cfg.vocab_size), cfg, ranks), cfg, ranks)
-    log(f"train_loader:dataset:{Path(cfg.data_path).name} train_shards:{len(shards)}")
+    dataset, count = Path(cfg.data_path).name, sum(p.numel() for p in model.parameters())
+    log(f"train_loader:dataset:{dataset} train_shards:{len(shards)}", dataset=dataset, train_shards=len(shards))
     log(f"val_loader:tokens:{len(scorer.bytes)} bytes:{int(scorer.bytes.sum())}")
-    log(f"model_params:{sum(p.numel() for p in model.parameters())} attention:{attention.name} dtype:{dtype} "
-        f"grad_accum_steps:{trainer.batches.micro_steps}")
+    log(f"model_params:{count} attention:{attention.name} dtype:{dtype} grad_accum_steps:{trainer.batches.micro_steps}",
+        parameters=count, grad_accum_steps=trainer.batches.micro_steps)
     if attention.warning:
         log(attention.warning)
     try:
@@ -2278,16 +2292,17 @@ def run_evaluation(artifact: tuple[Config, dict[str, Tensor], bool], begin: floa
     log(f"artifact:{cfg.artifact_path} variant:{cfg.variant} seed:{cfg.seed} "
         f"attention:{attention.name} dtype:{model.dtype} looped:{int(looped)} "
         f"stride:{cfg.eval_stride} eval_seq_len:{cfg.window} ttt_chunk:{cfg.ttt_chunk_tokens} "
-        f"load_time:{1000 * (time.perf_counter() - begin):.0f}ms")
+        f"load_time:{1000 * (time.perf_counter() - begin):.0f}ms", attention=attention.name, dtype=str(model.dtype),
+        eval_stride=cfg.eval_stride, ttt_chunk_tokens=cfg.ttt_chunk_tokens)
     if attention.warning:
         log(attention.warning)
     for name, evaluation in passes.items():
         scores[name] = score = evaluation()
         log(f"{name} {score}")
         log(f"{name}_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
-    log(f"total_eval_time:{1000 * (time.perf_counter() - begin):.0f}ms{ranks.memory()}")
-    count, size = len(scorer.bytes), int(scorer.bytes.sum())
-    log(f"bytes_per_token:{size / count:.6f} targets:{count} bytes:{size}")
+    seconds, count, size = time.perf_counter() - begin, len(scorer.bytes), int(scorer.bytes.sum())
+    log(f"total_eval_time:{1000 * seconds:.0f}ms{ranks.memory()}", eval_seconds=seconds)
+    log(f"bytes_per_token:{size / count:.6f} targets:{count} bytes:{size}", targets=count, bytes=size)
     return scores
 
 def describe(cfg: Config) -> str:
@@ -2327,13 +2342,14 @@ def main(argv: list[str], env: Mapping[str, str]) -> None:
         raise InputError(f"unknown argument {argv[0]}; options are environment variables (--help lists them)")
     with launch(env) as ranks:
         log, scores = Log(cfg, ranks), {}
-        log.header(cfg, ranks, [f"{k}={v}" for k, v in as_env(cfg.group()).items() if k in env])
+        log.header(cfg, ranks, {name: text for name, text in as_env(cfg.group()).items() if name in env})
         if artifact is None:
             scores = run_training(cfg, ranks, log)
             begin, artifact = time.perf_counter(), load_artifact(cfg.artifact_path, env)
         scores |= run_evaluation(artifact, begin, ranks, log)
-        log(report(scores, cfg.artifact_path))
+        log(report(scores, cfg.artifact_path), scores={stage: score._asdict() for stage, score in scores.items()})
         log(f"log:{log.path} artifact:{cfg.artifact_path}")
+        log(f"RESULT {json.dumps(log.facts)}")
 
 def run(argv: list[str], env: Mapping[str, str]) -> None:
     """`main`; after a mistake of the user's status 1 and one line, after Ctrl-C 130, after ours 1 and a traceback."""

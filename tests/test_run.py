@@ -168,7 +168,7 @@ def test_the_log_of_a_gpu_names_card_and_driver(cfg, tmp_path, monkeypatch):
     inner = subprocess.run
     monkeypatch.setattr(t.subprocess, "run", lambda command, **how: inner([fake, *command[1:]], **how))
     ranks = dataclasses.replace(t.Ranks(), device=t.torch.device("cuda", 0))
-    t.Log(cfg, ranks).header(cfg, ranks, [])
+    t.Log(cfg, ranks).header(cfg, ranks, {})
     lines = (tmp_path / "logs" / "test.txt").read_text().splitlines()
     assert lines[2:4] == ["device:NVIDIA H100 world_size:1", "nvidia-smi: ['NVIDIA H100, 580.1, 700 W, 1980 MHz']"]
 

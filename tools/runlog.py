@@ -69,6 +69,7 @@ GROUPS = (
       r"(?P<bytes>\d+|-) +(?P<seconds>\d+\.\d)"),),
     (("code + model", "1", r"code (?P<code>\d+) \+ model (?P<model>\d+) = (?P<total>\d+) bytes"),),
     (("log", "1", r"log:(?P<log>.+) artifact:(?P<path>.+)"),),
+    (("RESULT", "?", r"RESULT \{.*\}"),),
 )
 PATTERNS = [(at, name, count, re.compile(p, re.ASCII)) for at, group in enumerate(GROUPS) for name, count, p in group]
 
