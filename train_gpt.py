@@ -162,9 +162,9 @@ class Config:
     quantizer: str = knob("rtn", "round to nearest, or GPTQ", choices=("rtn", "gptq"))
     mean_step: float = knob(0.0, "geometric mean of steps chosen by what an error costs; 0: each row's own, as above")
     step_power: float = knob(0.75, "how far those follow the cost: 0 all alike, 1 to equal costs", high=1)
-    gptq_calibration_batches: int = knob(8, "training batches whose inputs GPTQ measures, on the clock", low=1)
+    gptq_calibration_batches: int = knob(8, "most training batches whose inputs GPTQ measures, on the clock", low=1)
+    gptq_reserve_seconds: float = knob(4.0, "of MAX_WALLCLOCK_SECONDS, kept back for those batches")
     gptq_damping: float = knob(0.01, "of their mean, added to the Hessian's diagonal and to row costs", low=1e-6)
-    gptq_block: int = knob(128, "columns that GPTQ rounds between two updates of the rest", low=1)
     prune_share: float = knob(0.0, "share of each matrix, the smallest weights, set to 0", high=0.99)
     fit: bool = knob(True, "scale all steps by one factor, so that code + model fill MAX_ARTIFACT_BYTES")
     compressor: str = knob("zstd", "of the artifact; rans codes by scale", choices=("zstd", "lzma", "brotli", "rans"))
@@ -228,6 +228,12 @@ class Config:
         return self.eval_seq_len or self.train_seq_len
 
     @property
+    def time_limit(self) -> float:
+        """Seconds for the steps: MAX_WALLCLOCK_SECONDS but for what is kept back for GPTQ; infinite without a limit."""
+        reserve = self.gptq_reserve_seconds if self.quantizer == "gptq" else 0.0
+        return self.max_wallclock_seconds - reserve if self.max_wallclock_seconds else math.inf
+
+    @property
     def artifact_path(self) -> Path:
         return Path(self.artifact) if self.artifact else Path(self.output_dir) / "final_model.int6.ptz"
 
@@ -275,6 +281,8 @@ def training_rules(c: Config) -> list[tuple[bool, str]]:
         (all(0 < share <= 1 for share in c.clip_shares or (0,)),
          "CLIP_SHARES={clip_shares} must lie in (0, 1], one or more"),
         (not c.mean_step or c.quantizer == "gptq", "MEAN_STEP={mean_step} needs QUANTIZER=gptq, not {quantizer}"),
+        (c.time_limit > 0, "GPTQ_RESERVE_SECONDS={gptq_reserve_seconds} leaves no time to train of "
+         "MAX_WALLCLOCK_SECONDS={max_wallclock_seconds}; lower it"),
     ]
 
 def evaluation_rules(c: Config) -> list[tuple[bool, str]]:
@@ -337,7 +345,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         muon_momentum_warmup_frac=0.22, muon_momentum_cooldown=0.25, muon_row_normalize=True, muon_wd=0.095,
         muon_wd_mlp=0.115, embed_wd=0.085,
         adam_wd=0.005, ema_decay=0.9965, late_qat_threshold=0.0, quantizer="gptq", matrix_clip_sigmas=13.3,
-        embed_clip_sigmas=20.0, gptq_block=32, gptq_calibration_batches=64, compressor="brotli", ttt_epochs=4,
+        embed_clip_sigmas=20.0, gptq_calibration_batches=64, gptq_reserve_seconds=12.0, compressor="brotli", ttt_epochs=4,
         ttt_chunk_tokens=65_536, ttt_lr=0.005, ttt_nesterov=True, ttt_z_loss=1e-5, ttt_params=("*.weight",),
         ttt_cosine_floor=0.0),
     "frontier": dict(
@@ -1223,19 +1231,18 @@ class Optimizers:
 
 def share_done(step: int, elapsed: float, cfg: Config) -> float:
     """How much of the run is behind, by steps or by the clock, whichever is further."""
-    return max(step / cfg.iterations, elapsed / (cfg.max_wallclock_seconds or math.inf))
+    return max(step / cfg.iterations, elapsed / cfg.time_limit)
 
 def lr_scale(step: int, elapsed: float, step_seconds: float, cfg: Config) -> float:
     """Share of the peak rate: 1, then linear to 0 at ITERATIONS or the time limit, what comes first at this speed."""
-    seconds_left = (cfg.max_wallclock_seconds or math.inf) - elapsed
-    steps_left = min(cfg.iterations - step, seconds_left / max(step_seconds, 1e-9))
+    steps_left = min(cfg.iterations - step, (cfg.time_limit - elapsed) / max(step_seconds, 1e-9))
     by_steps = steps_left / cfg.warmdown_iters if cfg.warmdown_iters else 1.0
     by_share = (1 - share_done(step, elapsed, cfg)) / cfg.warmdown_frac if cfg.warmdown_frac else 1.0
     return min(1.0, max(0.0, min(by_steps, by_share)))
 
 def out_of_time(elapsed: float, step_seconds: float, cfg: Config) -> bool:
     """Whether another step might end after the limit. The device may still be busy with the one before."""
-    return 0 < cfg.max_wallclock_seconds < elapsed + 2 * step_seconds
+    return cfg.time_limit < elapsed + 2 * step_seconds
 
 def muon_momentum(step: int, elapsed: float, scale: float, cfg: Config) -> float:
     """Momentum that warms up linearly, by steps or by a share of the run, and cools down with the rate (PR #1812)."""
@@ -1371,13 +1378,15 @@ def factorize(hessian: Tensor, cfg: Config, columns: Tensor | float = 1.0) -> Fa
         raise Unusable("GPTQ met a Hessian that cannot be inverted; raise GPTQ_DAMPING, or QUANTIZER=rtn") from None
     return Factor(order, upper, dead)
 
-def gptq(w: Tensor, steps: Tensor, top: int, factor: Factor, cfg: Config) -> Tensor:
+GPTQ_BLOCK = 128  # columns rounded between two updates of the rest, which changes nothing but the time
+
+def gptq(w: Tensor, steps: Tensor, top: int, factor: Factor) -> Tensor:
     """Codes (R, C) that keep the outputs w x for inputs x of the factor's second moment (arXiv:2210.17323)."""
     order, upper = factor.order, factor.upper
     left, steps = w.double().masked_fill(factor.dead, 0.0)[:, order].T.contiguous(), steps.double()  # (C, R)
     codes = torch.zeros_like(left)
-    for begin in range(0, len(upper), cfg.gptq_block):
-        end = min(begin + cfg.gptq_block, len(upper))
+    for begin in range(0, len(upper), GPTQ_BLOCK):
+        end = min(begin + GPTQ_BLOCK, len(upper))
         errors = torch.zeros_like(left[begin:end])
         for j in range(begin, end):  # the error of each column is made up for by those that follow
             codes[j] = nearest(left[j] / steps, top)
@@ -1438,7 +1447,7 @@ def quantize_rows(p: Plan, cfg: Config, factor: float = 1.0) -> tuple[Tensor, Te
         top, w = p.top, p.weight / p.columns
         least = w.abs().amax(1) / top  # MEAN_STEP never clips a row's largest
     steps = (p.steps * factor).clamp_min(least).half().clamp_min(2**-24)  # fp16's smallest
-    codes = nearest(w / steps.float()[:, None], top) if p.factor is None else gptq(w, steps, top, p.factor, cfg)
+    codes = nearest(w / steps.float()[:, None], top) if p.factor is None else gptq(w, steps, top, p.factor)
     return codes.to(torch.int8), steps
 
 def dequantize_rows(codes: Tensor, steps: Tensor, columns: Tensor | None = None) -> Tensor:
@@ -1865,25 +1874,6 @@ class Trainer:
         self.batches.seek(position)
         return seconds
 
-    def rehearse_calibration(self) -> tuple[float, float]:
-        """The seconds that one of GPTQ's batches takes, and those of its sums over ranks; all is undone."""
-        if self.cfg.quantizer != "gptq":
-            return 0.0, 0.0
-        position, self.looped = self.batches.step, self.cfg.num_loops > 0
-        with self.observers() as seen:
-            for _ in range(2):  # the first one initializes
-                clock = Clock(self.ranks.device, 0.0)
-                self.observe()
-                clock.synchronize()
-                batch = clock.seconds()
-                for observer in seen.values():
-                    curvature(observer, self.ranks)
-                clock.synchronize()
-                sums = clock.seconds() - batch
-        self.looped = False
-        self.batches.seek(position)
-        return batch, sums
-
 def timing(step: int, seconds: float) -> str:
     return f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / step:.2f}ms"
 
@@ -1895,30 +1885,18 @@ def report_step(step: int, seconds: float, reading: Reading, cfg: Config, log: L
     if step <= 10 or step % cfg.train_log_every == 0:
         log(f"step:{step}/{cfg.iterations} train_loss:{loss:.4f} {timing(step, seconds)}")
 
-def less_time(cfg: Config, batch: float, sums: float, log: Log) -> Config:
-    """The settings with less time to train, by what GPTQ's batches should take, a fifth more, and twice their sums."""
-    reserve = 1.2 * cfg.gptq_calibration_batches * batch + 2 * sums
-    if not reserve or not cfg.max_wallclock_seconds:
-        return cfg
-    log(f"gptq:reserving {reserve:.2f}s for {cfg.gptq_calibration_batches} batches")
-    if reserve >= cfg.max_wallclock_seconds:
-        raise InputError(f"GPTQ's batches need {reserve:.1f} s, so MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds} "
-                         "leaves no time to train; lower GPTQ_CALIBRATION_BATCHES")
-    return replace(cfg, max_wallclock_seconds=cfg.max_wallclock_seconds - reserve)
-
-def calibrate(trainer: Trainer, batch: float, sums: float, clock: Clock, log: Log) -> dict[str, Curvature]:
-    """What errors in the averaged weights cost, seen on the clock; in fewer batches if those take longer than in the
-    rehearsal, where one took `batch` seconds, and the sums over ranks `sums`.
-    """
+def calibrate(trainer: Trainer, clock: Clock, log: Log) -> dict[str, Curvature]:
+    """What errors in the averaged weights cost, seen on the clock: in as many batches as end before the time limit."""
     ranks, count = trainer.ranks, trainer.cfg.gptq_calibration_batches
     limit = trainer.cfg.max_wallclock_seconds or math.inf
-    used, elapsed = 0, ranks.most(clock.seconds())  # of all ranks, or they would leave the loop one by one
+    used, slowest = 0, 0.0
+    elapsed = ranks.most(clock.seconds())  # of all ranks, or they would leave the loop one by one
     with trainer.average.applied(), trainer.observers() as seen:
-        while used == 0 or used < count and elapsed + 2 * (batch + sums) < limit:
+        while used == 0 or used < count and elapsed + 2 * slowest < limit:  # twice: their sums over ranks take time, too
             trainer.observe()
             clock.synchronize()
             before, elapsed = elapsed, ranks.most(clock.seconds())
-            used, batch = used + 1, max(batch, elapsed - before)
+            used, slowest = used + 1, max(slowest, elapsed - before)
     log(f"gptq:collected {sum(o.count > 0 for o in seen.values())} Hessians from {used} of {count} batches")
     return {name: curvature(observer, ranks) for name, observer in seen.items()}
 
@@ -1927,8 +1905,7 @@ def train(trainer: Trainer, validate: Callable[[], Score], log: Log) -> dict[str
     must know of the data, met on further batches, on the clock. A step is reported while the next one runs.
     """
     (step_seconds,) = trainer.ranks.broadcast(trainer.warm_up(log))
-    calibration = tuple(map(trainer.ranks.most, trainer.rehearse_calibration()))
-    cfg, average, done = less_time(trainer.cfg, *calibration, log), trainer.average, None
+    cfg, average, done = trainer.cfg, trainer.average, None
     clock = Clock(trainer.ranks.device, step_seconds)
     bar = progress_bar("training", 1.0, log)
     for step in range(cfg.iterations):
@@ -1956,7 +1933,7 @@ def train(trainer: Trainer, validate: Callable[[], Score], log: Log) -> dict[str
         average.update(1.0)
         log(f"averaging: {cfg.averaging} took no snapshot, so the last weights stand in")
     log(f"averaging:{cfg.averaging} updates:{average.count}{trainer.ranks.memory()}")
-    costs = calibrate(trainer, *calibration, clock, log) if cfg.quantizer == "gptq" else {}
+    costs = calibrate(trainer, clock, log) if cfg.quantizer == "gptq" else {}
     clock.synchronize()
     steps, seconds = done[0], clock.seconds()
     log(f"training ended: step:{steps}/{cfg.iterations} {timing(steps, seconds)}",
