@@ -857,15 +857,15 @@ def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
     grouped, direction = y.unflatten(2, (v.size(2), -1)), F.normalize(v, dim=-1).unsqueeze(3)
     return torch.addcmul(grouped, (grouped * direction).sum(-1, keepdim=True), direction, value=-1).flatten(2, 3)
 
-def unset(*shape: int) -> nn.Parameter:
-    """A parameter, fp32, empty until `init_weights` or `load_state_dict` fills it."""
-    return nn.Parameter(torch.empty(shape))
+def filled(start: float, *shape: int) -> nn.Parameter:
+    """A parameter, fp32, of the value from which it is learnt."""
+    return nn.Parameter(torch.full(shape, start))
 
 class Linear(nn.Module):
     """y = x W^T without bias; the fp32 weight is cast to the dtype of x. An `adapter` makes adapter(x, y) of it."""
     def __init__(self, fan_in: int, fan_out: int):
         super().__init__()
-        self.weight = unset(fan_out, fan_in)
+        self.weight = nn.Parameter(torch.empty(fan_out, fan_in))  # until `init_weights`
         self.adapter: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -890,7 +890,7 @@ class SmearGate(nn.Module):
     """Blends each token with the one before, by a learned share a channel (PR #65); a document's first stays pure."""
     def __init__(self, dim: int):
         super().__init__()
-        self.gate = unset(dim)
+        self.gate = filled(0.0, dim)
 
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
         before = F.pad(x[:, :-1], (0, 0, 1, 0))
@@ -903,7 +903,7 @@ class BigramHashEmbedding(nn.Module):
         super().__init__()
         self.buckets, self.hash = cfg.bigram_vocab_size, cfg.bigram_hash
         self.embed, self.proj = Table(self.buckets, cfg.bigram_dim), Linear(cfg.bigram_dim, cfg.model_dim)
-        self.scale = unset() if cfg.bigram_scale_init else None
+        self.scale = filled(cfg.bigram_scale_init) if cfg.bigram_scale_init else None
 
     def bucket(self, ids: Tensor) -> Tensor:
         """Bucket of each token (B, T). First tokens of a row or of a document have no bigram: the last bucket, or 0."""
@@ -924,8 +924,8 @@ class ValueEmbedding(nn.Module):
         super().__init__()
         self.embed = Table(cfg.vocab_size, cfg.ve_dim)
         self.proj = Linear(cfg.ve_dim, cfg.num_kv_heads * cfg.head_dim)
-        self.scale = unset()
-        self.layer_scales = nn.ParameterDict({str(i): unset(1) for i in cfg.ve_layers})
+        self.scale = filled(0.1)
+        self.layer_scales = nn.ParameterDict({str(i): filled(1.0, 1) for i in cfg.ve_layers})
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> dict[int, Tensor]:
         shared = self.scale * self.proj(self.embed(ids))
@@ -935,8 +935,9 @@ class HeadGate(nn.Module):
     """A sigmoid gate a head, from 0 to `peak`, of the first channels of the attention's input (arXiv:2505.06708)."""
     def __init__(self, channels: int, heads: int, peak: float, bias: bool):
         super().__init__()
-        self.peak, self.slope = peak, unset(heads, channels)
-        self.bias = unset(heads) if bias else None
+        self.peak = peak
+        self.slope = filled(0.0, heads, channels)
+        self.bias = filled(4.0, heads) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -953,8 +954,8 @@ class CausalSelfAttention(nn.Module):
         self.c_q, self.c_k, self.c_v = Linear(dim, dim), Linear(dim, kv_dim), Linear(dim, kv_dim)
         self.proj = Linear(dim, dim)
         self.gain_spans = (cfg.rope_dims, cfg.head_dim - cfg.rope_dims) if cfg.qk_gains == 2 else ()
-        self.q_gain = unset(cfg.num_heads, cfg.qk_gains)
-        self.value_mix = unset(2) if cfg.value_residual and layer else None
+        self.q_gain = filled(cfg.qk_gain_init, cfg.num_heads, cfg.qk_gains)
+        self.value_mix = filled(0.5, 2) if cfg.value_residual and layer else None
         self.gates = nn.ModuleList()
         if cfg.gated_attention:  # of the whole input (PR #490)
             self.gates.append(HeadGate(dim, cfg.num_heads, 1.0, bias=True))
@@ -989,7 +990,8 @@ class MLP(nn.Module):
         self.fc, self.proj = Linear(cfg.model_dim, hidden), Linear(hidden, cfg.model_dim)
         leaky = partial(F.leaky_relu, negative_slope=cfg.mlp_negative_slope)
         self.activation = F.silu if cfg.activation == "silu" else leaky
-        self.scale, self.bias = (unset(hidden) if cfg.mlp_affine else None for _ in range(2))
+        self.scale = filled(1.0, hidden) if cfg.mlp_affine else None
+        self.bias = filled(0.0, hidden) if cfg.mlp_affine else None
 
     def forward(self, x: Tensor, scale: Tensor) -> Tensor:
         h = self.activation(self.fc(x), inplace=True).square()
@@ -1003,8 +1005,9 @@ class Block(nn.Module):
         passes = cfg.num_loops + 1 if cfg.loop_start <= layer <= cfg.loop_end else 1
         self.input_scale = (layer + 1) ** -cfg.ln_scale_power * passes**-0.5
         self.parallel = layer >= cfg.parallel_residual_start >= 0
-        self.attn_scale, self.mlp_scale = (unset(cfg.model_dim) for _ in range(2))
-        self.resid_mix = unset(2, cfg.model_dim)
+        self.attn_scale = filled(1.0, cfg.model_dim)
+        self.mlp_scale = filled(1.0, cfg.model_dim)
+        self.resid_mix = nn.Parameter(torch.tensor([[1.0], [0.0]]).repeat(1, cfg.model_dim))
 
     def forward(self, x: Tensor, x0: Tensor, rotary: tuple[Tensor, Tensor], value_embedding: Tensor | None,
                 first_value: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -1028,13 +1031,13 @@ class GPT(nn.Module):
         self.dtype, self.softcap = dtype, cfg.logit_softcap
         self.order, self.looped_order = layer_order(cfg, False), layer_order(cfg, True)
         self.tok_emb = Table(cfg.vocab_size, dim)
-        self.embed_scale = unset(dim) if cfg.embed_scale else None
+        self.embed_scale = filled(1.0, dim) if cfg.embed_scale else None
         self.bigram = BigramHashEmbedding(cfg) if cfg.bigram_vocab_size else None
         self.smear = SmearGate(dim) if cfg.smear_gate else None
         self.value_embed = ValueEmbedding(cfg) if cfg.ve_layers else None
         self.blocks = nn.ModuleList(Block(cfg, i, attend) for i in range(cfg.num_layers))
-        self.skip_weights = unset(skips, dim)
-        self.skip_gates = unset(skips, dim) if cfg.skip_gates else None
+        self.skip_weights = filled(1.0, skips, dim)
+        self.skip_gates = filled(0.0, skips, dim) if cfg.skip_gates else None
         with torch.device("cpu"):
             cos, sin = rotary_tables(max(cfg.train_seq_len, cfg.window), cfg.rope_dims or cfg.head_dim, cfg.rope_base)
         self.register_buffer("cos", cos, persistent=False)
@@ -1042,28 +1045,25 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, cfg: Config) -> None:
-        """Orthogonal matrices, hash and value projections at 1/sqrt(2L); zero output projections; gains 1 (PR #65)."""
-        draw, orthogonal = torch.Generator().manual_seed(cfg.seed), cfg.init == "orthogonal"  # or as in PR #1127
-        fills = {"q_gain": cfg.qk_gain_init, "bigram.scale": cfg.bigram_scale_init, "value_embed.scale": 0.1,
-                 "value_mix": 0.5, "gates.0.bias": 4.0}
+        """SEED draws the matrices: orthogonal, hash and value projections at 1/sqrt(2L), outputs 0 (PR #65); or uniform,
+        and no bigram at first (PR #1127). Gains, gates and mixes start as they were made.
+        """
+        draw, orthogonal = torch.Generator().manual_seed(cfg.seed), cfg.init == "orthogonal"
         stds = {"tok_emb": cfg.tied_embed_init_std, "value_embed.embed": 0.01,
                 "bigram.embed": 0.0 if orthogonal else 0.01}
-        zeros = ["attn.proj.weight", "mlp.proj.weight", "smear.gate", "skip_gates", "slope", "mlp.bias"]
-        if not orthogonal:
-            zeros.append("bigram.proj.weight")
-        for name, p in self.named_parameters():
-            if (owner := name.removesuffix(".weight")) in stds:
-                nn.init.normal_(p, std=stds[owner], generator=draw)
-            elif name.endswith(tuple(zeros)):
+        zeros = ("attn.proj", "mlp.proj") if orthogonal else ("attn.proj", "mlp.proj", "bigram.proj")
+        for name, module in self.named_modules():
+            if not isinstance(module, Linear):
+                continue
+            p = module.weight
+            if name in stds:
+                nn.init.normal_(p, std=stds[name], generator=draw)
+            elif name.endswith(zeros):
                 p.zero_()
-            elif not name.endswith(".weight"):
-                p.fill_(next((value for end, value in fills.items() if name.endswith(end)), 1.0))
             elif orthogonal:
                 nn.init.orthogonal_(p, 1.0 if "blocks" in name else (2 * cfg.num_layers) ** -0.5, generator=draw)
             else:
                 nn.init.uniform_(p, -(p.size(1) ** -0.5), p.size(1) ** -0.5, generator=draw)
-        for block in self.blocks:
-            block.resid_mix[1].zero_()
 
     def hidden(self, ids: Tensor, looped: bool = False) -> Tensor:
         """Final normalized states (B, T, D) of token ids (B, T): the one path for training, scoring and adapting."""
