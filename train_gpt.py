@@ -1300,8 +1300,8 @@ class Grid(NamedTuple):
     def top(self) -> int:
         return 2 ** (self.bits - 1) - 1
 
-def nearest(multiples: Tensor, top: int) -> Tensor:
-    """The closest codes, as floats, of weights in units of their step."""
+def nearest(multiples: Tensor, top: Tensor | int) -> Tensor:
+    """The closest codes within +-top, as floats, of weights in units of their step."""
     return multiples.round().clamp(-top, top)
 
 def row_steps(w: Tensor, grid: Grid, cfg: Config) -> Tensor:
@@ -1380,7 +1380,7 @@ def factorize(hessian: Tensor, cfg: Config, columns: Tensor | float = 1.0) -> Fa
 
 GPTQ_BLOCK = 128  # columns rounded between two updates of the rest, which changes nothing but the time
 
-def gptq(w: Tensor, steps: Tensor, top: int, factor: Factor) -> Tensor:
+def gptq(w: Tensor, steps: Tensor, top: Tensor, factor: Factor) -> Tensor:
     """Codes (R, C) that keep the outputs w x for inputs x of the factor's second moment (arXiv:2210.17323)."""
     order, upper = factor.order, factor.upper
     left, steps = w.double().masked_fill(factor.dead, 0.0)[:, order].T.contiguous(), steps.double()  # (C, R)
@@ -1396,16 +1396,18 @@ def gptq(w: Tensor, steps: Tensor, top: int, factor: Factor) -> Tensor:
     return codes[order.argsort()].T
 
 class Plan(NamedTuple):
-    """What to make of one weight: codes within +-top, times steps[:, None], times `columns`; by GPTQ with a factor."""
+    """How one weight is coded: codes * steps[:, None] * columns, nothing beyond the clip; by GPTQ with a factor."""
     weight: Tensor  # (R, C)
     steps: Tensor  # (R,)
-    top: int
-    factor: Factor | None = None
-    columns: Tensor | None = None  # (C,), exact in fp16
+    clip: Tensor  # (R,), of weight / columns
+    columns: Tensor  # (C,), exact in fp16
+    factor: Factor | None
 
 def row_plan(w: Tensor, grid: Grid, cfg: Config, hessian: Tensor | None = None) -> Plan:
     """Steps from each row's own weights."""
-    return Plan(w, row_steps(w, grid, cfg), grid.top, None if hessian is None else factorize(hessian, cfg))
+    steps = row_steps(w, grid, cfg)
+    factor = None if hessian is None else factorize(hessian, cfg)
+    return Plan(w, steps, grid.top * steps, torch.ones_like(w[0]), factor)
 
 def loss_plan(w: Tensor, cost: Curvature, cfg: Config) -> Plan:
     """Steps, up to one factor for all weights, by what an error costs in each row and, after GPTQ, in each column. For
@@ -1417,7 +1419,8 @@ def loss_plan(w: Tensor, cost: Curvature, cfg: Config) -> Plan:
     rows = cost.rows.double() + cfg.gptq_damping * cost.rows.double().mean().clamp_min(1e-30)
     typical = column_cost.log().mean().exp()
     columns = ((column_cost / typical) ** -half).half().float()
-    return Plan(w, (rows * typical) ** -half, 127, factorize(cost.inputs, cfg, columns), columns)
+    steps, clip = (rows * typical) ** -half, (w / columns).abs().amax(1)
+    return Plan(w, steps, clip, columns, factorize(cost.inputs, cfg, columns))
 
 def coding_plans(weights: Mapping[str, Tensor], grid_of: Mapping[str, Grid], cfg: Config,
                  costs: Mapping[str, Curvature] | None = None) -> dict[str, Plan]:
@@ -1438,22 +1441,17 @@ def coding_plans(weights: Mapping[str, Tensor], grid_of: Mapping[str, Grid], cfg
     scale = cfg.mean_step / mean_log.exp()  # which makes it the geometric mean of the steps of all weights
     return {name: p._replace(steps=p.steps * scale) for name, p in plans.items()}
 
-def quantize_rows(p: Plan, cfg: Config, factor: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Codes int8 (R, C) and steps fp16 (R,), for steps `factor` times the plan's, within the same clip."""
-    if p.columns is None:
-        factor = max(factor, p.top / 127)  # a clip that is more than 127 steps wide fits no int8
-        top, w, least = min(127, round(p.top / factor)), p.weight, 0.0
-    else:
-        top, w = p.top, p.weight / p.columns
-        least = w.abs().amax(1) / top  # MEAN_STEP never clips a row's largest
-    steps = (p.steps * factor).clamp_min(least).half().clamp_min(2**-24)  # fp16's smallest
-    codes = nearest(w / steps.float()[:, None], top) if p.factor is None else gptq(w, steps, top, p.factor)
+def quantize_rows(p: Plan, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Codes int8 (R, C) and steps fp16 (R,), `factor` times the plan's, but so wide that 127 of them reach the clip."""
+    steps = torch.maximum(p.steps * factor, p.clip / 127).half().clamp_min(2**-24)  # fp16's smallest
+    w, step = p.weight / p.columns, steps.float()
+    top = (p.clip / step).round().clamp(max=127)
+    codes = nearest(w / step[:, None], top[:, None]) if p.factor is None else gptq(w, step, top, p.factor)
     return codes.to(torch.int8), steps
 
-def dequantize_rows(codes: Tensor, steps: Tensor, columns: Tensor | None = None) -> Tensor:
-    """fp32 weights (R, C) of codes int8 (R, C), steps fp16 (R,) and, where there are any, factors fp16 (C,)."""
-    w = codes.float() * steps.float()[:, None]
-    return w if columns is None else w * columns.float()
+def dequantize_rows(codes: Tensor, steps: Tensor, columns: Tensor) -> Tensor:
+    """fp32 weights (R, C) of codes int8 (R, C), steps fp16 (R,) and columns fp16 (C,)."""
+    return codes.float() * steps.float()[:, None] * columns.float()
 
 def grids(model: nn.Module, cfg: Config) -> dict[str, Grid]:
     """The grid of every parameter by name; gains and the small projections of hash and value tables stay fp16."""
@@ -1472,7 +1470,8 @@ def on_export_grid(model: GPT, cfg: Config) -> AbstractContextManager[None]:
     matrices = sorted((m.weight for m in model.blocks.modules() if type(m) is Linear), key=lambda w: w.size(1))
     for _, alike in groupby(matrices, key=lambda w: w.size(1)):  # rows are rounded one by one, so many go together
         together = list(alike)
-        values = dequantize_rows(*quantize_rows(row_plan(torch.cat(together), grid, cfg), cfg))
+        plan = row_plan(torch.cat(together), grid, cfg)
+        values = dequantize_rows(*quantize_rows(plan), plan.columns)
         rounded += values.split([len(w) for w in together])
     return swapped(matrices, rounded)  # the graph stays: this compiles nothing, and no compiler can fold it away
 
@@ -1481,13 +1480,12 @@ def prune(w: Tensor, share: float) -> Tensor:
     count = int(share * w.numel())
     return w.masked_fill(w.abs() <= w.abs().flatten().kthvalue(count).values, 0.0) if count else w
 
-def quantize(weights: dict[str, Tensor], plans: dict[str, Plan], cfg: Config, factor: float = 1.0) -> dict[str, Tensor]:
-    """The tensors of an artifact: `name.codes`, `.steps` and perhaps `.columns` of what is coded, fp16 of the rest."""
+def quantize(weights: dict[str, Tensor], plans: dict[str, Plan], factor: float = 1.0) -> dict[str, Tensor]:
+    """The tensors of an artifact: `name.codes`, `.steps` and `.columns` of what is coded, fp16 of the rest."""
     tensors = {name: w.half() for name, w in weights.items() if name not in plans}
     for name, p in plans.items():
-        tensors[f"{name}.codes"], tensors[f"{name}.steps"] = quantize_rows(p, cfg, factor)
-        if p.columns is not None:
-            tensors[f"{name}.columns"] = p.columns.half()
+        tensors[f"{name}.codes"], tensors[f"{name}.steps"] = quantize_rows(p, factor)
+        tensors[f"{name}.columns"] = p.columns.half()
     return {name: t.cpu().contiguous() for name, t in tensors.items()}
 
 def dequantize(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -1496,9 +1494,10 @@ def dequantize(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, t in tensors.items():
         base, _, kind = name.rpartition(".")
         if kind == "codes":
-            steps, columns = tensors[f"{base}.steps"], tensors.get(f"{base}.columns")
-            if t.ndim != 2 or steps.shape != t.shape[:1] or (columns is not None and columns.shape != t.shape[1:]):
-                raise InputError(f"{base} has codes {list(t.shape)} but steps {list(steps.shape)} or other columns")
+            steps, columns = tensors[f"{base}.steps"], tensors[f"{base}.columns"]
+            if t.ndim != 2 or (steps.shape, columns.shape) != (t.shape[:1], t.shape[1:]):
+                raise InputError(f"{base} has codes {list(t.shape)}, steps {list(steps.shape)} and columns "
+                                 f"{list(columns.shape)}")
             weights[base] = dequantize_rows(t, steps, columns)
         elif kind not in ("steps", "columns"):
             weights[name] = t.float()
@@ -1569,39 +1568,44 @@ def rans_decode(contexts: np.ndarray, table: np.ndarray, state: np.ndarray, word
         raise ValueError("words of its entropy coder")
     return symbols
 
-def code_stream(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list]:
-    """`tensors` with all codes as one rANS stream, and the names and shapes that it replaces."""
-    coded = {name: t.numpy() for name, t in tensors.items() if name.endswith(".codes") and t.numel()}
+def code_stream(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors` with all codes as one rANS stream; `name.codes.rows` and `.columns` have the classes of each weight."""
+    coded = {name: tensors[name].numpy() for name in sorted(tensors) if name.endswith(".codes")}
+    streams = {name: t for name, t in tensors.items() if name not in coded}
     if not coded:
-        return dict(tensors), []
-    rows, columns = zip(*map(scale_classes, coded.values()))
-    contexts = np.concatenate([*map(context_of, rows, columns)])
+        return streams
+    contexts = []
+    for name, codes in coded.items():
+        rows, columns = scale_classes(codes)
+        contexts.append(context_of(rows, columns))
+        streams |= {f"{name}.rows": torch.from_numpy(rows), f"{name}.columns": torch.from_numpy(columns)}
+    contexts = np.concatenate(contexts)
     symbols = np.concatenate([codes.ravel() for codes in coded.values()]).view(np.uint8)
     table = frequencies(symbols, contexts.astype(np.int64))
     state, words = rans_encode(symbols, contexts, table)
-    streams = dict(rows=np.concatenate(rows), columns=np.concatenate(columns), table=table.T, state=state, words=words)
-    rest = {name: t for name, t in tensors.items() if name not in coded}
-    return rest | {f"rans.{k}": torch.from_numpy(v) for k, v in streams.items()}, [
-        [name, list(codes.shape)] for name, codes in coded.items()]
+    coder = {"rans.table": table.T, "rans.state": state, "rans.words": words}
+    return streams | {name: torch.from_numpy(array) for name, array in coder.items()}
 
-def decode_stream(tensors: dict[str, Tensor], coded: list) -> dict[str, Tensor]:
+def decode_stream(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `code_stream`. A stream that lies raises what it will; it claims ARTIFACT_MOST_CODES at most."""
-    streams = {k: tensors.pop(f"rans.{k}").numpy() for k in ("rows", "columns", "table", "state", "words")}
-    names, shapes = [name for name, _ in coded], np.array([shape for _, shape in coded])
-    ends = shapes.cumsum(0)[:-1]
-    classes = (streams[k].astype(np.uint8).ravel() for k in ("rows", "columns"))
-    rows, columns = (np.split(v, ends[:, i]) for i, v in enumerate(classes))
-    if sum(len(r) * len(c) for r, c in zip(rows, columns)) > ARTIFACT_MOST_CODES or tensors.keys() & set(names):
-        raise ValueError("codes")
-    contexts = np.concatenate([*map(context_of, rows, columns)])
-    symbols = rans_decode(contexts, streams["table"].T, streams["state"], streams["words"]).view(np.int8)
-    split = np.split(symbols, shapes.prod(1).cumsum()[:-1])
-    return tensors | {n: torch.from_numpy(part.reshape(shape)) for n, part, shape in zip(names, split, shapes)}
+    table, state, words = (tensors.pop(f"rans.{name}").numpy() for name in ("table", "state", "words"))
+    names = [name.removesuffix(".rows") for name in sorted(tensors) if name.endswith(".codes.rows")]
+    classes = [[tensors.pop(f"{name}.{kind}").numpy().astype(np.uint8).ravel() for kind in ("rows", "columns")]
+               for name in names]
+    shapes = [(len(rows), len(columns)) for rows, columns in classes]
+    sizes = [math.prod(shape) for shape in shapes]
+    if sum(sizes) > ARTIFACT_MOST_CODES:
+        raise ValueError("more codes than an artifact may have")
+    contexts = np.concatenate([context_of(rows, columns) for rows, columns in classes])
+    symbols = rans_decode(contexts, table.T, state, words).view(np.int8)
+    for name, shape, codes in zip(names, shapes, np.split(symbols, np.cumsum(sizes)[:-1])):
+        tensors[name] = torch.from_numpy(codes.reshape(shape))
+    return tensors
 
 # ---- Artifact: tensors and settings <-> one checked file that cannot run code.
 # magic, format (uint32), sha256 of the rest | compressor (8 bytes), compressed: length (uint32), JSON header, tensors
 
-ARTIFACT_MAGIC, ARTIFACT_FORMAT, ARTIFACT_MOST_UNPACKED, ARTIFACT_MOST_CODES = b"PGLF", 4, 2**30, 2**27
+ARTIFACT_MAGIC, ARTIFACT_FORMAT, ARTIFACT_MOST_UNPACKED, ARTIFACT_MOST_CODES = b"PGLF", 5, 2**30, 2**27
 DTYPES = {"int8": "<i1", "uint8": "|u1", "float16": "<f2", "uint16": "<u2", "float32": "<f4", "uint32": "<u4"}
 COMPRESSORS = dict(zstd="zstandard", rans="zstandard", lzma="lzma", brotli="brotli")  # and their packages
 
@@ -1638,10 +1642,10 @@ def artifact_settings(cfg: Config) -> dict[str, str]:
 
 def pack(tensors: Mapping[str, Tensor], looped: bool, cfg: Config) -> bytes:
     """The file that holds `tensors`, and the settings and the tokenizer's hash that an evaluator needs."""
-    tensors, coded = code_stream(tensors) if cfg.compressor == "rans" else (tensors, [])
+    tensors = code_stream(tensors) if cfg.compressor == "rans" else tensors
     arrays = {name: tensors[name].numpy() for name in sorted(tensors, key=lambda n: (tensors[n].element_size(), n))}
     header = json.dumps({
-        "settings": artifact_settings(cfg), "looped": looped, "coded": coded,
+        "settings": artifact_settings(cfg), "looped": looped,
         "tokenizer_sha256": hashlib.sha256(Path(cfg.tokenizer_path).read_bytes()).hexdigest(),
         "tensors": [[name, str(a.dtype), list(a.shape)] for name, a in arrays.items()],
     }, separators=(",", ":")).encode()
@@ -1664,7 +1668,7 @@ def read_tensors(header: dict, body: bytes, start: int) -> dict[str, Tensor]:
         tensors[name], start = torch.from_numpy(array.astype(dtype)), start + array.nbytes
     if start != len(body):
         raise ValueError("length")
-    return decode_stream(tensors, header["coded"]) if header.get("coded", []) != [] else tensors
+    return decode_stream(tensors) if "rans.words" in tensors else tensors
 
 def unpack(blob: bytes) -> tuple[dict, dict[str, Tensor]]:
     """(header, tensors) of a packed file. Raises InputError when it is foreign, newer, cut or damaged."""
@@ -1704,27 +1708,27 @@ def save_average(average: Average, looped: bool, cfg: Config, log: Log) -> None:
         log(f"checkpoint:{path} averaging:{cfg.averaging} updates:{average.count}")
 
 def fit(pack_at: Callable[[float], tuple[int, Any]], room: int, coded: int, log: Log) -> Any:
-    """What pack_at(factor) -> (bytes, result) makes of a factor that leaves at most 0.5 % of `room` bytes unused. Twice
-    the step saves each of the `coded` weights a bit, about, or what the latest two trials say. Factors lie in [1/4, 8];
-    if none fits, the result of the first is returned.
+    """What pack_at(factor) -> (bytes, result) makes of a factor that leaves at most 0.5 % of `room` bytes unused, by a
+    secant in octaves of [1/4, 8]; at first one is taken to save a bit of each of the `coded` weights. If none fits, the
+    result of the first is returned.
     """
-    low, high, at, best, tried, rate = -2.0, 3.0, 0.0, None, {}, coded / 8  # octaves; bytes that one more saves
-    for left in range(11, -1, -1):
+    low, high, at, best = -2.0, 3.0, 0.0, None
+    rate, tried = coded / 8, {}  # bytes that an octave saves; bytes by octaves
+    for _ in range(12):
         size, result = pack_at(2.0**at)
         log(f"fit:factor {2.0**at:.4f} bytes:{size} of {room}")
-        best = result if size <= room or best is None else best
-        if 0 <= room - size <= room // 200 or at == (-2.0 if size <= room else 3.0):
+        fits = size <= room
+        if fits or best is None:
+            best = result
+        if fits and room - size <= room // 200 or at == (-2.0 if fits else 3.0):
             break
-        low, high = (low, at) if size <= room else (at, high)
-        if tried:
-            before = [*tried][-1]
+        low, high = (low, at) if fits else (at, high)
+        for before in [*tried][-1:]:
             rate = min(max((tried[before] - size) / (at - before), coded / 80), coded / 2)
         tried[at] = size
         at = min(max(at + (size - room + room // 400) / rate, low), high)
         if at in tried:
             at = (low + high) / 2
-        if left == 1 and high == 3.0:
-            at = high  # nothing below it has fitted
     return best
 
 def save_artifact(plans: Mapping[str, Plan], weights: Mapping[str, Tensor], looped: bool, cfg: Config, ranks: Ranks,
@@ -1733,7 +1737,7 @@ def save_artifact(plans: Mapping[str, Plan], weights: Mapping[str, Tensor], loop
     begin, code = time.perf_counter(), Path(__file__).stat().st_size
 
     def pack_at(factor: float) -> tuple[int, tuple[int, bytes, dict[str, Tensor]]]:
-        tensors = quantize(weights, plans, cfg, factor)
+        tensors = quantize(weights, plans, factor)
         blob = pack(tensors, looped, cfg) if ranks.is_main else b""
         size = int(ranks.broadcast(len(blob))[0])
         return size, (size, blob, tensors)

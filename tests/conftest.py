@@ -74,13 +74,13 @@ def make_model(cfg, seed=0):
 
 def coded_rows(w, grid, cfg, hessian=None):
     """Codes and steps of w by the row rule: rounded, or by GPTQ with a Hessian."""
-    return t.quantize_rows(t.row_plan(w, grid, cfg, hessian), cfg)
+    return t.quantize_rows(t.row_plan(w, grid, cfg, hessian))
 
 
 def coded(weights, grid_of, cfg, hessians=None):
     """The tensors of an artifact by the row rule; GPTQ for the names that have a Hessian."""
     costs = {name: t.Curvature(hessian, torch.zeros(len(weights[name]))) for name, hessian in (hessians or {}).items()}
-    return t.quantize(weights, t.coding_plans(weights, grid_of, cfg, costs), cfg)
+    return t.quantize(weights, t.coding_plans(weights, grid_of, cfg, costs))
 
 
 def run(env, *args, processes=1, script=ROOT / "train_gpt.py", check=True, cwd=None, fresh=False):

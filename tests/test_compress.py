@@ -39,8 +39,12 @@ def body_of(tensors, raw):
 
 def claimed(header):
     """Name, dtype and shape of each tensor that a file says it holds."""
-    plain = {name: (dtype, shape) for name, dtype, shape in header["tensors"] if not (header.get("coded") and str(name).startswith("rans."))}
-    return plain | {name: ("int8", shape) for name, shape in header.get("coded", [])}
+    found = {name: (dtype, shape) for name, dtype, shape in header["tensors"]}
+    if "rans.words" in found:
+        found = {name: claim for name, claim in found.items() if not name.startswith("rans.")}
+        for name in [name.removesuffix(".rows") for name in found if name.endswith(".codes.rows")]:
+            found[name] = ("int8", [math.prod(found.pop(f"{name}.{kind}")[1]) for kind in ("rows", "columns")])
+    return found
 
 
 def zeros_of(size):
@@ -214,7 +218,7 @@ def test_whether_the_loops_run_travels_with_the_weights(cfg, env, log, name, loo
     paths = {k: v for k, v in env.items() if k in ("DATA_PATH", "TOKENIZER_PATH")}
     loaded, weights, found = t.load_artifact(cfg.artifact_path, paths)
     assert found is looped and loaded.num_loops == 2 and loaded.group("model", "evaluation") == cfg.group("model", "evaluation")
-    expected = t.dequantize(t.quantize(weights, plans, cfg))
+    expected = t.dequantize(t.quantize(weights, plans))
     assert weights.keys() == expected.keys() and all(torch.equal(w, expected[n]) for n, w in weights.items())
 
 

@@ -54,11 +54,11 @@ def steps_of(tensors, name):
 def test_steps_follow_the_cost_by_the_power_and_their_geometric_mean_is_the_option(power):
     cfg = dataclasses.replace(CFG, step_power=power, mean_step=3.0, gptq_damping=0.02)
     weights, costs = costs_of(SHAPES)
-    tensors = t.quantize(weights, t.coding_plans(weights, GRIDS, cfg, costs), cfg)
+    tensors = t.quantize(weights, t.coding_plans(weights, GRIDS, cfg, costs))
     steps = {name: steps_of(tensors, name) for name in SHAPES}
     together, level = np.concatenate([s.ravel() for s in steps.values()]), []
     plans = t.coding_plans(weights, GRIDS, cfg, costs).values()
-    assert not any((p.weight / p.columns).abs().amax(1).gt(127 * p.steps).any() for p in plans)  # none at its least
+    assert not any(p.clip.gt(127 * p.steps).any() for p in plans)  # none at its least
     for name, cost in costs.items():
         rows = cost.rows.double().numpy()
         rows, columns = rows + 0.02 * rows.mean(), column_costs_by_hand(cost.inputs, 0.02)
@@ -73,14 +73,15 @@ def test_what_is_read_is_codes_times_steps_times_columns(power):
     weights, costs = costs_of(SHAPES)
     cfg = dataclasses.replace(CFG, step_power=power)
     plans = t.coding_plans(weights | {"kept": torch.ones(3)}, GRIDS, cfg, costs)
-    tensors = t.quantize(weights | {"kept": torch.ones(3)}, plans, cfg)
+    tensors = t.quantize(weights | {"kept": torch.ones(3)}, plans)
     assert plans.keys() == SHAPES.keys() and tensors["kept"].dtype == torch.float16
     read = t.dequantize(t.unpack(t.pack(tensors, False, CFG))[1])
     for name, p in plans.items():
         assert torch.equal(p.columns, p.columns.half().float()) and p.columns.log().mean().abs() < 1e-3
         codes = tensors[f"{name}.codes"].double().numpy()
         np.testing.assert_allclose(read[name].double(), codes * steps_of(tensors, name), rtol=1e-6)
-        assert p.top == 127 and tensors[f"{name}.columns"].dtype == tensors[f"{name}.steps"].dtype == torch.float16
+        assert torch.equal(p.clip, (p.weight / p.columns).abs().amax(1))
+        assert tensors[f"{name}.columns"].dtype == tensors[f"{name}.steps"].dtype == torch.float16
 
 
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
@@ -88,7 +89,7 @@ def test_where_all_errors_cost_the_same_there_is_one_step_and_codes_are_rounded(
     weights = {"a.weight": 0.3 * gaussian(20, 24), "b.weight": 0.3 * gaussian(10, 24, 1)}
     costs = {name: t.Curvature(3 * torch.eye(24), torch.full((len(w),), 7.0)) for name, w in weights.items()}
     cfg = dataclasses.replace(CFG, step_power=power, mean_step=0.0625)  # exact in fp16
-    tensors = t.quantize(weights, t.coding_plans(weights, {n: t.Grid(8, 0.0) for n in weights}, cfg, costs), cfg)
+    tensors = t.quantize(weights, t.coding_plans(weights, {n: t.Grid(8, 0.0) for n in weights}, cfg, costs))
     for name, w in weights.items():
         assert (steps_of(tensors, name) == 0.0625).all()
         assert torch.equal(tensors[f"{name}.codes"].float(), (w / 0.0625).round())
@@ -100,7 +101,7 @@ def test_an_error_costs_less_than_with_steps_that_are_all_alike():
     total = []
     for power in (0.0, 1.0):
         cfg = dataclasses.replace(CFG, step_power=power, mean_step=0.05)
-        read = t.dequantize(t.quantize(weights, t.coding_plans(weights, GRIDS, cfg, costs), cfg))
+        read = t.dequantize(t.quantize(weights, t.coding_plans(weights, GRIDS, cfg, costs)))
         total.append(0.0)
         for name, (inputs, rows) in costs.items():
             off = (read[name] - weights[name]).double()
@@ -112,7 +113,7 @@ def test_gptq_keeps_outputs_where_columns_have_steps_of_their_own():
     weights, costs = {"a.weight": gaussian(64, 96)}, {"a.weight": t.Curvature(hessian_of(96, 0.95), torch.ones(64))}
     cfg = dataclasses.replace(CFG, mean_step=0.3)
     (p,) = t.coding_plans(weights, {"a.weight": t.Grid(8, 0.0)}, cfg, costs).values()
-    off = [(t.dequantize_rows(*t.quantize_rows(q, cfg), p.columns.half()) - p.weight).double() for q in (p, p._replace(factor=None))]
+    off = [(t.dequantize_rows(*t.quantize_rows(q), p.columns.half()) - p.weight).double() for q in (p, p._replace(factor=None))]
     gptq, rounded = ((o @ costs["a.weight"].inputs.double() * o).sum() for o in off)
     assert rounded > 3 * gptq and p.columns.max() > 2 * p.columns.min()
 
@@ -122,10 +123,10 @@ def test_codes_of_a_plan_by_cost_are_those_of_gptq_on_scaled_columns(power):
     """In units of its columns a weight has inputs that are larger by them; the damping is that of the inputs as they were."""
     cfg, hessian = dataclasses.replace(CFG, mean_step=0.3, step_power=power, gptq_damping=0.05), hessian_of(48)
     (p,) = t.coding_plans({"a.weight": gaussian(40, 48)}, {"a.weight": t.Grid(8, 0.0)}, cfg, {"a.weight": t.Curvature(hessian, torch.ones(40))}).values()
-    codes, steps = t.quantize_rows(p, cfg)
+    codes, steps = t.quantize_rows(p)
     damped = hessian.double() + 0.05 * hessian.double().diagonal().mean() * torch.eye(48)
     scaled = p.columns[:, None].double() * damped * p.columns.double()
-    expected = gptq_by_hand(p.weight / p.columns, steps.double().numpy(), 127, scaled, 0.0)
+    expected = gptq_by_hand(p.weight / p.columns, steps.double().numpy(), (p.clip / steps.float()).round().numpy(), scaled, 0.0)
     assert (codes.numpy() != expected).mean() < 1e-3 and (codes.float() != (p.weight / p.columns / steps.float()[:, None]).round()).float().mean() > 0.05
 
 
@@ -151,7 +152,7 @@ def test_a_factor_scales_the_steps_of_a_plan_by_cost_and_no_weight_is_clipped(fa
     weights, costs = costs_of(SHAPES)
     cfg = dataclasses.replace(CFG, mean_step=mean_step)
     plans = t.coding_plans(weights, GRIDS, cfg, costs)
-    plain, scaled = t.quantize(weights, plans, cfg), t.quantize(weights, plans, cfg, factor)
+    plain, scaled = t.quantize(weights, plans), t.quantize(weights, plans, factor)
     for name, w in weights.items():
         least = (w / plans[name].columns).abs().amax(1) / 127
         np.testing.assert_allclose(scaled[f"{name}.steps"].double(), torch.maximum(factor * plans[name].steps, least), rtol=6e-4)
@@ -165,7 +166,7 @@ def test_steps_too_small_for_an_int8_lose_no_more_than_eight_bits_do(power):
     cfg = dataclasses.replace(CFG, step_power=power, mean_step=1e-5)
     weights, costs = costs_of(SHAPES)
     eight = dataclasses.replace(cfg, mean_step=0.0, clip_shares=(1.0,), step_floor=0.0)
-    ours, theirs = (t.dequantize(t.quantize(weights, t.coding_plans(weights, GRIDS, c, costs), c)) for c in (cfg, eight))
+    ours, theirs = (t.dequantize(t.quantize(weights, t.coding_plans(weights, GRIDS, c, costs))) for c in (cfg, eight))
     for name, cost in costs.items():
         ours_off, theirs_off = ((read[name] - weights[name]).double() for read in (ours, theirs))
         assert (ours_off @ cost.inputs.double() * ours_off).sum() < 2 * (theirs_off @ cost.inputs.double() * theirs_off).sum(), name
@@ -179,7 +180,7 @@ def test_a_plan_by_rows_keeps_its_clip_as_the_factor_moves(bits, sigmas, factor,
     w[:, 0] = 50.0
     cfg = dataclasses.replace(CFG, mean_step=0.0, clip_shares=(0.01,), step_floor=0.0)
     plan = t.row_plan(w, grid, cfg, torch.eye(300) if hessian else None)
-    codes, steps = t.quantize_rows(plan, cfg, factor)
+    codes, steps = t.quantize_rows(plan, factor)
     moved = max(factor, grid.top / 127)
     np.testing.assert_allclose(steps.double(), moved * plan.steps.double(), rtol=6e-4)
     assert (codes[:, 0] == codes[0, 0]).all() and codes.abs().max() == codes[0, 0] <= 127
@@ -192,11 +193,11 @@ def test_factor_one_is_the_plan_itself():
     weights, cfg = weights_of(model), dataclasses.replace(CFG, mean_step=0.0)
     grid_of = t.grids(model, cfg)
     plans = t.coding_plans(weights, grid_of, cfg)
-    tensors = t.quantize(weights, plans, cfg)
+    tensors = t.quantize(weights, plans)
     for name, p in plans.items():
         assert torch.equal(tensors[f"{name}.steps"].float(), p.steps)
         assert torch.equal(tensors[f"{name}.codes"].float(), t.nearest(weights[name] / p.steps[:, None], grid_of[name].top))
-    assert all(torch.equal(w, tensors[n]) for n, w in t.quantize(weights, plans, cfg, 1.0).items())
+    assert all(torch.equal(w, tensors[n]) for n, w in t.quantize(weights, plans, 1.0).items())
 
 
 def test_no_step_ends_as_zero():
@@ -204,7 +205,7 @@ def test_no_step_ends_as_zero():
     w = torch.zeros(2, 8)
     w[1, 0] = 1e-9
     for hessian in (None, torch.eye(8)):
-        codes, steps = t.quantize_rows(t.row_plan(w, t.Grid(6, 0.0), dataclasses.replace(CFG, mean_step=0.0, step_floor=0.0), hessian), CFG, 0.25)
+        codes, steps = t.quantize_rows(t.row_plan(w, t.Grid(6, 0.0), dataclasses.replace(CFG, mean_step=0.0, step_floor=0.0), hessian), 0.25)
         assert (steps > 0).all() and not codes.any()
 
 
@@ -367,7 +368,7 @@ def search(size_at, room, coded):
         trials.append((math.log2(factor), size_at(math.log2(factor))))
         return trials[-1][1], trials[-1]
 
-    got = t.fit(pack_at, room, coded, lines.append)
+    got = t.fit(pack_at, room, coded, lambda text, **facts: lines.append(text))
     assert len(lines) == len(trials) and all(f"bytes:{size} of {room}" in line for line, (_, size) in zip(lines, trials))
     return got, trials
 
@@ -441,7 +442,7 @@ def saved(tmp_path, room, **changes):
     cfg = dataclasses.replace(CFG, mean_step=0.0, quantizer="rtn", output_dir=str(tmp_path), max_artifact_bytes=code + room, step_floor=0.0, **changes)
     weights = {"blocks.0.a.weight": gaussian(800, 1000), "gain": torch.ones(5)}
     plans = t.coding_plans(weights, {"blocks.0.a.weight": t.Grid(6, 6.0)}, cfg)
-    t.save_artifact(plans, weights, False, cfg, t.Ranks(), lines.append)
+    t.save_artifact(plans, weights, False, cfg, t.Ranks(), lambda text, **facts: lines.append(text))
     blob = cfg.artifact_path.read_bytes()
     return blob, t.unpack(blob)[1], "\n".join(map(str, lines)), plans["blocks.0.a.weight"].steps
 

@@ -47,7 +47,7 @@ def gptq_by_hand(w, steps, top, hessian, damping):
 
 
 def output_error(w, codes, steps, hessian):
-    off = (t.dequantize_rows(codes, steps) - w).double()
+    off = (t.dequantize_rows(codes, steps, torch.ones(1)) - w).double()
     return float((off @ hessian.double() * off).sum())
 
 
@@ -387,7 +387,7 @@ def widths(model, cfg):
     for name, tensor in tensors.items():
         if name.endswith(".codes"):
             result[name.removesuffix(".codes")] = 1 + math.ceil(math.log2(int(tensor.abs().max()) + 1))
-        elif not name.endswith(".steps"):
+        elif not name.endswith((".steps", ".columns")):
             assert tensor.dtype == torch.float16
             result[name] = 16
     return result

@@ -25,11 +25,12 @@ CODE = ROOT / "train_gpt.py"
 
 @pytest.fixture
 def tensors(cfg):
-    """What is stored of a model of four blocks; one matrix has column factors too, and one has no codes."""
+    """What is stored of a model of four blocks; one has no codes."""
     model = make_model(cfg)
     weights = {name: p.detach() for name, p in model.named_parameters()}
-    stored = t.quantize(weights, t.coding_plans(weights, t.grids(model, cfg), cfg), cfg)
-    del stored["blocks.2.attn.c_q.weight.codes"], stored["blocks.2.attn.c_q.weight.steps"]
+    stored = t.quantize(weights, t.coding_plans(weights, t.grids(model, cfg), cfg))
+    for kind in ("codes", "steps", "columns"):
+        del stored[f"blocks.2.attn.c_q.weight.{kind}"]
     plain = {"blocks.2.attn.c_q.weight": weights["blocks.2.attn.c_q.weight"].half()}
     return stored | plain | {"blocks.1.mlp.fc.weight.columns": torch.linspace(0.5, 2, 32).half()}
 
@@ -69,7 +70,7 @@ def test_a_row_tells_how_its_parameter_is_stored(artifact, tensors, cfg):
             codes, steps = tensors[f"{name}.codes"], tensors[f"{name}.steps"]
             assert r.bits == pytest.approx(bits_of(codes.flatten().tolist()) / codes.numel()) and r.shape == list(codes.shape)
             assert r.top == max(map(abs, codes.flatten().tolist())) and r.steps == [min(steps.tolist()), max(steps.tolist())]
-            assert r.dtype == "int8" and len(parts) == 2 + (name == "blocks.1.mlp.fc.weight")
+            assert r.dtype == "int8" and len(parts) == 3
         else:
             assert (r.top, r.steps, r.dtype, r.shape) == (None, None, "float16", list(tensors[name].shape))
 

@@ -139,7 +139,7 @@ def test_the_bars_of_an_artifact_add_up_to_it(cfg, tmp_path):
     model = make_model(cfg)
     weights = {name: p.detach() for name, p in model.named_parameters()}
     path = tmp_path / "model.ptz"
-    path.write_bytes(t.pack(t.quantize(weights, t.coding_plans(weights, t.grids(model, cfg), cfg), cfg), False, cfg))
+    path.write_bytes(t.pack(t.quantize(weights, t.coding_plans(weights, t.grids(model, cfg), cfg)), False, cfg))
     found = inspect_artifact.contents(path, ROOT / "train_gpt.py")
     panel, = tool.draw_artifact(path).axes
     widths = [bar.get_width() for bar in panel.patches]

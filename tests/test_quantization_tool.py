@@ -37,7 +37,7 @@ def test_equal_bytes_are_equal_and_a_correction_helps(study):
     study, _ = study
     settings, gptq, _ = quantization.METHODS["SDClip 12.85, GPTQ (#1812)"]
     cfg, plans = study.plans(settings, gptq)
-    size = study.size(t.quantize(study.weights, plans, cfg), "rans")
+    size = study.size(t.quantize(study.weights, plans), "rans")
     (found, gap), = quantization.at_bytes(study, "SDClip 12.85, GPTQ (#1812)", [round(0.95 * size)], "rans")
     assert found == pytest.approx(0.95 * size, rel=0.01)
     more, corrected = quantization.low_rank(study, "row maximum, int4", 32, 99)

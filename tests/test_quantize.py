@@ -12,6 +12,7 @@ import train_gpt as t
 CARD = t.Config()
 FREE = dataclasses.replace(CARD, step_floor=0.0)
 FOUR, SIX = t.Grid(4, 0.0), t.Grid(6, 0.0)
+ONE = torch.ones(1)  # of all columns
 
 
 def matrix(rows=40, cols=64, scale=0.1, seed=0):
@@ -26,7 +27,7 @@ def test_each_row_takes_the_best_of_its_clips(bits, floor, scale, seed):
     cfg, w, top = dataclasses.replace(CARD, step_floor=floor), matrix(6, 16, scale, seed), 2 ** (bits - 1) - 1
     codes, steps = coded_rows(w, t.Grid(bits, 0.0), cfg)
     assert codes.dtype == torch.int8 and steps.dtype == torch.float16 and codes.abs().max() <= top
-    restored = t.dequantize_rows(codes, steps).double().numpy()
+    restored = t.dequantize_rows(codes, steps, ONE).double().numpy()
     for row, got in zip(w.double().numpy(), restored):
         errors = []
         for share in cfg.clip_shares:
@@ -39,7 +40,7 @@ def test_the_search_is_per_row_and_beats_the_row_maximum():
     w = matrix()
     w[::2, 0] *= 8  # outliers in every other row only
     one = dataclasses.replace(FREE, clip_shares=(1.0,))
-    searched, plain = (t.dequantize_rows(*coded_rows(w, FOUR, c)) for c in (FREE, one))
+    searched, plain = (t.dequantize_rows(*coded_rows(w, FOUR, c), ONE) for c in (FREE, one))
     better = (searched - w).square().sum(1) < (plain - w).square().sum(1)
     assert ((searched - w).square().sum(1) <= (plain - w).square().sum(1)).all() and better[1::2].any()
     shares = coded_rows(w, FOUR, FREE)[1] / coded_rows(w, FOUR, one)[1]
@@ -49,7 +50,7 @@ def test_the_search_is_per_row_and_beats_the_row_maximum():
 def test_unclipped_weights_are_off_by_at_most_half_a_step():
     w = matrix()
     codes, steps = coded_rows(w, SIX, dataclasses.replace(FREE, clip_shares=(1.0,)))
-    error = (t.dequantize_rows(codes, steps) - w).abs() / steps.float()[:, None]
+    error = (t.dequantize_rows(codes, steps, ONE) - w).abs() / steps.float()[:, None]
     assert error.max() < 0.52  # the step itself is rounded to fp16
 
 
@@ -61,8 +62,8 @@ def test_the_floor_is_the_published_step_of_small_rows():
 
 def test_quantizing_twice_changes_nothing():
     cfg = dataclasses.replace(FREE, clip_shares=(1.0,))
-    once = t.dequantize_rows(*coded_rows(matrix(), SIX, cfg))
-    assert torch.equal(t.dequantize_rows(*coded_rows(once, SIX, cfg)), once)
+    once = t.dequantize_rows(*coded_rows(matrix(), SIX, cfg), ONE)
+    assert torch.equal(t.dequantize_rows(*coded_rows(once, SIX, cfg), ONE), once)
     assert not coded_rows(torch.zeros(2, 3), SIX, FREE)[0].any()
 
 

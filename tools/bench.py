@@ -233,7 +233,7 @@ def coding_seconds(trainer: t.Trainer, with_gptq: bool) -> dict[str, float]:
     """Seconds to quantize by rounding and pack all weights, to unpack them and, if wanted, to quantize by GPTQ."""
     weights, grid_of = trainer.average.values, t.grids(trainer.model, trainer.cfg)
     cfg, found, begin = replace(trainer.cfg, quantizer="rtn", mean_step=0.0), {}, time.perf_counter()
-    blob = t.pack(t.quantize(weights, t.coding_plans(weights, grid_of, cfg), cfg), trainer.looped, cfg)
+    blob = t.pack(t.quantize(weights, t.coding_plans(weights, grid_of, cfg)), trainer.looped, cfg)
     middle = time.perf_counter()
     t.dequantize(t.unpack(blob)[1])
     found |= dict(pack_seconds=middle - begin, unpack_seconds=time.perf_counter() - middle)
@@ -244,7 +244,7 @@ def coding_seconds(trainer: t.Trainer, with_gptq: bool) -> dict[str, float]:
             if x is not None and grid_of[name].bits < 16:
                 costs_of[name] = t.Curvature(x.T @ x / len(x), torch.ones(len(w), device=w.device))
         begin = time.perf_counter()
-        t.quantize(weights, t.coding_plans(weights, grid_of, cfg, costs_of), cfg)
+        t.quantize(weights, t.coding_plans(weights, grid_of, cfg, costs_of))
         found["gptq_seconds"] = time.perf_counter() - begin
     return found
 

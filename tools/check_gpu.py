@@ -224,7 +224,7 @@ def timed_coding(trainer: t.Trainer, turn: Turn) -> dict[str, float]:
             costs_of[name] = t.Curvature(x.T @ x / len(x), torch.ones(len(weights[name])).to(x.device))
     bench.settle(trainer.ranks.device)
     begin = time.perf_counter()
-    tensors = t.quantize(weights, t.coding_plans(weights, grid_of, cfg, costs_of), cfg)
+    tensors = t.quantize(weights, t.coding_plans(weights, grid_of, cfg, costs_of))
     found["quantize"] = time.perf_counter() - begin
     with turn.lent():
         begin = time.perf_counter()

@@ -99,7 +99,7 @@ def row(study: Study, label: str) -> str:
     """A line of the table of methods, at the step that each was published with."""
     settings, gptq, _ = METHODS[label]
     cfg, plans = study.plans(settings, gptq)
-    tensors = t.quantize(study.weights, plans, cfg)
+    tensors = t.quantize(study.weights, plans)
     sizes, (bits, count) = [study.size(tensors, coder) for coder in CODERS], entropy(tensors)
     bpb = study.score(t.dequantize(tensors))
     return (f"| {label} | {' | '.join(f'{s:,}' for s in sizes)} | {8 * min(sizes) / count:.3f} | {bits:.3f} | {bpb:.4f} "
@@ -111,11 +111,11 @@ def at_bytes(study: Study, label: str, budgets: list[int], coder: str) -> list[t
     settings, gptq, _ = METHODS[label]
     cfg, plans = study.plans(settings, gptq)
     octaves = np.arange(-1.0, 3.6, 0.75)
-    sizes = [study.size(t.quantize(study.weights, plans, cfg, 2**x), coder) for x in octaves]
+    sizes = [study.size(t.quantize(study.weights, plans, 2**x), coder) for x in octaves]
     octave_of = PchipInterpolator(np.log(sizes[::-1]), octaves[::-1])
     points = []
     for budget in budgets:
-        tensors = t.quantize(study.weights, plans, cfg, float(2 ** octave_of(np.log(budget))))
+        tensors = t.quantize(study.weights, plans, float(2 ** octave_of(np.log(budget))))
         points.append((study.size(tensors, coder), study.score(t.dequantize(tensors)) - study.base))
     return points
 
@@ -145,7 +145,7 @@ def low_rank(study: Study, label: str, rank: int, top: int) -> tuple[int, float]
     """(bytes more, gap) with the errors of the `top` worst weights corrected by int8 factors of `rank` (LQER)."""
     settings, gptq, _ = METHODS[label]
     cfg, plans = study.plans(settings, gptq)
-    back = t.dequantize(t.quantize(study.weights, plans, cfg))
+    back = t.dequantize(t.quantize(study.weights, plans))
     errors = {n: study.weights[n] - back[n] for n in plans}
     worst = sorted(plans, key=lambda n: -float(((errors[n] @ study.costs[n].inputs) * errors[n]).sum(1) @ study.costs[n].rows))
     more = 0
@@ -165,7 +165,7 @@ def layouts(study: Study, label: str) -> list[str]:
     """Bytes of all codes in one zstd-22, Brotli-11 or lzma stream, by the order in which they stand."""
     settings, gptq, _ = METHODS[label]
     cfg, plans = study.plans(settings, gptq)
-    tensors = {n: v.numpy() for n, v in t.quantize(study.weights, plans, cfg).items() if n.endswith(".codes")}
+    tensors = {n: v.numpy() for n, v in t.quantize(study.weights, plans).items() if n.endswith(".codes")}
     role = sorted(tensors, key=lambda n: (n.split(".", 2)[-1] if n.startswith("blocks.") else n, n))
     orders = {
         "by name, rows": [tensors[n] for n in sorted(tensors)],
@@ -198,7 +198,7 @@ def main() -> None:
         print(row(study, label), flush=True)
     settings, gptq, coder = METHODS[RIVALS[0]]
     cfg, plans = study.plans(settings, gptq)
-    reference = study.size(t.quantize(study.weights, plans, cfg), coder)
+    reference = study.size(t.quantize(study.weights, plans), coder)
     budgets = [round(reference * share) for share in (0.5, 0.6, 0.7, 0.8, 1.0)]
     print(f"\n| gap, 1/1000 bpb, at bytes | coder | {' | '.join(f'{b:,}' for b in budgets)} |\n|---|---|" + "---:|" * len(budgets))
     print("\n".join(frontier(study, budgets, args.out)), flush=True)
