@@ -27,7 +27,7 @@ import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import Field, dataclass, field, fields, replace
@@ -1953,9 +1953,10 @@ def score_windows(low: int, high: int, seq_len: int, stride: int) -> list[tuple[
     return [(0, seq_len)] * (low == 0) + [(first, stride) for first in range(low or seq_len, high, stride)]
 
 class ScoredChunk(NamedTuple):
-    """What was scored, after its score was committed: all that an adapter ever sees. The last chunk has no rows."""
+    """What was scored, after its score was committed: all that an adapter ever sees."""
     index: int
     progress: float  # 0 for the first chunk of the stream, 1 for the last
+    last: bool  # nothing is left to score after it, so nothing is learnt from it
     nll: Tensor  # float64, nats, of each target; final
     inputs: Tensor  # (R, T) rows to learn from
     targets: Tensor  # (R, S), of the last S positions
@@ -1979,6 +1980,9 @@ def document_spans(stream: np.ndarray) -> list[tuple[int, int]]:
     firsts = [0, *(np.flatnonzero(stream[1:-1] == BOS) + 1).tolist()]
     return list(zip(firsts, [*firsts[1:], len(stream) - 1]))
 
+def learn_nothing(chunk: ScoredChunk) -> None:
+    """The adapter of a model that stays as it is."""
+
 class Scorer:
     """Scores a stream of tokens, or each of its documents, from left to right; a chunk is final before it leaves."""
     def __init__(self, stream: np.ndarray, cfg: Config, ranks: Ranks, log: Log):
@@ -1990,7 +1994,7 @@ class Scorer:
         self.tokens = torch.from_numpy(stream.astype(np.int64)).to(ranks.device)
         self.bytes = load_byte_table(cfg, ranks.device).count(self.tokens[:-1], self.tokens[1:])
         self.documents = document_spans(stream)
-        self.cfg, self.ranks, self.log, self.audited = cfg, ranks, log, {}
+        self.cfg, self.ranks, self.log = cfg, ranks, log
 
     @torch.no_grad()
     def losses(self, forward: Callable, windows: list[tuple[int, int]], rows: int) -> Tensor:
@@ -2010,51 +2014,60 @@ class Scorer:
                 batch = mine[i : i + size]
                 yield batch, size if self.ranks.compiles(self.cfg) else len(batch)
 
-    def chunks(self, forward: Callable, stride: int, chunk_tokens: int) -> Iterator[ScoredChunk]:
-        """Score the stream chunk by chunk. The sum that commits a chunk is the barrier before anyone trains on it."""
-        total, show = len(self.tokens) - 1, Progress(self)
+    def chunks(self, forward: Callable, stride: int, chunk_tokens: int) -> Iterator[tuple[ScoredChunk, Tensor]]:
+        """Score the stream chunk by chunk: each one, and the places of its targets. The sum over ranks that commits its
+        nll is the barrier before anyone trains on it.
+        """
+        total, window, device = len(self.tokens) - 1, self.cfg.window, self.tokens.device
         count = -(-total // chunk_tokens)
         size = min(self.cfg.eval_batch_seqs, -(-chunk_tokens // stride // self.ranks.world))
         if self.ranks.compiles(self.cfg) and not self.ranks.is_main:
-            self.losses(forward, [(0, self.cfg.window)], size)  # the main rank's first: compile it while that does
+            self.losses(forward, [(0, window)], size)  # the main rank's first: compile it while that does
         for index, low in enumerate(range(0, total, chunk_tokens)):
             high = min(low + chunk_tokens, total)
-            nll = torch.zeros(high - low, dtype=torch.float64, device=self.tokens.device)
-            for batch, rows in self.batches(score_windows(low, high, self.cfg.window, stride), size):
+            nll = torch.zeros(high - low, dtype=torch.float64, device=device)
+            for batch, rows in self.batches(score_windows(low, high, window, stride), size):
                 first, last = batch[0][0], min(sum(batch[-1]), high)
                 nll[first - low : last - low] = self.losses(forward, batch, rows).flatten()[: last - first]
-            learn = slice(low, low + chunk_tokens * (high < total))
-            inputs, targets = (t[learn].view(-1, self.cfg.window) for t in (self.tokens[:-1], self.tokens[1:]))
-            weight = torch.ones(len(inputs), device=nll.device)
-            yield ScoredChunk(index, index / max(count - 1, 1), self.ranks.sum_(nll), inputs, targets, weight)
-            show(nll, self.bytes[low:high], high - low)
+            end = high - (high - low) % window
+            inputs, targets = self.tokens[low:end], self.tokens[low + 1 : end + 1]
+            yield ScoredChunk(
+                index, index / max(count - 1, 1), high == total, self.ranks.sum_(nll), inputs.view(-1, window),
+                targets.view(-1, window), torch.ones(len(inputs) // window, device=device),
+            ), torch.arange(low, high, device=device)
+
+    def evaluate(self, parts: Iterable[tuple[Iterable, Callable]], apart: bool = False) -> Score:
+        """One pass over all targets. Each part is an iterable of (ScoredChunk, places) and the adapter that gets the
+        chunks, one after the other, after their score is final. `apart`: each rank has parts of its own.
+        """
+        begin, show = time.perf_counter(), Progress(self)
+        # one place more, for what batches of documents compute beyond the end of one
+        scored = torch.zeros(2, len(self.bytes) + 1, dtype=torch.float64, device=self.tokens.device)
+        nll, index = scored
+        for chunks, adapt in parts:
+            for chunk, places in chunks:
+                nll[places] = chunk.nll
+                index[places] = torch.full_like(chunk.nll, chunk.index)
+                show(chunk.nll, places)
+                if not chunk.last:
+                    adapt(chunk)
         show.bar.close()
-
-    def evaluate(self, forward: Callable, stride: int, chunk_tokens: int, adapt: Callable | None = None) -> Score:
-        """One pass over the stream. `adapt`, if any, gets each chunk after its score is final."""
-        begin, scored = time.perf_counter(), []
-        for chunk in self.chunks(forward, stride, chunk_tokens):
-            scored.append((chunk.nll, torch.full_like(chunk.nll, chunk.index)))
-            if adapt is not None:
-                adapt(chunk)
-        return self.score(*map(torch.cat, zip(*scored)), begin)
-
-    def score(self, nll: Tensor, index: Tensor, begin: float) -> Score:
-        """The score of all targets' nll; `audited` keeps it beside bytes and the index of each one's chunk."""
-        self.audited = dict(nll=nll, bytes=self.bytes, chunk=index.long())
+        if apart:
+            self.ranks.sum_(scored)
+        self.audited = dict(nll=nll[:-1], bytes=self.bytes, chunk=index[:-1].long())
         if self.cfg.audit and self.ranks.is_main:
             np.savez(self.cfg.audit, **{name: column.cpu().numpy() for name, column in self.audited.items()})
-        loss, size = float(nll.mean()), int(self.bytes.sum())
-        return Score(loss, loss * len(nll) / math.log(2) / max(size, 1), time.perf_counter() - begin)
+        loss, targets, size = float(nll[:-1].mean()), len(self.bytes), int(self.bytes.sum())
+        return Score(loss, loss * targets / math.log(2) / max(size, 1), time.perf_counter() - begin)
 
     def plain(self, forward: Callable) -> Score:
         """Windows side by side: the quick score of training logs and of the int6 round trip."""
-        return self.evaluate(forward, self.cfg.window, self.cfg.window * 1024)
+        return self.evaluate([(self.chunks(forward, self.cfg.window, self.cfg.window * 1024), learn_nothing)])
 
-    def sliding(self, forward: Callable, adapt: Callable | None = None) -> Score:
+    def sliding(self, forward: Callable, adapt: Callable = learn_nothing) -> Score:
         """Windows EVAL_STRIDE apart, so that almost every target sees a full context; the score that counts."""
         chunk_tokens = self.cfg.window * 1024 if self.cfg.ttt_scope == "document" else self.cfg.ttt_chunk_tokens
-        return self.evaluate(forward, self.cfg.eval_stride, chunk_tokens, adapt)
+        return self.evaluate([(self.chunks(forward, self.cfg.eval_stride, chunk_tokens), adapt)])
 
     def document_batches(self) -> list[list[tuple[int, int]]]:
         """This rank's batches of documents, in each of which the shortest lasts 4/5 of the longest or more.
@@ -2079,26 +2092,19 @@ class Scorer:
 
     def by_document(self, forward: Callable, adapter: Callable[[int], Callable[[ScoredChunk], None]]) -> Score:
         """Score each document alone, side by side (PR #77), each with one of the n adapters that adapter(n) makes."""
-        begin, show, total, size = time.perf_counter(), Progress(self), len(self.bytes), self.cfg.ttt_chunk_tokens
-        # one place more, for what batches compute beyond the end of a document
-        nll, index = torch.zeros(2, total + 1, dtype=torch.float64, device=self.tokens.device)
-        of_token = F.pad(self.bytes, (0, 1))
         batches = self.document_batches()
-        spans = torch.tensor([span for batch in batches for span in batch], device=nll.device).view(-1, 2)
-        for batch, span in zip(batches, spans.split([len(batch) for batch in batches])):
-            adapt, lengths = adapter(len(batch)), [end - first for first, end in batch]
-            for chunk, places in self.document_chunks(forward, span, max(lengths)):
-                nll[places], index[places] = chunk.nll, torch.full_like(chunk.nll, chunk.index)
-                show(chunk.nll, of_token[places], sum(min(max(n - chunk.index * size, 0), size) for n in lengths))
-                adapt(chunk)
-        show.bar.close()
-        return self.score(self.ranks.sum_(nll[:-1]), self.ranks.sum_(index[:-1]), begin)
+        spans = torch.tensor([span for batch in batches for span in batch], device=self.tokens.device).view(-1, 2)
+        places = spans.split([len(batch) for batch in batches])
+        parts = ((self.document_chunks(forward, span, max(end - first for first, end in batch)), adapter(len(batch)))
+                 for batch, span in zip(batches, places))
+        return self.evaluate(parts, apart=True)
 
     def document_chunks(self, forward: Callable, spans: Tensor, longest: int) -> Iterator[tuple[ScoredChunk, Tensor]]:
         """Chunk by chunk: the n-th one of all documents of these spans (B, 2), of which the longest is given, and the
         places (B, n) of its targets in the stream, or the one behind its end where a document has none left.
         """
-        device, size, (first, end) = self.tokens.device, self.cfg.ttt_chunk_tokens, spans.split(1, dim=1)
+        device, size = self.tokens.device, self.cfg.ttt_chunk_tokens
+        first, end = spans.split(1, dim=1)
         for index, high in enumerate(range(size, longest + size, size)):
             window = torch.arange(high - min(high, self.cfg.window), high + 1, device=device)
             tokens = self.tokens[(first + window).clamp(max=end)]  # one that has ended repeats its last, and weighs 0
@@ -2106,29 +2112,33 @@ class Scorer:
             with torch.no_grad():
                 losses = forward(inputs, targets).double()
             places = first + torch.arange(high - size, high, device=device)
-            ended, more = places >= end, (first + high < end).flatten()
-            rows = slice(None if high < longest else 0)
-            chunk = ScoredChunk(index, 0.0, losses.masked_fill(ended, 0.0), inputs[rows], targets[rows],
-                                more[rows] * float(len(spans)))
-            yield chunk, places.masked_fill(ended, len(self.tokens) - 1)
+            ended = places >= end
+            goes_on = (first + high < end).flatten()
+            yield ScoredChunk(
+                index, 0.0, high >= longest, losses.masked_fill(ended, 0.0), inputs, targets,
+                goes_on * float(len(spans)),
+            ), places.masked_fill(ended, len(self.bytes))
 
 class Progress:
     """Bits per byte so far: on a bar for a person who watches, and a line a minute. Else it keeps nobody waiting."""
     def __init__(self, scorer: Scorer):
-        self.scorer, self.nll, self.size, self.done = scorer, 0.0, 0, 0
-        self.bar, self.spoken = progress_bar("scoring", len(scorer.bytes), scorer.log), time.perf_counter()
+        self.bytes, self.total, self.log = F.pad(scorer.bytes, (0, 1)), len(scorer.bytes), scorer.log
+        self.nll = self.size = self.done = torch.zeros((), device=scorer.tokens.device)
+        self.bar, self.spoken = progress_bar("scoring", self.total, scorer.log), time.perf_counter()
 
-    def __call__(self, nll: Tensor, size: Tensor, count: int) -> None:
-        """`count` more targets are scored: their nll in nats and their bytes."""
-        self.nll, self.size, self.done = self.nll + nll.sum(), self.size + size.sum(), self.done + count
+    def __call__(self, nll: Tensor, places: Tensor) -> None:
+        """The targets of these places of the stream have this nll, in nats; behind its end there are none."""
+        self.nll = self.nll + nll.sum()
+        self.size = self.size + self.bytes[places].sum()
+        self.done = self.done + (places < self.total).sum()
         late = time.perf_counter() - self.spoken > 60
         if late or not self.bar.disable:
-            bpb = float(self.nll / math.log(2) / self.size.clamp(min=1))
+            bpb, done = float(self.nll / math.log(2) / self.size.clamp(min=1)), int(self.done)
             self.bar.set_postfix_str(f"{bpb:.4f} bpb", refresh=False)
-            self.bar.update(count)
+            self.bar.update(done - self.bar.n)
         if late:
             self.spoken = time.perf_counter()
-            self.scorer.log(f"scoring:{self.done}/{len(self.scorer.bytes)} running_bpb:{bpb:.4f}")
+            self.log(f"scoring:{done}/{self.total} running_bpb:{bpb:.4f}")
 
 # ---- Test-time training: scored chunks -> better weights for the next ones.
 

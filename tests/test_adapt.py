@@ -41,14 +41,17 @@ def text(length=180, vocab_size=40, firsts=FIRSTS):
 
 
 def scorer_of(cfg, tokens, ranks=None):
-    """A Scorer of any stream of tokens; its score is (nll, chunk) of all targets. It needs no data."""
+    """A Scorer of any stream of tokens. It needs no data."""
     scorer = t.Scorer.__new__(t.Scorer)
-    scorer.audited = {}
     scorer.tokens, scorer.bytes = tokens, torch.ones(len(tokens) - 1, dtype=torch.int64)
     scorer.documents = t.document_spans(tokens.numpy())
     scorer.cfg, scorer.ranks, scorer.log = cfg, ranks or t.Ranks(), SimpleNamespace(active=False)
-    scorer.score = lambda nll, index, begin: (nll, index)
     return scorer
+
+
+def found(scorer):
+    """(nll, chunk) of all targets in the latest pass."""
+    return scorer.audited["nll"], scorer.audited["chunk"]
 
 
 def alone_in(rank, world):
@@ -61,14 +64,16 @@ def alone_in(rank, world):
 def adapted(cfg, tokens, model=None, ranks=None):
     """Losses and chunks of all targets of a pass with test-time training, from the same weights each time."""
     model, scorer = model or make_model(cfg), scorer_of(cfg, tokens, ranks)
-    return t.adaptive_score(scorer, model, [] if cfg.ttt_lora_rank else t.adapting_parameters(model, cfg), model)
+    t.adaptive_score(scorer, model, [] if cfg.ttt_lora_rank else t.adapting_parameters(model, cfg), model)
+    return found(scorer)
 
 
 def frozen(cfg, tokens):
     """The same pass over the same windows with a model that never learns."""
     scorer, model = scorer_of(cfg, tokens), make_model(cfg)
     score = partial(model, temperature=cfg.ttt_temperature)
-    return scorer.by_document(score, lambda n: lambda chunk: None) if cfg.ttt_scope == "document" else scorer.sliding(score)
+    scorer.by_document(score, lambda n: t.learn_nothing) if cfg.ttt_scope == "document" else scorer.sliding(score)
+    return found(scorer)
 
 
 # ---- it learns
@@ -383,7 +388,8 @@ def test_ranks_share_the_documents_and_score_each_target_once(length, marks, siz
                 yield chunk, places
 
         scorer.document_chunks = counted
-        nll, index = scorer.by_document(first_loss, lambda n: lambda chunk: None)
+        scorer.by_document(first_loss, lambda n: t.learn_nothing)
+        nll, index = found(scorer)
         total, chunks = total + nll, chunks + index
     longest = max(-(-(end - first) // size) for first, end in scorer.documents)
     assert max(work) - min(work) <= longest * (8 + batch), "ranks have alike much to do"
@@ -404,7 +410,8 @@ def test_what_is_learned_was_scored_in_the_same_document(length, marks, size):
         spans = torch.tensor(documents[i : i + 3])
         for chunk, places in scorer.document_chunks(first_loss, spans, int((spans[:, 1] - spans[:, 0]).max())):
             done |= set((places[places < length - 1] + 1).tolist())
-            assert len(chunk.inputs) in (0, len(documents[i : i + 3])) and len(chunk.weight) == len(chunk.inputs) == len(chunk.targets)
+            assert len(documents[i : i + 3]) == len(chunk.weight) == len(chunk.inputs) == len(chunk.targets)
+            assert chunk.last == (not chunk.weight.any())
             for (first, end), row, targets, weight in zip(documents[i : i + 3], chunk.inputs, chunk.targets, chunk.weight):
                 high = first + (chunk.index + 1) * size
                 assert float(weight) == (len(chunk.inputs) if high < end else 0)

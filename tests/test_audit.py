@@ -273,10 +273,11 @@ def off_by_one(monkeypatch):
     honest = t.Scorer.chunks
 
     def chunks(self, forward, stride, chunk_tokens):
-        for chunk in honest(self, forward, stride, chunk_tokens):
+        for chunk, places in honest(self, forward, stride, chunk_tokens):
             first = chunk.index * chunk_tokens + 1
             rows = self.tokens[first : first + chunk.inputs.numel() + 1]
-            yield chunk._replace(inputs=rows[:-1].view_as(chunk.inputs), targets=rows[1:].view_as(chunk.targets)) if len(chunk.inputs) else chunk
+            shifted = rows[:-1].view_as(chunk.inputs), rows[1:].view_as(chunk.targets)
+            yield chunk if chunk.last else chunk._replace(inputs=shifted[0], targets=shifted[1]), places
 
     monkeypatch.setattr(t.Scorer, "chunks", chunks)
 
@@ -300,21 +301,23 @@ def gated_by_the_target(monkeypatch):
 def two_passes(monkeypatch):
     """All is scored again with the weights of the end."""
     honest = t.Scorer.sliding
-    monkeypatch.setattr(t.Scorer, "sliding", lambda self, forward, adapt=None: (honest(self, forward, adapt), honest(self, forward))[1])
+    monkeypatch.setattr(t.Scorer, "sliding", lambda self, forward, adapt=t.learn_nothing: (honest(self, forward, adapt), honest(self, forward))[1])
 
 
 def adapted_before_the_score(monkeypatch):
     """Each chunk is learned before the score that counts is taken."""
-    def evaluate(self, forward, stride, chunk_tokens, adapt=None):
-        nll, index = [], []
-        for chunk in self.chunks(forward, stride, chunk_tokens):
-            if adapt is not None:
-                adapt(chunk)
-            again = [c for c in self.chunks(forward, stride, chunk_tokens) if c.index == chunk.index]
-            nll, index = [*nll, again[0].nll], [*index, torch.full_like(chunk.nll, chunk.index)]
-        return self.score(torch.cat(nll), torch.cat(index), 0.0)
+    def sliding(self, forward, adapt=t.learn_nothing):
+        def chunks():
+            return self.chunks(forward, self.cfg.eval_stride, self.cfg.ttt_chunk_tokens)
 
-    monkeypatch.setattr(t.Scorer, "evaluate", evaluate)
+        def learned():
+            for chunk, places in chunks():
+                adapt(chunk)
+                yield next(again for again, _ in chunks() if again.index == chunk.index), places
+
+        return self.evaluate([(learned(), t.learn_nothing)])
+
+    monkeypatch.setattr(t.Scorer, "sliding", sliding)
 
 
 def slot(monkeypatch):
@@ -378,7 +381,7 @@ def test_processes_have_the_scores_of_one_also_if_one_of_them_is_late(tiny, plac
     done, found = several(place, processes, runs, check=False)
     differ = re.findall(r"differ:(\w+) calls:(\d+)", done.stdout)
     assert [x for x, _ in differ] == ["False"] * (len(runs) - 1) + ["True"], done.stderr
-    assert all(int(calls) == 4 for (kind, _), (_, calls) in zip(runs, differ) if kind in STREAMS) and len(found) == len(runs)
+    assert all(int(calls) == 3 for (kind, _), (_, calls) in zip(runs, differ) if kind in STREAMS) and len(found) == len(runs)
     assert done.returncode and "train_gpt.py: the ranks adapted to different weights; score with one process, and report this" in done.stderr
     assert done.stdout.count("legal_ttt_exact") == len(runs) - 2  # the plain kind has none, and the last run none any more
     for (kind, trouble), file in list(zip(runs, found))[:-1]:

@@ -27,10 +27,10 @@ def scorer_of(cfg, log, **changes):
     return t.Scorer(t.read_validation(cfg), cfg, t.Ranks(), log)
 
 
-def audited(scorer, forward, tmp_path, adapt=None, **how):
+def audited(scorer, forward, tmp_path, adapt=t.learn_nothing):
     path = tmp_path / "audit.npz"
     scorer.cfg = dataclasses.replace(scorer.cfg, audit=str(path))
-    score = scorer.evaluate(forward, **{"stride": scorer.cfg.eval_stride, "chunk_tokens": scorer.cfg.ttt_chunk_tokens, **how}, adapt=adapt)
+    score = scorer.sliding(forward, adapt)
     with np.load(path) as file:
         return score, dict(file)
 
@@ -57,7 +57,7 @@ def test_any_stride_agrees_for_a_model_without_context(cfg, log):
         return F.cross_entropy(table[ids][:, -targets.size(1) :].flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
     scorer = scorer_of(cfg, log)
-    losses = [scorer.evaluate(bigram, stride, chunk).loss for stride, chunk in ((32, 32), (8, 256), (16, 64), (32, 10_000), (1, 256))]
+    losses = [scorer.evaluate([(scorer.chunks(bigram, stride, chunk), t.learn_nothing)]).loss for stride, chunk in ((32, 32), (8, 256), (16, 64), (32, 10_000), (1, 256))]
     assert losses == pytest.approx([losses[0]] * len(losses), abs=1e-7)
 
 
@@ -109,7 +109,7 @@ def test_all_ranks_meet_the_same_shapes(cfg, log, stride):
             seen.add((tuple(ids.shape), tuple(targets.shape)))
             return targets.float()
 
-        totals.append(torch.cat([chunk.nll for chunk in scorer.chunks(forward, stride, 256)]))
+        totals.append(torch.cat([chunk.nll for chunk, _ in scorer.chunks(forward, stride, 256)]))
     assert met[0] == met[1] == met[2] and len(met[0]) == 1 + (stride < 32)
     assert torch.equal(sum(totals), scorer.tokens[1:].double())
 

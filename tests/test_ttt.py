@@ -21,7 +21,7 @@ def adapted(cfg, log, tmp_path, tokens=None, vocab_size=384, **changes):
     if tokens is not None:
         scorer.tokens = tokens
         scorer.bytes = torch.ones(len(tokens) - 1, dtype=torch.int64)
-    adapt = adaptation(model, cfg) if cfg.ttt_epochs else None
+    adapt = adaptation(model, cfg) if cfg.ttt_epochs else t.learn_nothing
     return *audited(scorer, model, tmp_path, adapt=adapt), model
 
 
@@ -75,14 +75,19 @@ def test_only_scored_targets_are_trained_on_and_never_the_last_chunk(cfg, log, m
     adapt, trained = adaptation(model, cfg), []
     inner = adapt.step
     monkeypatch.setattr(adapt, "step", lambda chunk, rows: (trained.append((chunk.inputs[rows], chunk.targets[rows])), inner(chunk, rows)))
-    for chunk in scorer.chunks(model, cfg.eval_stride, cfg.ttt_chunk_tokens):
+    indices = []
+
+    def checked(chunk):
         trained.clear()
         adapt(chunk)
-        low, epochs = 256 * chunk.index, cfg.ttt_epochs if chunk.index < 2 else 0
+        indices.append(chunk.index)
+        low, epochs = 256 * chunk.index, cfg.ttt_epochs
         for shift, rows in enumerate(zip(*trained)):  # inputs, targets
             assert torch.equal(torch.cat(rows).flatten(), scorer.tokens[low + shift : low + shift + len(chunk.nll)].repeat(epochs))
-        assert bool(trained) == bool(epochs) and (chunk.weight == 1).all()
-    assert chunk.index == 2
+        assert trained and (chunk.weight == 1).all()
+
+    scorer.sliding(model, checked)
+    assert indices == [0, 1] and scorer.audited["chunk"].max() == 2
     state = [p.detach().clone() for p in model.parameters()]
     scorer.sliding(model)
     assert all(torch.equal(a, b) for a, b in zip(state, model.parameters()))
@@ -104,7 +109,7 @@ def test_it_learns_a_stream_that_repeats(cfg, log, tmp_path):
         run = dataclasses.replace(cfg, ttt_epochs=epochs, ttt_lr=0.1)
         scorer = scorer_of(run, log)
         scorer.tokens, scorer.bytes = tokens, torch.ones(len(tokens) - 1, dtype=torch.int64)
-        model_losses.append(scorer.sliding(model, adaptation(model, run) if epochs else None).loss)
+        model_losses.append(scorer.sliding(model, adaptation(model, run) if epochs else t.learn_nothing).loss)
     assert model_losses[1] < model_losses[0] - 0.5
 
 
@@ -124,7 +129,7 @@ def test_ranks_together_take_the_gradient_of_one(cfg, rows, world):
             adapt.ranks = ranks
             adapt.optimizer.step = lambda: None
             adapt.optimizer.zero_grad = lambda: None
-            adapt.step(t.ScoredChunk(0, 0.0, None, ids, targets, torch.ones(rows)), torch.arange(rows))
+            adapt.step(t.ScoredChunk(0, 0.0, False, None, ids, targets, torch.ones(rows)), torch.arange(rows))
             total = total + torch.cat([p.grad.flatten() for p in model.parameters()]) / size
         gradients.append(total)
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
