@@ -27,7 +27,7 @@ import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import Field, dataclass, field, fields, replace
@@ -35,17 +35,21 @@ from datetime import timedelta
 from functools import partial
 from itertools import groupby, islice, product
 from pathlib import Path
+from time import perf_counter
 from typing import Any, NamedTuple, get_args, get_type_hints
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from numpy import ndarray as Array
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 BOS = 1  # the contest's id for "a document begins"
 PACKAGES = ("numpy", "sentencepiece", "tqdm", "zstandard")
+
+# In all signatures `cfg` is a Config, `ranks` a Ranks, `log` a Log.
 
 # ---- Configuration: every option, its default, its meaning. SEED=42 in the environment sets `seed`.
 
@@ -59,6 +63,18 @@ def knob(default: Any, help: str, low: float = 0, high: float = math.inf, choice
     """A Config field: its help, the closed range or the choices of each value; `group` opens a section of --help."""
     return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices, group=group))
 
+def count(default: int, help: str, group: str = "") -> Any:
+    """A knob of 1 or more."""
+    return knob(default, help, low=1, group=group)
+
+def choice(default: str, help: str, *choices: str) -> Any:
+    """A knob that takes one of the choices."""
+    return knob(default, help, choices=choices)
+
+def fraction(default: float, help: str) -> Any:
+    """A knob of 0 to 1."""
+    return knob(default, help, high=1)
+
 @dataclass(frozen=True)
 class Config:
     """Every setting of a run, frozen. Raises InputError that names the variable when a value is out of its range."""
@@ -69,126 +85,126 @@ class Config:
     eval_only: bool = knob(False, "score the file ARTIFACT and do nothing else")
     artifact: str = knob("", "packed model; empty: OUTPUT_DIR/final_model.int6.ptz")
     audit: str = knob("", "file.npz for each target's nll, bytes and chunk (of its document) in the last evaluation")
-    max_artifact_bytes: int = knob(16_000_000, "cap on code + model bytes; more is an error", low=1)
+    max_artifact_bytes: int = count(16_000_000, "cap on code + model bytes; more is an error")
     checkpoint_every: int = knob(0, "steps between saves of the averaged weights; 0 saves none")
-    attention: str = knob("auto", "kernel; auto: fa3, else fa2, else sdpa, which leaves the choice to torch",
-                          choices=("auto", "fa3", "fa2", "cudnn", "flash", "sdpa"))
-    dtype: str = knob("auto", "activations; auto: bf16 on CUDA or AMX", choices=("auto", "bf16", "fp32"))
-    compile: str = knob("auto", "torch.compile, which takes minutes; auto: on CUDA", choices=("auto", "on", "off"))
+    attention: str = choice("auto", "kernel; auto: fa3, else fa2, else sdpa, which leaves the choice to torch",
+                            "auto", "fa3", "fa2", "cudnn", "flash", "sdpa")
+    dtype: str = choice("auto", "activations; auto: bf16 on CUDA or AMX", "auto", "bf16", "fp32")
+    compile: str = choice("auto", "torch.compile, which takes minutes; auto: on CUDA", "auto", "on", "off")
 
     data_path: str = knob("./data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_*.bin", group="data")
     tokenizer_path: str = knob("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model of the shards")
-    vocab_size: int = knob(1024, "pieces of the tokenizer", low=8, high=65536)
-    loader: str = knob("stream", "training rows: one after the other, or shuffled", choices=("stream", "shuffled"))
-    train_batch_tokens: int = knob(786_432, "tokens a step over all ranks", low=1)
-    train_seq_len: int = knob(2048, "tokens a training sequence", low=2, high=2**20)
-    micro_batch_tokens: int = knob(98_304, "most tokens a forward pass of one rank; the rest accumulates", low=1)
+    vocab_size: int = knob(1024, "pieces of the tokenizer", 8, 65536)
+    loader: str = choice("stream", "training rows: one after the other, or shuffled", "stream", "shuffled")
+    train_batch_tokens: int = count(786_432, "tokens a step over all ranks")
+    train_seq_len: int = knob(2048, "tokens a training sequence", 2, 2**20)
+    micro_batch_tokens: int = count(98_304, "most tokens a forward pass of one rank; the rest accumulates")
 
-    num_layers: int = knob(11, "blocks; the first half feeds skips to the second", low=2, high=1000, group="model")
-    model_dim: int = knob(512, "width of the residual stream", low=8, high=65536)
-    num_heads: int = knob(8, "query heads", low=1)
-    num_kv_heads: int = knob(4, "key/value heads", low=1)
-    mlp_mult: float = knob(3.0, "MLP width / MODEL_DIM", low=0.01)
-    activation: str = knob("leaky_relu", "of the MLP, then squared", choices=("leaky_relu", "silu"))
-    mlp_negative_slope: float = knob(0.5, "slope of the leaky ReLU; 0 is ReLU squared", high=1)
+    num_layers: int = knob(11, "blocks; the first half feeds skips to the second", 2, 1000, group="model")
+    model_dim: int = knob(512, "width of the residual stream", 8, 65536)
+    num_heads: int = count(8, "query heads")
+    num_kv_heads: int = count(4, "key/value heads")
+    mlp_mult: float = knob(3.0, "MLP width / MODEL_DIM", 0.01)
+    activation: str = choice("leaky_relu", "of the MLP, then squared", "leaky_relu", "silu")
+    mlp_negative_slope: float = fraction(0.5, "slope of the leaky ReLU; 0 is ReLU squared")
     mlp_affine: bool = knob(False, "learn a scale and a bias after the square (Star-ReLU)")
-    rope_base: float = knob(10_000.0, "base of the rotary wavelengths", low=1)
+    rope_base: float = knob(10_000.0, "base of the rotary wavelengths", 1)
     rope_dims: int = knob(16, "head dims that rotate; 0 rotates all")
     qk_gain_init: float = knob(1.5, "initial gain of each query head after QK-norm")
-    qk_gains: int = knob(1, "gains a query head; 2: one for the dims that rotate, one for the rest", low=1, high=2)
+    qk_gains: int = knob(1, "gains a query head; 2: one for the dims that rotate, one for the rest", 1, 2)
     xsa_last_n: int = knob(4, "last blocks whose heads exclude their own value; 0 is none")
     value_residual: bool = knob(False, "mix each layer's values with the first layer's")
     gated_attention: bool = knob(False, "gate each head by a sigmoid of its layer's whole input")
     attn_gate_dims: int = knob(0, "input channels that gate each head from 0 to 2; 0 is no gate")
     ln_scale_power: float = knob(0.5, "block inputs are scaled by (layer+1)**-power; 0 leaves them")
-    parallel_residual_start: int = knob(-1, "first block whose MLP reads what its attention reads; -1: none", low=-1)
+    parallel_residual_start: int = knob(-1, "first block whose MLP reads what its attention reads; -1: none", -1)
     skip_gates: bool = knob(False, "blend skips by a learned gate instead of adding them")
     num_loops: int = knob(0, "more passes over the looped blocks; 0 is no recurrence", high=100)
     loop_start: int = knob(3, "first looped block")
     loop_end: int = knob(5, "last looped block")
-    enable_looping_at: float = knob(0.35, "share of the run after which they loop", high=1)
+    enable_looping_at: float = fraction(0.35, "share of the run after which they loop")
     smear_gate: bool = knob(True, "blend each token's embedding with the one before")
     bigram_vocab_size: int = knob(2048, "buckets of the hashed bigram table; 0 is no table")
-    bigram_dim: int = knob(128, "width of the bigram table", low=1)
-    bigram_hash: str = knob("reserved", "xor hash with or without a bucket for 'no bigram', or linear",
-                            choices=("reserved", "xor", "linear"))
+    bigram_dim: int = count(128, "width of the bigram table")
+    bigram_hash: str = choice("reserved", "xor hash with or without a bucket for 'no bigram', or linear",
+                              "reserved", "xor", "linear")
     bigram_scale_init: float = knob(0.05, "initial gain of the bigram embedding; 0 is no gain")
-    ve_dim: int = knob(128, "width of the shared value embedding", low=1)
+    ve_dim: int = count(128, "width of the shared value embedding")
     ve_layers: tuple[int, ...] = knob((9, 10), "layers whose values get a token embedding; none is off")
     embed_scale: bool = knob(False, "learn a gain for each channel of the embedding")
-    logit_softcap: float = knob(30.0, "logits are squashed into +-cap", low=1)
+    logit_softcap: float = knob(30.0, "logits are squashed into +-cap", 1)
     tied_embed_init_std: float = knob(0.005, "initial spread of the token embedding")
-    init: str = knob("orthogonal", "matrices; default: torch's uniform", choices=("orthogonal", "default"))
+    init: str = choice("orthogonal", "matrices; default: torch's uniform", "orthogonal", "default")
 
-    iterations: int = knob(20_000, "most optimizer steps", low=1, group="training")
+    iterations: int = count(20_000, "most optimizer steps", group="training")
     max_wallclock_seconds: float = knob(600.0, "training ends before this time; 0 is no limit")
     warmup_steps: int = knob(20, "steps a graph that compile and are then undone")
     warmdown_iters: int = knob(3500, "last steps over which the rate falls to 0; 0 is none")
-    warmdown_frac: float = knob(0.0, "last share of the run over which it falls; 0 is none", high=1)
+    warmdown_frac: float = fraction(0.0, "last share of the run over which it falls; 0 is none")
     matrix_lr: float = knob(0.025, "Muon: spectral norm of a step on a matrix")
     scalar_lr: float = knob(0.025, "AdamW: gains, gates and mixes")
     tied_embed_lr: float = knob(0.035, "AdamW: embedding tables")
     decoder_lr_mult: float = knob(1.0, "factor of the rates of the second half of the blocks")
-    muon_momentum: float = knob(0.99, "Muon momentum after its warm-up", high=1)
-    muon_momentum_warmup_start: float = knob(0.92, "Muon momentum at step 0", high=1)
+    muon_momentum: float = fraction(0.99, "Muon momentum after its warm-up")
+    muon_momentum_warmup_start: float = fraction(0.92, "Muon momentum at step 0")
     muon_momentum_warmup_steps: int = knob(1500, "steps of that warm-up")
-    muon_momentum_warmup_frac: float = knob(0.0, "share of the run that it takes instead; 0: steps", high=1)
-    muon_momentum_cooldown: float = knob(1.0, "it falls back with the rate, until this share is left; 1: stays", high=1)
-    muon_backend_steps: int = knob(5, "Newton-Schulz iterations", low=1)
+    muon_momentum_warmup_frac: float = fraction(0.0, "share of the run that it takes instead; 0: steps")
+    muon_momentum_cooldown: float = fraction(1.0, "it falls back with the rate, until this share is left; 1: stays")
+    muon_backend_steps: int = count(5, "Newton-Schulz iterations")
     muon_row_normalize: bool = knob(False, "scale each row of a step to length 1 before (MuonEq-R)")
     muon_wd: float = knob(0.04, "decoupled weight decay of matrices")
-    muon_wd_mlp: float = knob(-1.0, "the same for the MLP's; -1 is MUON_WD", low=-1)
+    muon_wd_mlp: float = knob(-1.0, "the same for the MLP's; -1 is MUON_WD", -1)
     embed_wd: float = knob(0.04, "decoupled weight decay of tables")
     adam_wd: float = knob(0.0, "decoupled weight decay of gains, gates and mixes")
     beta1: float = knob(0.9, "AdamW", high=0.99999)
     beta2: float = knob(0.95, "AdamW", high=0.99999)
     adam_eps: float = knob(1e-8, "AdamW")
     grad_clip_norm: float = knob(0.3, "cap on the norm of the averaged gradient; 0 is none")
-    averaging: str = knob("ema", "weights that are exported", choices=("ema", "swa", "last"))
-    ema_decay: float = knob(0.997, "share of the average that a step keeps", high=1)
-    swa_every: int = knob(50, "steps between SWA snapshots", low=1)
+    averaging: str = choice("ema", "weights that are exported", "ema", "swa", "last")
+    ema_decay: float = fraction(0.997, "share of the average that a step keeps")
+    swa_every: int = count(50, "steps between SWA snapshots")
     swa_start_scale: float = knob(0.2, "SWA starts when the rate falls below this share", high=2)
     late_qat_threshold: float = knob(0.15, "fake-quantize below this share of the rate; 2 always", high=2)
-    train_log_every: int = knob(500, "steps between train_loss lines", low=1)
+    train_log_every: int = count(500, "steps between train_loss lines")
     val_loss_every: int = knob(0, "steps between validations, off the clock; 0 is none before the end")
 
-    matrix_bits: int = knob(6, "code width of matrices", low=2, high=8, group="quantization")
-    embed_bits: int = knob(8, "code width of the token table; 16 keeps fp16", low=2, high=16)
+    matrix_bits: int = knob(6, "code width of matrices", 2, 8, group="quantization")
+    embed_bits: int = knob(8, "code width of the token table; 16 keeps fp16", 2, 16)
     table_bits: int = knob(0, "code width of hash and value tables; 0 is EMBED_BITS", high=16)
     clip_shares: tuple[float, ...] = knob((1.0, 0.95, 0.9, 0.85, 0.8, 0.7), "clips tried, as shares of a row's maximum")
     step_floor: float = knob(1.0, "least step, as a share of 1/(highest code); 0 is none")
     matrix_clip_sigmas: float = knob(0.0, "clip of matrices in standard deviations of a row; 0: CLIP_SHARES")
     embed_clip_sigmas: float = knob(0.0, "the same for tables")
-    quantizer: str = knob("rtn", "round to nearest, or GPTQ", choices=("rtn", "gptq"))
+    quantizer: str = choice("rtn", "round to nearest, or GPTQ", "rtn", "gptq")
     mean_step: float = knob(0.0, "geometric mean of steps chosen by what an error costs; 0: each row's own, as above")
-    step_power: float = knob(0.75, "how far those follow the cost: 0 all alike, 1 to equal costs", high=1)
-    gptq_calibration_batches: int = knob(8, "most training batches whose inputs GPTQ measures, on the clock", low=1)
+    step_power: float = fraction(0.75, "how far those follow the cost: 0 all alike, 1 to equal costs")
+    gptq_calibration_batches: int = count(8, "most training batches whose inputs GPTQ measures, on the clock")
     gptq_reserve_seconds: float = knob(4.0, "of MAX_WALLCLOCK_SECONDS, kept back for those batches")
-    gptq_damping: float = knob(0.01, "of their mean, added to the Hessian's diagonal and to row costs", low=1e-6)
+    gptq_damping: float = knob(0.01, "of their mean, added to the Hessian's diagonal and to row costs", 1e-6)
     prune_share: float = knob(0.0, "share of each matrix, the smallest weights, set to 0", high=0.99)
     fit: bool = knob(True, "scale all steps by one factor, so that code + model fill MAX_ARTIFACT_BYTES")
-    compressor: str = knob("zstd", "of the artifact; rans codes by scale", choices=("zstd", "lzma", "brotli", "rans"))
-    zstd_level: int = knob(22, "zstd effort", low=1, high=22)
+    compressor: str = choice("zstd", "of the artifact; rans codes by scale", "zstd", "lzma", "brotli", "rans")
+    zstd_level: int = knob(22, "zstd effort", 1, 22)
 
     eval_seq_len: int = knob(0, "tokens a scoring window; 0 is TRAIN_SEQ_LEN", high=2**20, group="evaluation")
-    eval_stride: int = knob(64, "targets that a window scores after the first", low=1)
-    eval_batch_seqs: int = knob(32, "windows a forward pass of one rank", low=1)
+    eval_stride: int = count(64, "targets that a window scores after the first")
+    eval_batch_seqs: int = count(32, "windows a forward pass of one rank")
     val_max_tokens: int = knob(0, "score only the first N targets; 0 is all, as a record must")
     ttt_epochs: int = knob(1, "passes of test-time training over each scored chunk; 0 is none")
-    ttt_scope: str = knob("document", "what adapts to what: the model to all before, or a LoRA to each document alone",
-                          choices=("stream", "document"))
-    ttt_chunk_tokens: int = knob(128, "targets a chunk: scored first, trained on after", low=1)
+    ttt_scope: str = choice("document", "what adapts: the model, to all before, or to each document a LoRA of its own",
+                            "stream", "document")
+    ttt_chunk_tokens: int = count(128, "targets a chunk: scored first, trained on after")
     ttt_params: tuple[str, ...] = knob(("*",), "parameters that adapt, by shell patterns; !pattern takes some out")
     ttt_lora_rank: int = knob(8, "adapt q, v and the head by terms of this rank, and nothing else; 0: the weights")
-    ttt_optimizer: str = knob("adamw", "of test-time training", choices=("sgd", "adamw"))
+    ttt_optimizer: str = choice("adamw", "of test-time training", "sgd", "adamw")
     ttt_lr: float = knob(0.02, "rate of the first chunk")
-    ttt_cosine_floor: float = knob(1.0, "the rate falls over the chunks to this share; 1: constant", high=1)
+    ttt_cosine_floor: float = fraction(1.0, "the rate falls over the chunks to this share; 1: constant")
     ttt_momentum: float = knob(0.9, "SGD's momentum, AdamW's first beta", high=0.99999)
     ttt_nesterov: bool = knob(False, "SGD looks ahead")
     ttt_beta2: float = knob(0.95, "AdamW's second beta", high=0.99999)
     ttt_z_loss: float = knob(0.0, "weight of the squared log-partition in its loss")
-    ttt_temperature: float = knob(1.0, "divides the logits that are scored", low=0.1, high=10)
-    ttt_batch_seqs: int = knob(64, "sequences a step over all ranks, or documents a step of one", low=1)
+    ttt_temperature: float = knob(1.0, "divides the logits that are scored", 0.1, 10)
+    ttt_batch_seqs: int = count(64, "sequences a step over all ranks, or documents a step of one")
     ttt_grad_clip: float = knob(0.0, "cap on the gradient norm; 0 is none")
 
     def __post_init__(self) -> None:
@@ -196,12 +212,12 @@ class Config:
             value = vars(self)[f.name]
             for v in value if isinstance(value, tuple) else (value,):
                 check_value(f, v)
-        for holds, text in model_rules(self) + training_rules(self) + evaluation_rules(self):
+        for holds, text in model_rules(self) + run_rules(self):
             if not holds:
                 raise InputError(text.format(**vars(self), window=self.window))
 
     @classmethod
-    def from_env(cls, env: Mapping[str, str]) -> Config:
+    def from_env(cls, env: Mapping) -> Config:
         """Default < variant < environment. A near-miss of a name is an error; other programs' variables are not."""
         hints, given = get_type_hints(cls), {}
         for name, text in env.items():
@@ -245,9 +261,9 @@ def check_value(f: Field, value: Any) -> None:
         raise InputError(f"{f.name.upper()}={value} must lie in [{low:g}, {high:g}]: {f.metadata['help']}")
 
 def model_rules(c: Config) -> list[tuple[bool, str]]:
-    """Rules that bind several options of the model: whether each holds, and what to say if it does not."""
-    looped = c.loop_start <= c.loop_end < c.num_layers
+    """Rules that bind several options of the model and its coding: whether each holds, and what to say if not."""
     two_gains = 0 < c.rope_dims < c.head_dim
+    looped = c.loop_start <= c.loop_end < c.num_layers
     return [
         (c.model_dim % c.num_heads == 0, "MODEL_DIM={model_dim} must be a multiple of NUM_HEADS={num_heads}"),
         (c.num_heads % c.num_kv_heads == 0, "NUM_HEADS={num_heads} must be a multiple of NUM_KV_HEADS={num_kv_heads}"),
@@ -262,10 +278,18 @@ def model_rules(c: Config) -> list[tuple[bool, str]]:
         (c.num_loops == 0 or looped,
          "NUM_LOOPS={num_loops} needs LOOP_START={loop_start} <= LOOP_END={loop_end} < NUM_LAYERS={num_layers}"),
         (c.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE={bigram_vocab_size} must not be 1"),
+        (max(c.train_seq_len, c.window) * c.head_dim <= 2**26,
+         "TRAIN_SEQ_LEN={train_seq_len} or the window of {window}, times MODEL_DIM / NUM_HEADS, is above 2**26"),
+        (c.embed_bits in (*range(2, 9), 16), "EMBED_BITS={embed_bits} must be 2 to 8, or 16"),
+        (c.table_bits in (0, *range(2, 9), 16), "TABLE_BITS={table_bits} must be 0, 2 to 8, or 16"),
+        (all(0 < share <= 1 for share in c.clip_shares or (0,)),
+         "CLIP_SHARES={clip_shares} must lie in (0, 1], one or more"),
+        (not c.mean_step or c.quantizer == "gptq", "MEAN_STEP={mean_step} needs QUANTIZER=gptq, not {quantizer}"),
     ]
 
-def training_rules(c: Config) -> list[tuple[bool, str]]:
-    """The same for training and quantization."""
+def run_rules(c: Config) -> list[tuple[bool, str]]:
+    """The same for training and evaluation."""
+    document = c.ttt_scope == "document"
     return [
         (c.train_batch_tokens % c.train_seq_len == 0,
          "TRAIN_BATCH_TOKENS={train_batch_tokens} must be a multiple of TRAIN_SEQ_LEN={train_seq_len}"),
@@ -276,21 +300,8 @@ def training_rules(c: Config) -> list[tuple[bool, str]]:
         (not c.muon_momentum_warmup_frac or not c.muon_momentum_warmup_steps,
          "MUON_MOMENTUM_WARMUP_FRAC={muon_momentum_warmup_frac} and MUON_MOMENTUM_WARMUP_STEPS="
          "{muon_momentum_warmup_steps} both say how long momentum warms up; set one to 0"),
-        (c.embed_bits in (*range(2, 9), 16), "EMBED_BITS={embed_bits} must be 2 to 8, or 16"),
-        (c.table_bits in (0, *range(2, 9), 16), "TABLE_BITS={table_bits} must be 0, 2 to 8, or 16"),
-        (all(0 < share <= 1 for share in c.clip_shares or (0,)),
-         "CLIP_SHARES={clip_shares} must lie in (0, 1], one or more"),
-        (not c.mean_step or c.quantizer == "gptq", "MEAN_STEP={mean_step} needs QUANTIZER=gptq, not {quantizer}"),
         (c.time_limit > 0, "GPTQ_RESERVE_SECONDS={gptq_reserve_seconds} leaves no time to train of "
          "MAX_WALLCLOCK_SECONDS={max_wallclock_seconds}; lower it"),
-    ]
-
-def evaluation_rules(c: Config) -> list[tuple[bool, str]]:
-    """The same for scoring and test-time training."""
-    document = c.ttt_scope == "document"
-    return [
-        (max(c.train_seq_len, c.window) * c.head_dim <= 2**26,
-         "TRAIN_SEQ_LEN={train_seq_len} or the window of {window}, times MODEL_DIM / NUM_HEADS, is above 2**26"),
         (c.window % c.eval_stride == 0, "EVAL_STRIDE={eval_stride} must divide the window of {window}"),
         (document or c.ttt_chunk_tokens % c.window == 0,
          "TTT_CHUNK_TOKENS={ttt_chunk_tokens} must be a multiple of the window of {window}, or TTT_SCOPE=document"),
@@ -345,8 +356,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         muon_momentum_warmup_frac=0.22, muon_momentum_cooldown=0.25, muon_row_normalize=True, muon_wd=0.095,
         muon_wd_mlp=0.115, embed_wd=0.085,
         adam_wd=0.005, ema_decay=0.9965, late_qat_threshold=0.0, quantizer="gptq", matrix_clip_sigmas=13.3,
-        embed_clip_sigmas=20.0, gptq_calibration_batches=64, gptq_reserve_seconds=12.0, compressor="brotli", ttt_epochs=4,
-        ttt_chunk_tokens=65_536, ttt_lr=0.005, ttt_nesterov=True, ttt_z_loss=1e-5, ttt_params=("*.weight",),
+        embed_clip_sigmas=20.0, gptq_calibration_batches=64, gptq_reserve_seconds=12.0, compressor="brotli",
+        ttt_epochs=4, ttt_chunk_tokens=65_536, ttt_lr=0.005, ttt_nesterov=True, ttt_z_loss=1e-5, ttt_params=("*.weight",),
         ttt_cosine_floor=0.0),
     "frontier": dict(
         quantizer="gptq", mean_step=0.1, matrix_bits=8, compressor="rans", late_qat_threshold=0.0),
@@ -395,7 +406,7 @@ def usage() -> str:
 
 def as_env(values: Mapping[str, Any]) -> dict[str, str]:
     """Settings as the environment would give them; `Config.from_env` reads them back exactly."""
-    def text(value: Any) -> str:
+    def text(value):
         if isinstance(value, tuple):
             return ",".join(map(str, value))
         return str(int(value) if isinstance(value, bool) else value)
@@ -428,53 +439,37 @@ class Ranks:
             for t, part in zip(tensors, flat.split([t.numel() for t in tensors])):
                 t.copy_(part.view_as(t))
 
-    def scatter(self, stack: Tensor, dtype: torch.dtype) -> tuple[Callable[[], Any], Tensor]:
+    def scatter(self, stack: Tensor, dtype: torch.dtype) -> tuple:
         """Begin to add up a stack (N, ...) over ranks, sent as `dtype`: (wait for it, this rank's items of the sum).
 
         The items are as many on all ranks: behind the last one of the stack there may be zeros.
         """
         if self.world == 1:
             return lambda: None, stack
-        padded = torch.cat((stack, stack.new_zeros(-len(stack) % self.world, *stack.shape[1:])))
-        parts = [*padded.to(dtype).chunk(self.world)]
-        return dist.reduce_scatter(share := torch.empty_like(parts[0]), parts, async_op=True).wait, share
+        padded = torch.cat((stack, stack.new_zeros(-len(stack) % self.world, *stack.shape[1:]))).to(dtype)
+        mine = padded.new_empty(len(padded) // self.world, *stack.shape[1:])
+        return dist.reduce_scatter_tensor(mine, padded, async_op=True).wait, mine
 
-    def gather(self, share: Tensor) -> tuple[Callable[[], Any], Tensor]:
+    def gather(self, mine: Tensor) -> tuple:
         """Begin to put the items of all ranks together: (wait for it, the stack with its zeros)."""
         if self.world == 1:
-            return lambda: None, share
-        whole = share.new_empty(self.world * len(share), *share.shape[1:])
-        return dist.all_gather([*whole.chunk(self.world)], share.contiguous(), async_op=True).wait, whole
+            return lambda: None, mine
+        whole = mine.new_empty(self.world * len(mine), *mine.shape[1:])
+        return dist.all_gather_into_tensor(whole, mine.contiguous(), async_op=True).wait, whole
 
-    def unequal(self, tensors: list[Tensor]) -> Tensor:
-        """Whether some rank's fp32 tensors have other bits, by sums of them; a 0-d tensor, so that no host waits."""
-        if self.world == 1:
-            return torch.tensor(False)
-        sums = torch.stack([t.detach().view(torch.int32).sum(dtype=torch.int64) for t in tensors])
-        dist.all_reduce(both := torch.stack((sums, -sums)), dist.ReduceOp.MAX)
-        return (both[0] != -both[1]).any()
-
-    def broadcast(self, *values: float) -> list[float]:
-        """The main rank's values, on every rank. They stay on the host: no device waits for them."""
-        if self.world == 1:
-            return list(values)
-        told = torch.tensor(values, dtype=torch.float64)
-        dist.broadcast(told, src=0)
-        return told.tolist()
+    def most(self, *values: float) -> list[float]:
+        """The largest of all ranks' values, on every rank, once all have come; on the host: no device waits."""
+        largest = torch.tensor(values, dtype=torch.float64)
+        if self.world > 1:
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return largest.tolist()
 
     def wait_for_main(self) -> None:
         """Return once the main rank has come here, so that what it wrote before is whole."""
-        self.broadcast(0.0)
+        self.most(0.0)
 
-    def most(self, value: float) -> float:
-        """The largest of all ranks' values, on every rank, once all have come; on the host, like `broadcast`."""
-        if self.world == 1:
-            return value
-        dist.all_reduce(told := torch.tensor(value, dtype=torch.float64), dist.ReduceOp.MAX)
-        return told.item()
-
-    def share(self, items: list) -> list:
-        """This rank's contiguous share of `items`; the shares of all ranks are disjoint and cover it."""
+    def part(self, items: Sequence) -> Sequence:
+        """This rank's contiguous part of `items`; those of all ranks are disjoint and cover it."""
         n = len(items)
         return items[n * self.rank // self.world : n * (self.rank + 1) // self.world]
 
@@ -485,10 +480,10 @@ class Ranks:
         used, held = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
         return f"\npeak memory allocated: {used >> 20} MiB reserved: {held >> 20} MiB"
 
-    def compiles(self, cfg: Config) -> bool:
+    def compiles(self, cfg) -> bool:
         return cfg.compile == "on" or (cfg.compile == "auto" and self.device.type == "cuda")
 
-    def compile(self, fn: Callable, cfg: Config) -> Callable:
+    def compile(self, fn: Callable, cfg) -> Callable:
         """`fn` as one static graph; with COMPILE=auto `fn` itself on a CPU, where only long runs earn it back."""
         if not self.compiles(cfg):
             return fn
@@ -496,7 +491,7 @@ class Ranks:
         return torch.compile(fn, dynamic=False, fullgraph=True)
 
 @contextmanager
-def launch(env: Mapping[str, str]) -> Iterator[Ranks]:
+def launch(env: Mapping) -> Iterator[Ranks]:
     """The ranks that torchrun's variables in `env` describe (one without them): nccl and CUDA, or gloo and CPU."""
     rank, world, local = (int(env.get(k, v)) for k, v in dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0).items())
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
@@ -517,13 +512,13 @@ class Clock:
         self.synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
         self.laps = deque([first_step_seconds], maxlen=65)
         self.synchronize()
-        self.start = self.last = time.perf_counter()
+        self.start = self.last = perf_counter()
 
     def seconds(self) -> float:
-        return time.perf_counter() - self.start
+        return perf_counter() - self.start
 
     def lap(self) -> None:
-        before, self.last = self.last, time.perf_counter()
+        before, self.last = self.last, perf_counter()
         self.laps.append(self.last - before)
 
     @property
@@ -534,10 +529,10 @@ class Clock:
     @contextmanager
     def paused(self) -> Iterator[None]:
         self.synchronize()
-        begin = time.perf_counter()
+        begin = perf_counter()
         yield
         self.synchronize()
-        self.last = time.perf_counter()
+        self.last = perf_counter()
         self.start += self.last - begin
 
 class Reading:
@@ -551,36 +546,27 @@ class Reading:
             self.arrived.synchronize()
         return float(self.host)
 
-def check_packages(cfg: Config) -> None:
-    """Raise InputError for what a run would miss only later."""
-    for package in PACKAGES:
-        if importlib.util.find_spec(package) is None:
-            raise InputError(f"the package {package} is missing; pip install -r requirements.txt")
-    compressor_module(cfg.compressor)
-
 class Log:
     """One line per event, to the terminal and to OUTPUT_DIR/logs/RUN_ID.txt; silent on all ranks but the main one.
 
     What a line tells as keywords, too, stands in `facts`: the closing RESULT line has all of them, for programs.
     """
-    def __init__(self, cfg: Config, ranks: Ranks):
+    def __init__(self, cfg, ranks):
         self.facts: dict[str, Any] = {}
         stamp = time.strftime("%Y%m%d-%H%M%S")
         name = cfg.run_id or f"{cfg.variant}_seed{cfg.seed}_{'eval_' if cfg.eval_only else ''}{stamp}"
         self.path = Path(cfg.output_dir) / "logs" / f"{name}.txt"
         self.active = ranks.is_main
-        check_packages(cfg)
-        for file in filter(None, (cfg.artifact_path, cfg.audit and Path(cfg.audit))):
-            if self.active and not file.parent.is_dir() and file.parent != Path(cfg.output_dir):
-                raise InputError(f"there is no folder {file.parent} to hold {file.name}")
-            if file.is_dir():
-                raise InputError(f"{file} is a folder; ARTIFACT and AUDIT name files")
+        compressor_module(cfg.compressor)  # better an error now than after training
         if self.active:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self.path.touch()
             except OSError as error:
                 raise InputError(f"cannot write {self.path}: {error.strerror}; set OUTPUT_DIR elsewhere") from None
+            for file in filter(None, (str(cfg.artifact_path), cfg.audit)):
+                if Path(file).is_dir() or not Path(file).parent.is_dir():
+                    raise InputError(f"{file} is a folder, or in none that is there; ARTIFACT and AUDIT name files")
 
     def __call__(self, text: str, **facts: Any) -> None:
         self.facts |= facts
@@ -592,7 +578,7 @@ class Log:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(text + "\n")
 
-    def header(self, cfg: Config, ranks: Ranks, overrides: dict[str, str]) -> None:
+    def header(self, cfg, ranks, overrides: dict[str, str]) -> None:
         """What ran where: source, versions, device, and the settings that the environment gave."""
         source = Path(__file__).read_bytes()
         sha256 = hashlib.sha256(source).hexdigest()
@@ -610,7 +596,7 @@ class Log:
         self(f"variant:{cfg.variant} seed:{cfg.seed} overrides: {given or 'none'}",
              variant=cfg.variant, seed=cfg.seed, overrides=overrides)
 
-def progress_bar(label: str, total: float, log: Log) -> Any:
+def progress_bar(label: str, total: float, log) -> Any:
     """A progress bar with the time left when a person watches; silent otherwise."""
     from tqdm import tqdm
 
@@ -622,7 +608,7 @@ def progress_bar(label: str, total: float, log: Log) -> Any:
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 
-def read_shard(path: Path) -> np.ndarray:
+def read_shard(path: Path) -> Array:
     """The tokens of a shard, mapped uint16 (N,). Little-endian: 256 int32 (magic, version, N, 0...), N tokens."""
     size = path.stat().st_size
     header = np.fromfile(path, dtype="<i4", count=3)
@@ -634,7 +620,7 @@ def read_shard(path: Path) -> np.ndarray:
                          f"{max(size - SHARD_HEADER_BYTES, 0) // 2}; get it again")
     return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
 
-def find_shards(cfg: Config, split: str) -> list[Path]:
+def find_shards(cfg, split: str) -> list[Path]:
     """The shards of a split in order. A `fineweb_val_bytes_*.bin` sidecar holds byte counts, not tokens."""
     paths = sorted(p for p in Path(cfg.data_path).glob(f"fineweb_{split}_*.bin") if "_bytes_" not in p.name)
     if not paths:
@@ -642,7 +628,7 @@ def find_shards(cfg: Config, split: str) -> list[Path]:
                          "makes a small set, `python data/prepare.py tokenize` one of your text")
     return paths
 
-def check_tokens(tokens: np.ndarray, vocab_size: int, where: object) -> np.ndarray:
+def check_tokens(tokens: Array, vocab_size: int, where: object) -> Array:
     """`tokens` as they are, or InputError if one of them is no id of the vocabulary."""
     if len(tokens) and int(tokens.max()) >= vocab_size:
         raise InputError(f"{where} holds token {tokens.max()}, but VOCAB_SIZE={vocab_size}: it is another tokenizer's")
@@ -655,7 +641,7 @@ class TokenStream:
         self.shards = [read_shard(p) for p in paths]
         self.ends = np.cumsum([len(s) for s in self.shards])
 
-    def read(self, start: int, count: int) -> np.ndarray:
+    def read(self, start: int, count: int) -> Array:
         """Tokens start .. start + count - 1 of the stream, int64 (count,)."""
         parts = []
         while count:
@@ -669,7 +655,7 @@ class TokenStream:
 
 class RowOrder:
     """Where each training row starts in the stream: one after the other, or all in a new random order every epoch."""
-    def __init__(self, stream: TokenStream, cfg: Config):
+    def __init__(self, stream: TokenStream, cfg):
         sizes = np.array([len(s) for s in stream.shards])
         self.seq_len, self.seed = cfg.train_seq_len, cfg.seed if cfg.loader == "shuffled" else None
         self.firsts, self.counts = stream.ends - sizes, (sizes - 1) // self.seq_len - 1
@@ -692,7 +678,7 @@ class RowOrder:
 
 class Batches:
     """Batches whose row i is the same for any number of ranks. A thread fetches the next while one is computed."""
-    def __init__(self, stream: TokenStream, cfg: Config, ranks: Ranks):
+    def __init__(self, stream: TokenStream, cfg, ranks):
         self.total, self.seq_len = cfg.train_batch_tokens // cfg.train_seq_len, cfg.train_seq_len
         if self.total % ranks.world:
             raise InputError(f"TRAIN_BATCH_TOKENS / TRAIN_SEQ_LEN = {self.total} rows do not divide by {ranks.world} "
@@ -710,7 +696,7 @@ class Batches:
 
     def load(self, step: int) -> tuple[Tensor, Tensor]:
         """This rank's inputs and targets of a step, (micro_steps, rows, seq_len) int64 on the device."""
-        rows = self.ranks.share(list(range(step * self.total, (step + 1) * self.total)))
+        rows = self.ranks.part(range(step * self.total, (step + 1) * self.total))
         tokens = torch.from_numpy(np.stack([self.stream.read(self.order(r), self.seq_len + 1) for r in rows]))
         if self.ranks.device.type == "cuda":
             tokens = tokens.pin_memory().to(self.ranks.device, non_blocking=True)
@@ -732,7 +718,7 @@ class ByteTable(NamedTuple):
         """Bytes of each target after its previous token, int64, by the contest's rule."""
         return self.base[targets] + (self.space[targets] & ~self.boundary[previous])
 
-def load_byte_table(cfg: Config, device: torch.device) -> ByteTable:
+def load_byte_table(cfg, device: torch.device) -> ByteTable:
     """The contest's byte rule, read off the tokenizer: control, unknown and unused pieces are boundaries of 0 bytes."""
     sp = load_tokenizer(cfg)
     base, space, boundary = (np.full(cfg.vocab_size, start) for start in (0, False, True))
@@ -744,7 +730,7 @@ def load_byte_table(cfg: Config, device: torch.device) -> ByteTable:
         base[i] = 1 if sp.is_byte(i) else len(piece[int(space[i]) :].encode())
     return ByteTable(*(torch.from_numpy(a).to(device) for a in (base, space, boundary)))
 
-def load_tokenizer(cfg: Config) -> Any:
+def load_tokenizer(cfg) -> Any:
     """The SentencePiece model at TOKENIZER_PATH, checked against VOCAB_SIZE."""
     from sentencepiece import SentencePieceProcessor
 
@@ -760,7 +746,8 @@ def load_tokenizer(cfg: Config) -> Any:
     return sp
 
 # ---- Model: token ids -> loss of each target.
-# B sequences, T tokens, D model width, H query heads, K key/value heads, C head width, V vocabulary.
+# B sequences, T tokens, D model width, H query heads, K key/value heads, C head width, V vocabulary. What a module's
+# forward and an attention take and return are tensors.
 
 def norm(x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
     """scale * x / rms(x) over the last dim, in fp32; a scale of whole rows joins their factor and costs no pass."""
@@ -780,31 +767,31 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x1, x2, rest = x.split((r, r, x.size(-1) - 2 * r), dim=-1)
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest), dim=-1).type_as(x)
 
-def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """Causal attention by torch. q: (B, T, H, C); k, v: (B, T, K, C), H a multiple of K; returns (B, T, H, C)."""
+def attend_sdpa(q, k, v, scale=None, backend=None):
+    """Causal attention by torch, by its own choice or by an SDPBackend; RuntimeError if that can't.
+
+    q: (B, T, H, C); k, v: (B, T, K, C), H a multiple of K; returns (B, T, H, C).
+    """
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if q.is_cuda and q.dtype == torch.float32:
         # for fp32 there is one kernel that keeps no (T, T) scores, and it knows no groups
         k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2)
+    with sdpa_kernel(backend) if backend else nullcontext():
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    return y.transpose(1, 2)
 
-def attend_by(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """The same by one of torch's kernels; RuntimeError if that can't."""
-    with sdpa_kernel(backend):
-        return attend_sdpa(q, k, v, scale)
-
-def attend_flash(kernel: Callable, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+def attend_flash(kernel, q, k, v, scale=None):
     """The same by flash_attn_func of a FlashAttention package; old ones return more than the output."""
     y = kernel(q, k, v, softmax_scale=scale, causal=True)
     return y[0] if isinstance(y, tuple) else y
 
-def attend_padded(attend: Callable, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend_padded(attend, q, k, v):
     """The same by a kernel that takes heads of a multiple of 8 channels: 60 (PR #1127) run as 64, at their scale."""
     channels = q.size(-1)
     q, k, v = (F.pad(t, (0, -channels % 8)) for t in (q, k, v))
     return attend(q, k, v, scale=channels**-0.5)[..., :channels]
 
-def compute_dtype(cfg: Config, device: torch.device) -> torch.dtype:
+def compute_dtype(cfg, device: torch.device) -> torch.dtype:
     """The dtype of activations: bf16 where matrix units are made for it, fp32 elsewhere, unless DTYPE says."""
     fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if cfg.dtype == "bf16" or (cfg.dtype == "auto" and fast) else torch.float32
@@ -812,20 +799,20 @@ def compute_dtype(cfg: Config, device: torch.device) -> torch.dtype:
 class Attention(NamedTuple):
     """The causal attention of a run, and what the log says of a faster one that is missing."""
     name: str
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+    attend: Callable
     warning: str = ""
 
 TORCH_KERNELS = dict(cudnn=SDPBackend.CUDNN_ATTENTION, flash=SDPBackend.FLASH_ATTENTION)
 FLASH_PACKAGES = dict(fa3=("flash_attn_interface", "flash_attn_3"), fa2=("flash_attn", "flash_attn"))
 
-def load_attention(name: str, cfg: Config, ranks: Ranks) -> Callable:
+def load_attention(name: str, cfg, ranks) -> Callable:
     """The attention of that name. ImportError if it is not for this device, or its package missing or broken."""
     if name == "sdpa":
         return attend_sdpa
     if ranks.device.type != "cuda" or compute_dtype(cfg, ranks.device) != torch.bfloat16:
         raise ImportError("it runs on a GPU, in bf16")
     if name in TORCH_KERNELS:
-        return partial(attend_by, TORCH_KERNELS[name])
+        return partial(attend_sdpa, backend=TORCH_KERNELS[name])
     if name == "fa3" and torch.cuda.get_device_capability(ranks.device)[0] != 9:
         raise ImportError("it runs on a Hopper GPU")
     module, namespace = FLASH_PACKAGES[name]
@@ -837,7 +824,7 @@ def load_attention(name: str, cfg: Config, ranks: Ranks) -> Callable:
         raise ImportError(f"this {module} registers no operator that torch.compile could trace; take a newer one")
     return partial(attend_flash, kernel)
 
-def choose_attention(cfg: Config, ranks: Ranks) -> Attention:
+def choose_attention(cfg, ranks) -> Attention:
     """A kernel that is asked for by name must be there; `auto` takes the best that is."""
     missing = []
     for name in ("fa3", "fa2", "sdpa") if cfg.attention == "auto" else (cfg.attention,):
@@ -866,21 +853,21 @@ class Linear(nn.Module):
     def __init__(self, fan_in: int, fan_out: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(fan_out, fan_in))  # until `init_weights`
-        self.adapter: Callable[[Tensor, Tensor], Tensor] | None = None
+        self.adapter: Callable | None = None
 
-    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+    def forward(self, x, scale=None):
         if self.adapter is not None:
-            y = self.adapter(x, F.linear(x, self.weight.to(x.dtype)))
-            return y if scale is None else scale.to(x.dtype) * y
+            y = self.adapter(x, F.linear(x, self.weight.type_as(x)))
+            return y if scale is None else scale.type_as(x) * y
         # folded into W: products of (D, D) instead of (B, T, D), forward and backward
-        return F.linear(x, (self.weight if scale is None else scale[:, None] * self.weight).to(x.dtype))
+        return F.linear(x, (self.weight if scale is None else scale[:, None] * self.weight).type_as(x))
 
 class Table(Linear):
     """An embedding table, fp32 (rows, dim); `project` is the tied head, a Linear of the same weight."""
     def __init__(self, rows: int, dim: int):
         super().__init__(dim, rows)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids):
         return F.embedding(ids, self.weight)
 
     def project(self, x: Tensor) -> Tensor:
@@ -892,14 +879,14 @@ class SmearGate(nn.Module):
         super().__init__()
         self.gate = filled(0.0, dim)
 
-    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+    def forward(self, x, ids):
         before = F.pad(x[:, :-1], (0, 0, 1, 0))
         inside = F.pad(ids[:, 1:] != BOS, (1, 0))[..., None]
-        return x + inside * self.gate.sigmoid().to(x.dtype) * (before - x)
+        return x + inside * self.gate.sigmoid().type_as(x) * (before - x)
 
 class BigramHashEmbedding(nn.Module):
     """A hashed embedding of (previous token, token) to add to the token's own (PR #65; linear hash: PR #1127)."""
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg):
         super().__init__()
         self.buckets, self.hash = cfg.bigram_vocab_size, cfg.bigram_hash
         self.embed, self.proj = Table(self.buckets, cfg.bigram_dim), Linear(cfg.bigram_dim, cfg.model_dim)
@@ -914,20 +901,20 @@ class BigramHashEmbedding(nn.Module):
         hashed = torch.bitwise_xor(36313 * ids, 27191 * before) % (self.buckets - 1)
         return hashed.masked_fill(first, self.buckets - 1) if self.hash == "reserved" else hashed
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids):
         y = self.proj(self.embed(self.bucket(ids)))
         return y if self.scale is None else self.scale * y
 
 class ValueEmbedding(nn.Module):
     """A token embedding that several layers share and add to their values, each with a weight of its own (PR #374)."""
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg):
         super().__init__()
         self.embed = Table(cfg.vocab_size, cfg.ve_dim)
         self.proj = Linear(cfg.ve_dim, cfg.num_kv_heads * cfg.head_dim)
         self.scale = filled(0.1)
         self.layer_scales = nn.ParameterDict({str(i): filled(1.0, 1) for i in cfg.ve_layers})
 
-    def forward(self, ids: Tensor, dtype: torch.dtype) -> dict[int, Tensor]:
+    def forward(self, ids, dtype):
         shared = self.scale * self.proj(self.embed(ids))
         return {int(i): (weight * shared).to(dtype) for i, weight in self.layer_scales.items()}
 
@@ -939,14 +926,14 @@ class HeadGate(nn.Module):
         self.slope = filled(0.0, heads, channels)
         self.bias = filled(4.0, heads) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        raw = F.linear(x[..., : self.slope.size(1)], self.slope.to(x.dtype), bias)
+    def forward(self, x):
+        bias = None if self.bias is None else self.bias.type_as(x)
+        raw = F.linear(x[..., : self.slope.size(1)], self.slope.type_as(x), bias)
         return self.peak * raw.sigmoid()[..., None]
 
 class CausalSelfAttention(nn.Module):
     """Grouped queries: QK-norm, gains a head, partial RoPE (PR #315), XSA, gates, value residual (arXiv:2410.17897)."""
-    def __init__(self, cfg: Config, layer: int, attend: Callable):
+    def __init__(self, cfg, layer: int, attend: Callable):
         super().__init__()
         self.head_dim, self.attend = cfg.head_dim, attend
         self.exclusive = layer >= cfg.num_layers - cfg.xsa_last_n
@@ -962,8 +949,7 @@ class CausalSelfAttention(nn.Module):
         if cfg.attn_gate_dims:  # of a few channels (PR #1812)
             self.gates.append(HeadGate(cfg.attn_gate_dims, cfg.num_heads, 2.0, bias=False))
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], value_embedding: Tensor | None,
-                first_value: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x, rotary, value_embedding, first_value, scale):
         """(what to add to the stream, this layer's own values), for the normalized input x (B, T, D)."""
         heads, gain = (-1, self.head_dim), self.q_gain
         if self.gain_spans:  # one for what is rotated, one for the rest
@@ -974,7 +960,7 @@ class CausalSelfAttention(nn.Module):
         if value_embedding is not None:
             v = v + value_embedding.unflatten(-1, heads)
         if self.value_mix is not None:
-            first, rest = self.value_mix.to(x.dtype)
+            first, rest = self.value_mix.type_as(x)
             v = first * first_value + rest * v
         y = self.attend(q, k, v)
         y = exclude_own_value(y, v) if self.exclusive else y
@@ -984,7 +970,7 @@ class CausalSelfAttention(nn.Module):
 
 class MLP(nn.Module):
     """Two matrices around a squared activation (arXiv:2109.08668; leaky: PR #549; Star-ReLU: arXiv:2210.13452)."""
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg):
         super().__init__()
         hidden = round(cfg.mlp_mult * cfg.model_dim)
         self.fc, self.proj = Linear(cfg.model_dim, hidden), Linear(hidden, cfg.model_dim)
@@ -993,13 +979,13 @@ class MLP(nn.Module):
         self.scale = filled(1.0, hidden) if cfg.mlp_affine else None
         self.bias = filled(0.0, hidden) if cfg.mlp_affine else None
 
-    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+    def forward(self, x, scale):
         h = self.activation(self.fc(x), inplace=True).square()
-        return self.proj(h if self.scale is None else self.scale.to(x.dtype) * h + self.bias.to(x.dtype), scale)
+        return self.proj(h if self.scale is None else self.scale.type_as(x) * h + self.bias.type_as(x), scale)
 
 class Block(nn.Module):
     """Mixes the stream with the embedding x0, then adds attention and MLP; inputs scaled by depth (PR #315)."""
-    def __init__(self, cfg: Config, layer: int, attend: Callable):
+    def __init__(self, cfg, layer: int, attend: Callable):
         super().__init__()
         self.attn, self.mlp = CausalSelfAttention(cfg, layer, attend), MLP(cfg)
         passes = cfg.num_loops + 1 if cfg.loop_start <= layer <= cfg.loop_end else 1
@@ -1009,15 +995,15 @@ class Block(nn.Module):
         self.mlp_scale = filled(1.0, cfg.model_dim)
         self.resid_mix = nn.Parameter(torch.tensor([[1.0], [0.0]]).repeat(1, cfg.model_dim))
 
-    def forward(self, x: Tensor, x0: Tensor, rotary: tuple[Tensor, Tensor], value_embedding: Tensor | None,
-                first_value: Tensor | None) -> tuple[Tensor, Tensor]:
-        keep, add = self.resid_mix.to(x.dtype)
+    def forward(self, x, x0, rotary, value_embedding, first_value):
+        """(the stream after it, its attention's own values)."""
+        keep, add = self.resid_mix.type_as(x)
         x = torch.addcmul(keep * x, add, x0)
         update, own = self.attn(norm(x, self.input_scale), rotary, value_embedding, first_value, self.attn_scale)
         after = x + update
         return after + self.mlp(norm(x if self.parallel else after, self.input_scale), self.mlp_scale), own
 
-def layer_order(cfg: Config, looped: bool) -> list[int]:
+def layer_order(cfg, looped: bool) -> list[int]:
     """The blocks in the order in which they run. Looped, LOOP_START..LOOP_END run NUM_LOOPS times more (PR #1493)."""
     layers, stop = list(range(cfg.num_layers)), cfg.loop_end + 1
     again = layers[cfg.loop_start : stop] * cfg.num_loops if looped else []
@@ -1025,7 +1011,7 @@ def layer_order(cfg: Config, looped: bool) -> list[int]:
 
 class GPT(nn.Module):
     """U-Net GPT, tied head: what the first half of passes through blocks pushes the second takes, the latest first."""
-    def __init__(self, cfg: Config, attend: Callable = attend_sdpa, dtype: torch.dtype = torch.float32):
+    def __init__(self, cfg, attend: Callable = attend_sdpa, dtype: torch.dtype = torch.float32):
         super().__init__()
         dim, skips = cfg.model_dim, len(layer_order(cfg, True)) // 2
         self.dtype, self.softcap = dtype, cfg.logit_softcap
@@ -1044,9 +1030,9 @@ class GPT(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
 
     @torch.no_grad()
-    def init_weights(self, cfg: Config) -> None:
-        """SEED draws the matrices: orthogonal, hash and value projections at 1/sqrt(2L), outputs 0 (PR #65); or uniform,
-        and no bigram at first (PR #1127). Gains, gates and mixes start as they were made.
+    def init_weights(self, cfg) -> None:
+        """SEED draws the matrices: orthogonal, hash and value projections at 1/sqrt(2L), outputs 0 (PR #65); or
+        uniform, and no bigram at first (PR #1127). Gains, gates and mixes start as they were made.
         """
         draw, orthogonal = torch.Generator().manual_seed(cfg.seed), cfg.init == "orthogonal"
         stds = {"tok_emb": cfg.tied_embed_init_std, "value_embed.embed": 0.01,
@@ -1077,26 +1063,22 @@ class GPT(nn.Module):
         for position, layer in enumerate(order):
             row = position - len(order) // 2
             if row >= 0 and skips:  # with an odd number of passes the last one finds none
-                x = self.take_skip(x, skips.pop(), row)
+                weight, skip = self.skip_weights[row].type_as(x), skips.pop()
+                if self.skip_gates is None:
+                    x = torch.addcmul(x, weight, skip)
+                else:  # PR #1127
+                    x = torch.lerp(weight * skip, x, self.skip_gates[row].sigmoid().type_as(x))
             x, value = self.blocks[layer](x, x0, rotary, values.get(layer), first_value)
             first_value = value if first_value is None else first_value
             if row < 0:
                 skips.append(x)
         return norm(x)
 
-    def take_skip(self, x: Tensor, skip: Tensor, row: int) -> Tensor:
-        """Add a skip to the stream, or blend the two by a learned gate (PR #1127)."""
-        weight = self.skip_weights[row].to(x.dtype)
-        if self.skip_gates is None:
-            return torch.addcmul(x, weight, skip)
-        return torch.lerp(weight * skip, x, self.skip_gates[row].sigmoid().to(x.dtype))
-
     def logits(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
         """Soft-capped fp32 logits (..., V) of final states (..., D), by the tied embedding."""
         return self.softcap / temperature * torch.tanh(self.tok_emb.project(hidden).float() / self.softcap)
 
-    def forward(self, ids: Tensor, targets: Tensor, looped: bool = False, temperature: float = 1.0,
-                z_loss: float = 0.0) -> Tensor:
+    def forward(self, ids, targets, looped=False, temperature=1.0, z_loss=0.0):
         """Cross-entropy in nats, fp32 (B, S), of the targets (B, S) of the last S <= T positions of ids (B, T)."""
         logits = self.logits(self.hidden(ids, looped)[:, -targets.size(1) :], temperature)
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
@@ -1130,11 +1112,14 @@ class Muon(torch.optim.Optimizer):
     `lr` is the spectral norm of a step, times sqrt(rows / cols) for tall matrices. Rows first: MuonEq-R (PR #1493).
     Each rank has the momentum of its share of a stack, and all have the steps (PR #399).
     """
-    def __init__(self, groups: list[dict], ranks: Ranks, cfg: Config, dtype: torch.dtype):
-        super().__init__(groups, dict(momentum=0.0))
+    def __init__(self, groups: list[dict], ranks, cfg, dtype: torch.dtype):
+        for group in groups:
+            first, count = group["params"][0], len(group["params"])
+            group["buffer"] = first.new_zeros(-(-count // ranks.world), *first.shape)
+        super().__init__(groups, {})
         self.ranks, self.dtype = ranks, dtype
 
-        def direction(grad: Tensor, buffer: Tensor, factor: Tensor, momentum: Tensor) -> Tensor:
+        def direction(grad, buffer, factor, momentum):
             grad = (factor * grad.float()).nan_to_num(0.0, 0.0, 0.0)
             update = grad + momentum * buffer.mul_(momentum).add_(grad)
             if cfg.muon_row_normalize:
@@ -1143,24 +1128,18 @@ class Muon(torch.optim.Optimizer):
 
         self.direction = ranks.compile(direction, cfg)
 
-    def reduce(self) -> list[tuple[Callable[[], Any], Tensor]]:
-        """Begin to sum each group's gradients: (wait for it, this rank's share of the stack)."""
+    def reduce(self) -> list[tuple]:
+        """Begin to sum each group's gradients over ranks, of which each one gets a part of the stack."""
         return [self.ranks.scatter(torch.stack([p.grad for p in g["params"]]), self.dtype) for g in self.param_groups]
 
-    def turn(self, shares: list[Tensor], factor: Tensor) -> list[tuple[Callable[[], Any], Tensor]]:
-        """Nesterov momentum of `factor` times the gradient, then rows of length 1 if asked for, then orthogonal.
-
-        Returns each group's steps on their way from all ranks: (wait for them, the stack).
+    def turn(self, sums: list[Tensor], factor: Tensor, momentum: Tensor) -> list[tuple]:
+        """Nesterov momentum of `factor` times the gradient, then rows of length 1 if asked for, then orthogonal: each
+        group's steps on their way to all ranks.
         """
-        begun = []
-        for group, share in zip(self.param_groups, shares):
-            momentum, state = torch.full((), group["momentum"], device=share.device), self.state[group["params"][0]]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(share, dtype=torch.float32)
-            begun.append(self.ranks.gather(self.direction(share, state["momentum_buffer"], factor, momentum)))
-        return begun
+        groups = zip(self.param_groups, sums)
+        return [self.ranks.gather(self.direction(grad, group["buffer"], factor, momentum)) for group, grad in groups]
 
-    def step(self, begun: list[tuple[Callable[[], Any], Tensor]]) -> None:
+    def step(self, begun: list[tuple]) -> None:
         """Decay, then the steps that `turn` began."""
         for group, (wait, update) in zip(self.param_groups, begun):
             wait()
@@ -1169,7 +1148,7 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
             torch._foreach_add_(params, list(update.float())[: len(params)], alpha=-lr * scale)
 
-def peak_rate_and_decay(name: str, role: str, cfg: Config) -> tuple[float, float]:
+def peak_rate_and_decay(name: str, role: str, cfg) -> tuple[float, float]:
     """Peak learning rate and weight decay of a parameter; the decoder's rate has a factor of its own (PR #1127)."""
     rates = dict(matrix=(cfg.matrix_lr, cfg.muon_wd), table=(cfg.tied_embed_lr, cfg.embed_wd),
                  scalar=(cfg.scalar_lr, cfg.adam_wd))
@@ -1182,7 +1161,7 @@ def peak_rate_and_decay(name: str, role: str, cfg: Config) -> tuple[float, float
 
 class Optimizers:
     """Muon and AdamW as one: averages the gradients over ranks, clips their joint norm, steps both."""
-    def __init__(self, model: GPT, ranks: Ranks, cfg: Config):
+    def __init__(self, model: GPT, ranks, cfg):
         groups: dict[tuple, dict] = {}
         for (name, p), role in zip(model.named_parameters(), parameter_roles(model).values(), strict=True):
             rate, decay = peak_rate_and_decay(name, role, cfg)
@@ -1204,47 +1183,40 @@ class Optimizers:
         """
         for group in self.muon.param_groups + self.adam.param_groups:
             group["lr"] = group["base_lr"] * scale
-        for group in self.muon.param_groups:
-            group["momentum"] = momentum
         begun = self.muon.reduce()
         flat = self.ranks.sum_(torch.cat([p.grad.flatten() for p in self.others]))
-        shares = [(wait(), share)[1] for wait, share in begun]
-        squares = torch.stack(torch._foreach_norm(shares, dtype=torch.float32)).square().sum()
+        for wait, _ in begun:
+            wait()
+        sums = [part for _, part in begun]
+        squares = torch.stack(torch._foreach_norm(sums, dtype=torch.float32)).square().sum()
         norm_before = (self.ranks.sum_(squares) + flat.square().sum()).sqrt() / self.ranks.world
         factor = (self.clip / (norm_before + 1e-6)).clamp(max=1.0) / self.ranks.world
-        steps, flat = self.muon.turn(shares, factor), (factor * flat).nan_to_num_(0.0, 0.0, 0.0)
+        steps = self.muon.turn(sums, factor, factor.new_full((), momentum))
+        flat = (factor * flat).nan_to_num_(0.0, 0.0, 0.0)
         for p, part in zip(self.others, flat.split([p.numel() for p in self.others])):
             p.grad = part.view_as(p)
         self.adam.step()
         self.muon.step(steps)
         return norm_before
 
-    def state_dict(self) -> list[dict]:
-        return [copy.deepcopy(optimizer.state_dict()) for optimizer in (self.muon, self.adam)]
-
-    def load_state_dict(self, states: list[dict]) -> None:
-        for optimizer, state in zip((self.muon, self.adam), states, strict=True):
-            optimizer.state.clear()
-            optimizer.load_state_dict(copy.deepcopy(state))
-
 # ---- Schedules: pure functions of progress.
 
-def share_done(step: int, elapsed: float, cfg: Config) -> float:
+def share_done(step: int, elapsed: float, cfg) -> float:
     """How much of the run is behind, by steps or by the clock, whichever is further."""
     return max(step / cfg.iterations, elapsed / cfg.time_limit)
 
-def lr_scale(step: int, elapsed: float, step_seconds: float, cfg: Config) -> float:
+def lr_scale(step: int, elapsed: float, step_seconds: float, cfg) -> float:
     """Share of the peak rate: 1, then linear to 0 at ITERATIONS or the time limit, what comes first at this speed."""
     steps_left = min(cfg.iterations - step, (cfg.time_limit - elapsed) / max(step_seconds, 1e-9))
     by_steps = steps_left / cfg.warmdown_iters if cfg.warmdown_iters else 1.0
     by_share = (1 - share_done(step, elapsed, cfg)) / cfg.warmdown_frac if cfg.warmdown_frac else 1.0
     return min(1.0, max(0.0, min(by_steps, by_share)))
 
-def out_of_time(elapsed: float, step_seconds: float, cfg: Config) -> bool:
+def out_of_time(elapsed: float, step_seconds: float, cfg) -> bool:
     """Whether another step might end after the limit. The device may still be busy with the one before."""
     return cfg.time_limit < elapsed + 2 * step_seconds
 
-def muon_momentum(step: int, elapsed: float, scale: float, cfg: Config) -> float:
+def muon_momentum(step: int, elapsed: float, scale: float, cfg) -> float:
     """Momentum that warms up linearly, by steps or by a share of the run, and cools down with the rate (PR #1812)."""
     share = step / cfg.muon_momentum_warmup_steps if cfg.muon_momentum_warmup_steps else 1.0
     if cfg.muon_momentum_warmup_frac:
@@ -1253,7 +1225,7 @@ def muon_momentum(step: int, elapsed: float, scale: float, cfg: Config) -> float
     warm = (1 - share) * cfg.muon_momentum_warmup_start + share * cfg.muon_momentum
     return keep * warm + (1 - keep) * cfg.muon_momentum_warmup_start
 
-def average_weight(step: int, scale: float, averaged: int, cfg: Config) -> float:
+def average_weight(step: int, scale: float, averaged: int, cfg) -> float:
     """How far the average moves to the weights after `step`: EMA 1 - decay, SWA 1/n at its n-th snapshot, last 1."""
     if cfg.averaging == "swa":
         return 1 / (averaged + 1) if scale < cfg.swa_start_scale and step % cfg.swa_every == 0 else 0.0
@@ -1304,7 +1276,7 @@ def nearest(multiples: Tensor, top: Tensor | int) -> Tensor:
     """The closest codes within +-top, as floats, of weights in units of their step."""
     return multiples.round().clamp(-top, top)
 
-def row_steps(w: Tensor, grid: Grid, cfg: Config) -> Tensor:
+def row_steps(w: Tensor, grid: Grid, cfg) -> Tensor:
     """Steps (R,), exact in fp16, for rows of w (R, C): a number of standard deviations (SDClip, PR #1493), or else
     of the clips CLIP_SHARES the one with the least squared error in its row (GPTQ-lite; PR #414 chose one a tensor).
     """
@@ -1326,6 +1298,11 @@ class Observer:
         rows, cols = module.weight.shape
         self.inputs, self.outputs, self.lookups, self.count = (
             module.weight.new_zeros(shape) for shape in ((cols, cols), rows, rows, ()))
+        self.module, self.hook, module.adapter = module, module.register_forward_hook(self.look_up), self
+
+    def leave(self) -> None:
+        self.module.adapter = None
+        self.hook.remove()
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         flat = x.detach().flatten(0, -2).float()
@@ -1351,7 +1328,7 @@ class Curvature(NamedTuple):
     inputs: Tensor  # (C, C), mean of x x^T; the identity for a table that is only looked up
     rows: Tensor  # (R,), sum of squared gradients; 0 where none flowed
 
-def curvature(seen: Observer, ranks: Ranks) -> Curvature:
+def curvature(seen: Observer, ranks) -> Curvature:
     """What the observers of all ranks saw of one weight: Fisher's matrix as a Kronecker product (arXiv:1503.05671)."""
     inputs, outputs, lookups, count = map(ranks.sum_, (seen.inputs, seen.outputs, seen.lookups, seen.count))
     mean = inputs / count if count else torch.eye(len(inputs), device=inputs.device)
@@ -1363,13 +1340,12 @@ class Factor(NamedTuple):
     upper: Tensor  # (C, C) Cholesky factor of the inverse, in that order
     dead: Tensor  # (C,) whether no input ever reached the column
 
-def factorize(hessian: Tensor, cfg: Config, columns: Tensor | float = 1.0) -> Factor:
+def factorize(hessian: Tensor, columns: Tensor, cfg) -> Factor:
     """The factor of a Hessian (C, C) whose columns and rows are scaled by `columns` after it was damped."""
-    h = hessian.double()
+    h, scale = hessian.to(torch.float64, copy=True), columns.double()
     dead = h.diagonal() == 0
-    ridge = cfg.gptq_damping * h.diagonal().mean().clamp_min(1e-30)
-    scale = torch.as_tensor(columns, dtype=h.dtype, device=h.device).expand(len(h))
-    h = (h + ridge * torch.eye(len(h), dtype=h.dtype, device=h.device)) * scale * scale[:, None]
+    h.diagonal().add_(cfg.gptq_damping * h.diagonal().mean().clamp_min(1e-30))
+    h *= scale * scale[:, None]
     order = h.diagonal().argsort(descending=True)
     h = h[order][:, order]
     try:
@@ -1403,30 +1379,32 @@ class Plan(NamedTuple):
     columns: Tensor  # (C,), exact in fp16
     factor: Factor | None
 
-def row_plan(w: Tensor, grid: Grid, cfg: Config, hessian: Tensor | None = None) -> Plan:
+def row_plan(w: Tensor, grid: Grid, cfg, hessian: Tensor | None = None) -> Plan:
     """Steps from each row's own weights."""
-    steps = row_steps(w, grid, cfg)
-    factor = None if hessian is None else factorize(hessian, cfg)
-    return Plan(w, steps, grid.top * steps, torch.ones_like(w[0]), factor)
+    steps, columns = row_steps(w, grid, cfg), torch.ones_like(w[0])
+    factor = None if hessian is None else factorize(hessian, columns, cfg)
+    return Plan(w, steps, grid.top * steps, columns, factor)
 
-def loss_plan(w: Tensor, cost: Curvature, cfg: Config) -> Plan:
+def loss_plan(w: Tensor, cost: Curvature, cfg) -> Plan:
     """Steps, up to one factor for all weights, by what an error costs in each row and, after GPTQ, in each column. For
     a given total of entropy the cost is least if step**2 * cost is the same everywhere (power 1, as WaterSIC,
     arXiv:2603.04956); where many codes are 0 that is too much of a good thing, hence STEP_POWER.
     """
-    factor, half = factorize(cost.inputs, cfg), cfg.step_power / 2
+    factor, half = factorize(cost.inputs, torch.ones_like(w[0]), cfg), cfg.step_power / 2
     column_cost = factor.upper.diagonal()[factor.order.argsort()] ** -2
     rows = cost.rows.double() + cfg.gptq_damping * cost.rows.double().mean().clamp_min(1e-30)
     typical = column_cost.log().mean().exp()
     columns = ((column_cost / typical) ** -half).half().float()
     steps, clip = (rows * typical) ** -half, (w / columns).abs().amax(1)
-    return Plan(w, steps, clip, columns, factorize(cost.inputs, cfg, columns))
+    return Plan(w, steps, clip, columns, factorize(cost.inputs, columns, cfg))
 
-def coding_plans(weights: Mapping[str, Tensor], grid_of: Mapping[str, Grid], cfg: Config,
-                 costs: Mapping[str, Curvature] | None = None) -> dict[str, Plan]:
+def coding_plans(weights: dict, grid_of: Mapping[str, Grid], cfg,
+                 costs: Mapping[str, Curvature]) -> dict[str, Plan]:
     """How each weight that is not kept in fp16 is coded. With MEAN_STEP `costs` must name them all."""
-    plans, costs = {}, costs or {}
-    for name, grid in ((n, grid) for n, grid in grid_of.items() if grid.bits < 16):
+    plans = {}
+    for name, grid in grid_of.items():
+        if grid.bits == 16:
+            continue
         w = prune(weights[name].float(), cfg.prune_share if name.startswith("blocks.") else 0.0)
         if not cfg.mean_step:
             plans[name] = row_plan(w, grid, cfg, costs[name].inputs if name in costs else None)
@@ -1437,7 +1415,7 @@ def coding_plans(weights: Mapping[str, Tensor], grid_of: Mapping[str, Grid], cfg
     if not cfg.mean_step:
         return plans
     count = sum(p.weight.numel() for p in plans.values())
-    mean_log = torch.stack([p.steps.log().mean() * (p.weight.numel() / count) for p in plans.values()]).sum()
+    mean_log = sum(p.steps.log().sum() * p.columns.numel() for p in plans.values()) / count
     scale = cfg.mean_step / mean_log.exp()  # which makes it the geometric mean of the steps of all weights
     return {name: p._replace(steps=p.steps * scale) for name, p in plans.items()}
 
@@ -1453,9 +1431,9 @@ def dequantize_rows(codes: Tensor, steps: Tensor, columns: Tensor) -> Tensor:
     """fp32 weights (R, C) of codes int8 (R, C), steps fp16 (R,) and columns fp16 (C,)."""
     return codes.float() * steps.float()[:, None] * columns.float()
 
-def grids(model: nn.Module, cfg: Config) -> dict[str, Grid]:
+def grids(model: nn.Module, cfg) -> dict[str, Grid]:
     """The grid of every parameter by name; gains and the small projections of hash and value tables stay fp16."""
-    def grid(name: str, role: str) -> Grid:
+    def grid(name, role):
         if role == "matrix" and name.startswith("blocks."):
             return Grid(cfg.matrix_bits, cfg.matrix_clip_sigmas)
         bits = cfg.embed_bits if name.startswith("tok_emb.") else cfg.table_bits or cfg.embed_bits
@@ -1464,7 +1442,7 @@ def grids(model: nn.Module, cfg: Config) -> dict[str, Grid]:
     return {name: grid(name, role) for name, role in parameter_roles(model).items()}
 
 @torch.no_grad()
-def on_export_grid(model: GPT, cfg: Config) -> AbstractContextManager[None]:
+def on_export_grid(model: GPT, cfg) -> AbstractContextManager[None]:
     """Inside, the blocks' matrices stand on their export grid; gradients pass straight through (arXiv:1308.3432)."""
     grid, rounded = Grid(cfg.matrix_bits, cfg.matrix_clip_sigmas), []
     matrices = sorted((m.weight for m in model.blocks.modules() if type(m) is Linear), key=lambda w: w.size(1))
@@ -1480,7 +1458,7 @@ def prune(w: Tensor, share: float) -> Tensor:
     count = int(share * w.numel())
     return w.masked_fill(w.abs() <= w.abs().flatten().kthvalue(count).values, 0.0) if count else w
 
-def quantize(weights: dict[str, Tensor], plans: dict[str, Plan], factor: float = 1.0) -> dict[str, Tensor]:
+def quantize(weights: dict, plans: dict[str, Plan], factor: float = 1.0) -> dict:
     """The tensors of an artifact: `name.codes`, `.steps` and `.columns` of what is coded, fp16 of the rest."""
     tensors = {name: w.half() for name, w in weights.items() if name not in plans}
     for name, p in plans.items():
@@ -1488,7 +1466,7 @@ def quantize(weights: dict[str, Tensor], plans: dict[str, Plan], factor: float =
         tensors[f"{name}.columns"] = p.columns.half()
     return {name: t.cpu().contiguous() for name, t in tensors.items()}
 
-def dequantize(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def dequantize(tensors: dict) -> dict:
     """fp32 weights of an artifact's tensors. Raises InputError if codes, steps and columns do not match."""
     weights = {}
     for name, t in tensors.items():
@@ -1507,7 +1485,7 @@ def dequantize(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 LANES, PRECISION, CONTEXTS = 1024, 12, 48  # states side by side, bits of a probability, scales in quarters of an octave
 
-def scale_classes(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def scale_classes(codes: Array) -> tuple[Array, Array]:
     """A class a row and a class a column of codes (R, C), uint8; their sum stands for the scale of a code."""
     energy, columns = codes.astype(np.float64) ** 2 + 1e-3, np.ones(codes.shape[1])
     for _ in range(2):
@@ -1518,18 +1496,21 @@ def scale_classes(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     rows, columns = rows + lowest + 20, columns - lowest  # 20: the 1e-3 above makes -20 of a row of zeros
     return tuple(v.clip(0, CONTEXTS - 1).astype(np.uint8) for v in (rows, columns))
 
-def context_of(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+def context_of(rows: Array, columns: Array) -> Array:
     """The context of every code (R, C), flat: the sum of its two classes."""
     return np.minimum(rows[:, None] + columns, CONTEXTS - 1).astype(np.uint8).ravel()
 
-def frequencies(symbols: np.ndarray, contexts: np.ndarray) -> np.ndarray:
-    """Share of each symbol in each context, uint16 (CONTEXTS, 256), in units of 2**-PRECISION; if present not 0."""
+def frequencies(symbols: Array, contexts: Array) -> Array:
+    """How often each symbol comes in each context, uint16 (CONTEXTS, 256), of 2**PRECISION; not 0 if it does. Where no
+    code looks all come alike.
+    """
     counts = np.bincount(contexts * 256 + symbols, minlength=CONTEXTS * 256).reshape(CONTEXTS, 256)
-    seen, total = counts > 0, np.maximum(counts.sum(1, keepdims=True), 1)
-    ends = counts.cumsum(1) * (2**PRECISION - seen.sum(1, keepdims=True)) // total
+    counts += counts.sum(1, keepdims=True) == 0
+    seen = counts > 0
+    ends = counts.cumsum(1) * (2**PRECISION - seen.sum(1, keepdims=True)) // counts.sum(1, keepdims=True)
     return (np.diff(ends, axis=1, prepend=0) + seen).astype(np.uint16)
 
-def rans_encode(symbols: np.ndarray, contexts: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def rans_encode(symbols: Array, contexts: Array, table: Array) -> tuple[Array, Array]:
     """States uint32 (LANES,) and words uint16 of `symbols` (N,) uint8, the last first (rANS, arXiv:1311.2540)."""
     share, base = table.astype(np.uint64), table.cumsum(1, dtype=np.uint64) - table
     state, words = np.full(LANES, 2**16, np.uint64), []
@@ -1542,14 +1523,11 @@ def rans_encode(symbols: np.ndarray, contexts: np.ndarray, table: np.ndarray) ->
         state[: len(s)] = (x // f << np.uint64(PRECISION)) + x % f + base[k, s]
     return state.astype(np.uint32), np.concatenate([*words[::-1], np.zeros(0, np.uint16)])
 
-def rans_decode(contexts: np.ndarray, table: np.ndarray, state: np.ndarray, words: np.ndarray) -> np.ndarray:
+def rans_decode(contexts: Array, table: Array, state: Array, words: Array) -> Array:
     """The symbols (N,) uint8. Raises ValueError if the stream does not end where and how it began."""
-    if table.shape != (CONTEXTS, 256) or state.shape != (LANES,):
-        raise ValueError("shapes of its entropy coder")
-    total = table.sum(1, dtype=np.int64)
-    if not np.isin(total, (0, 2**PRECISION)).all() or not total[np.unique(contexts)].all():
+    table = table.astype(np.int64)
+    if table.shape != (CONTEXTS, 256) or state.shape != (LANES,) or (table.sum(1) != 2**PRECISION).any():
         raise ValueError("tables of its entropy coder")
-    table = np.where(total[:, None] > 0, table.astype(np.int64), 2**PRECISION // 256)  # alike where no code will look
     symbol_at = np.tile(np.arange(256, dtype=np.uint8), CONTEXTS).repeat(table.ravel())
     at = np.repeat(np.arange(CONTEXTS), 2**PRECISION), symbol_at
     share, base = table[at].astype(np.uint32), (table.cumsum(1) - table)[at]
@@ -1568,7 +1546,7 @@ def rans_decode(contexts: np.ndarray, table: np.ndarray, state: np.ndarray, word
         raise ValueError("words of its entropy coder")
     return symbols
 
-def code_stream(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def code_stream(tensors: dict) -> dict:
     """`tensors` with all codes as one rANS stream; `name.codes.rows` and `.columns` have the classes of each weight."""
     coded = {name: tensors[name].numpy() for name in sorted(tensors) if name.endswith(".codes")}
     streams = {name: t for name, t in tensors.items() if name not in coded}
@@ -1586,7 +1564,7 @@ def code_stream(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     coder = {"rans.table": table.T, "rans.state": state, "rans.words": words}
     return streams | {name: torch.from_numpy(array) for name, array in coder.items()}
 
-def decode_stream(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def decode_stream(tensors: dict) -> dict:
     """The inverse of `code_stream`. A stream that lies raises what it will; it claims ARTIFACT_MOST_CODES at most."""
     table, state, words = (tensors.pop(f"rans.{name}").numpy() for name in ("table", "state", "words"))
     names = [name.removesuffix(".rows") for name in sorted(tensors) if name.endswith(".codes.rows")]
@@ -1606,7 +1584,6 @@ def decode_stream(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 # magic, format (uint32), sha256 of the rest | compressor (8 bytes), compressed: length (uint32), JSON header, tensors
 
 ARTIFACT_MAGIC, ARTIFACT_FORMAT, ARTIFACT_MOST_UNPACKED, ARTIFACT_MOST_CODES = b"PGLF", 5, 2**30, 2**27
-DTYPES = {"int8": "<i1", "uint8": "|u1", "float16": "<f2", "uint16": "<u2", "float32": "<f4", "uint32": "<u4"}
 COMPRESSORS = dict(zstd="zstandard", rans="zstandard", lzma="lzma", brotli="brotli")  # and their packages
 
 def compressor_module(name: str) -> Any:
@@ -1635,12 +1612,12 @@ def decompress(data: bytes, name: str) -> bytes:
     reader = module.ZstdDecompressor().stream_reader(data)  # in pieces, since it allocates what it is asked for
     return b"".join(islice(iter(partial(reader.read, 2**20), b""), ARTIFACT_MOST_UNPACKED >> 20))
 
-def artifact_settings(cfg: Config) -> dict[str, str]:
+def artifact_settings(cfg) -> dict[str, str]:
     """The settings that travel with the weights: what the model is and how it is scored, no path and nothing else."""
     others = "variant", "seed", "vocab_size", "matrix_bits", "train_seq_len", "train_batch_tokens", "micro_batch_tokens"
     return as_env(cfg.group("model", "evaluation") | {k: vars(cfg)[k] for k in others})
 
-def pack(tensors: Mapping[str, Tensor], looped: bool, cfg: Config) -> bytes:
+def pack(tensors: dict, looped: bool, cfg) -> bytes:
     """The file that holds `tensors`, and the settings and the tokenizer's hash that an evaluator needs."""
     tensors = code_stream(tensors) if cfg.compressor == "rans" else tensors
     arrays = {name: tensors[name].numpy() for name in sorted(tensors, key=lambda n: (tensors[n].element_size(), n))}
@@ -1650,27 +1627,30 @@ def pack(tensors: Mapping[str, Tensor], looped: bool, cfg: Config) -> bytes:
         "tensors": [[name, str(a.dtype), list(a.shape)] for name, a in arrays.items()],
     }, separators=(",", ":")).encode()
     # bytes of equal weight stand together: first all low bytes of a tensor, then all high ones
-    raw = [np.frombuffer(a.astype(DTYPES[str(a.dtype)]).tobytes(), np.uint8).reshape(-1, a.itemsize).T.tobytes()
-           for a in arrays.values()]
-    body = b"".join([len(header).to_bytes(4, "little"), header, *raw])
+    planes = []
+    for a in arrays.values():
+        raw = a.astype(a.dtype.newbyteorder("<")).tobytes()
+        planes.append(np.frombuffer(raw, np.uint8).reshape(-1, a.itemsize).T.tobytes())
+    body = b"".join([len(header).to_bytes(4, "little"), header, *planes])
     packed = cfg.compressor.encode().ljust(8) + compress(body, cfg.compressor, cfg.zstd_level)
     return b"".join([ARTIFACT_MAGIC, ARTIFACT_FORMAT.to_bytes(4, "little"), hashlib.sha256(packed).digest(), packed])
 
-def read_tensors(header: dict, body: bytes, start: int) -> dict[str, Tensor]:
+def read_tensors(header: dict, body: bytes, start: int) -> dict:
     """The tensors that the header lists, from body[start:]. A header that lies raises what it will."""
     tensors = {}
     for name, dtype, shape in header["tensors"]:
-        size = np.dtype(DTYPES[dtype]).itemsize
+        kind = np.dtype(dtype).newbyteorder("<")
         if name in tensors or not all(type(n) is int and n >= 0 for n in shape):
             raise ValueError(f"tensor {name}")
-        planes = np.frombuffer(body, np.uint8, math.prod(shape) * size, start).reshape(size, -1)
-        array = np.frombuffer(planes.T.tobytes(), DTYPES[dtype]).reshape(shape)
-        tensors[name], start = torch.from_numpy(array.astype(dtype)), start + array.nbytes
+        planes = np.frombuffer(body, np.uint8, math.prod(shape) * kind.itemsize, start).reshape(kind.itemsize, -1)
+        array = np.frombuffer(planes.T.tobytes(), kind).reshape(shape)
+        tensors[name] = torch.from_numpy(array.astype(dtype))
+        start += array.nbytes
     if start != len(body):
         raise ValueError("length")
     return decode_stream(tensors) if "rans.words" in tensors else tensors
 
-def unpack(blob: bytes) -> tuple[dict, dict[str, Tensor]]:
+def unpack(blob: bytes) -> tuple[dict, dict]:
     """(header, tensors) of a packed file. Raises InputError when it is foreign, newer, cut or damaged."""
     version = int.from_bytes(blob[4:8], "little")
     if blob[:4] != ARTIFACT_MAGIC:
@@ -1699,7 +1679,7 @@ def write_file(path: Path, blob: bytes) -> None:
         part.unlink(missing_ok=True)
         raise InputError(f"cannot write {path}: {error.strerror}") from None
 
-def save_average(average: Average, looped: bool, cfg: Config, log: Log) -> None:
+def save_average(average: Average, looped: bool, cfg, log) -> None:
     """Write the averaged weights, fp32, beside the artifact; EVAL_ONLY=1 and a higher MAX_ARTIFACT_BYTES score them."""
     path = Path(cfg.output_dir) / "final_model.average.ptz"
     if log.active and average.count:
@@ -1707,15 +1687,16 @@ def save_average(average: Average, looped: bool, cfg: Config, log: Log) -> None:
         write_file(path, pack({name: v.cpu() for name, v in average.values.items()}, looped, quick))
         log(f"checkpoint:{path} averaging:{cfg.averaging} updates:{average.count}")
 
-def fit(pack_at: Callable[[float], tuple[int, Any]], room: int, coded: int, log: Log) -> Any:
-    """What pack_at(factor) -> (bytes, result) makes of a factor that leaves at most 0.5 % of `room` bytes unused, by a
+def fit(pack_at: Callable, room: int, coded: int, log) -> tuple:
+    """What pack_at(factor) -> (bytes, ...) makes of a factor that leaves at most 0.5 % of `room` bytes unused, by a
     secant in octaves of [1/4, 8]; at first one is taken to save a bit of each of the `coded` weights. If none fits, the
     result of the first is returned.
     """
     low, high, at, best = -2.0, 3.0, 0.0, None
     rate, tried = coded / 8, {}  # bytes that an octave saves; bytes by octaves
     for _ in range(12):
-        size, result = pack_at(2.0**at)
+        result = pack_at(2.0**at)
+        size = result[0]
         log(f"fit:factor {2.0**at:.4f} bytes:{size} of {room}")
         fits = size <= room
         if fits or best is None:
@@ -1731,24 +1712,23 @@ def fit(pack_at: Callable[[float], tuple[int, Any]], room: int, coded: int, log:
             at = (low + high) / 2
     return best
 
-def save_artifact(plans: Mapping[str, Plan], weights: Mapping[str, Tensor], looped: bool, cfg: Config, ranks: Ranks,
-                  log: Log) -> None:
+def save_artifact(plans: Mapping[str, Plan], weights: dict, looped: bool, cfg, ranks,
+                  log) -> None:
     """Code and pack the weights, by FIT as large as the cap allows, and write them; refuses a file that is over it."""
-    begin, code = time.perf_counter(), Path(__file__).stat().st_size
+    begin, code = perf_counter(), Path(__file__).stat().st_size
 
-    def pack_at(factor: float) -> tuple[int, tuple[int, bytes, dict[str, Tensor]]]:
+    def pack_at(factor):
         tensors = quantize(weights, plans, factor)
         blob = pack(tensors, looped, cfg) if ranks.is_main else b""
-        size = int(ranks.broadcast(len(blob))[0])
-        return size, (size, blob, tensors)
+        return int(*ranks.most(len(blob))), blob, tensors
 
     room = cfg.max_artifact_bytes - code
     coded = sum(p.weight.numel() for p in plans.values())
-    size, blob, tensors = fit(pack_at, room, coded, log) if cfg.fit else pack_at(1.0)[1]
+    size, blob, tensors = fit(pack_at, room, coded, log) if cfg.fit else pack_at(1.0)
     payload = sum(t.nbytes for t in tensors.values())
     count = sum(w.numel() for w in weights.values())
     kind, total = f"int{cfg.matrix_bits}+{cfg.compressor}", size + code
-    seconds = time.perf_counter() - begin
+    seconds = perf_counter() - begin
     log(f"quantize_and_pack:{seconds:.1f}s, off the training clock", pack_seconds=seconds)
     log(f"Serialized model {kind}: {size} bytes (payload:{payload} payload_ratio:{4 * count / payload:.2f}x)",
         kind=kind, model_bytes=size, payload_bytes=payload)
@@ -1761,36 +1741,37 @@ def save_artifact(plans: Mapping[str, Plan], weights: Mapping[str, Tensor], loop
     if ranks.is_main:
         write_file(cfg.artifact_path, blob)
 
-def read_artifact(path: Path, cap: int) -> tuple[dict, dict[str, Tensor]]:
-    """(header, tensors) of the artifact at `path`, of which nothing is read if it is larger than the cap allows."""
+class Artifact(NamedTuple):
+    """All that an evaluation knows of a training."""
+    cfg: Config
+    weights: dict  # fp32
+    looped: bool
+
+def load_artifact(path: Path, env: Mapping) -> Artifact:
+    """What the file at `path` holds. `env` may change how it is scored, not what it is. Nothing of a file that is
+    larger than the cap is read.
+    """
+    cap = parse(int, "MAX_ARTIFACT_BYTES", env.get("MAX_ARTIFACT_BYTES", str(Config.max_artifact_bytes)))
     try:
         if (total := path.stat().st_size + Path(__file__).stat().st_size) > cap:
             raise InputError(f"code + model = {total} bytes, over MAX_ARTIFACT_BYTES={cap}")
-        return unpack(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror}") from None
-
-def load_artifact(path: Path, env: Mapping[str, str]) -> tuple[Config, dict[str, Tensor], bool]:
-    """(settings, fp32 weights, looped) of the artifact at `path`. `env` may change how it is scored, not what it is."""
-    cap = parse(int, "MAX_ARTIFACT_BYTES", env.get("MAX_ARTIFACT_BYTES", str(Config.max_artifact_bytes)))
-    try:
-        header, tensors = read_artifact(path, cap)
+        header, tensors = unpack(path.read_bytes())
         if stray := header["settings"].keys() ^ artifact_settings(Config()).keys():
             raise InputError(f"its settings lack or add {', '.join(sorted(stray))}")
-        cfg, built = Config.from_env({**header["settings"], **env}), Config.from_env(header["settings"])
-        changed = [k.upper() for k, v in built.group("model").items() if v != vars(cfg)[k]]
-        if changed or cfg.vocab_size != built.vocab_size:
-            raise InputError(f"{', '.join(changed or ['VOCAB_SIZE'])} is fixed by the artifact; unset it")
+        built, cfg = Config.from_env(header["settings"]), Config.from_env({**header["settings"], **env})
+        for name, value in (built.group("model") | dict(vocab_size=built.vocab_size)).items():
+            if value != vars(cfg)[name]:
+                raise InputError(f"{name.upper()} is fixed by the artifact; unset it")
         tokenizer = Path(cfg.tokenizer_path)
         if not tokenizer.is_file():
             raise InputError(f"its tokenizer is not at TOKENIZER_PATH={tokenizer}")
         if hashlib.sha256(tokenizer.read_bytes()).hexdigest() != header["tokenizer_sha256"]:
             raise InputError(f"TOKENIZER_PATH={tokenizer} is not the tokenizer it was trained with")
-        return cfg, dequantize(tensors), header["looped"] is True
+        return Artifact(cfg, dequantize(tensors), header["looped"] is True)
     except (InputError, OSError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"artifact {path}: {error}") from None
 
-def load_model(cfg: Config, weights: Mapping[str, Tensor], ranks: Ranks) -> GPT:
+def load_model(cfg, weights: dict, ranks) -> GPT:
     """A model with these weights, on the device; built without memory, so that no header can make it allocate."""
     try:
         with torch.device("meta"):
@@ -1804,12 +1785,12 @@ def load_model(cfg: Config, weights: Mapping[str, Tensor], ranks: Ranks) -> GPT:
 
 class Trainer:
     """What an optimizer step reads and writes. Warm-up, training and tests call the same `step`."""
-    def __init__(self, model: GPT, batches: Batches, cfg: Config, ranks: Ranks):
+    def __init__(self, model: GPT, batches: Batches, cfg, ranks):
         self.model, self.batches, self.cfg, self.ranks = model, batches, cfg, ranks
         self.optimizers, self.average = Optimizers(model, ranks, cfg), Average(model)
         self.compiled, self.qat, self.looped = ranks.compile(model, cfg), False, False
 
-    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, ids, targets):
         """Losses (B, T) by the graph that is in use: before or after the loops are switched on."""
         return self.compiled(ids, targets, self.looped)
 
@@ -1832,15 +1813,11 @@ class Trainer:
         """Inside, an Observer by name rides on each module whose weight will be coded."""
         modules = {f"{n}.weight": m for n, m in self.model.named_modules() if isinstance(m, Linear)}
         seen = {n: Observer(modules[n]) for n, grid in grids(self.model, self.cfg).items() if grid.bits < 16}
-        hooks = [modules[n].register_forward_hook(o.look_up) for n, o in seen.items()]
-        for name, observer in seen.items():
-            modules[name].adapter = observer
         try:
             yield seen
         finally:
-            for name, hook in zip(seen, hooks):
-                modules[name].adapter = None
-                hook.remove()
+            for observer in seen.values():
+                observer.leave()
 
     def observe(self) -> None:
         """Run this rank's share of a new batch, in pieces, for the observers; backward only if MEAN_STEP needs it."""
@@ -1852,7 +1829,7 @@ class Trainer:
                     loss.backward()
         self.model.zero_grad(set_to_none=True)
 
-    def switch(self, step: int, share: float, scale: float, log: Log) -> None:
+    def switch(self, step: int, share: float, scale: float, log) -> None:
         """Turn late QAT and the loops on when their time has come; both stay on."""
         if not self.qat and scale < self.cfg.late_qat_threshold:
             self.qat = True
@@ -1861,27 +1838,27 @@ class Trainer:
             self.looped = True
             log(f"layer_loop:enabled step:{step} frac:{share:.3f} order:{self.model.looped_order}")
 
-    def warm_up(self, log: Log) -> float:
+    def warm_up(self, log) -> float:
         """Run the steps that training will run, then undo them. Returns the seconds of the last, 0 if unknown."""
-        weights, optimizers = copy.deepcopy(self.model.state_dict()), self.optimizers.state_dict()
-        position, cfg, seconds = self.batches.step, self.cfg, 0.0
+        cfg, parts, seconds = self.cfg, (self.model, self.optimizers.muon, self.optimizers.adam), 0.0
+        states, position = copy.deepcopy([part.state_dict() for part in parts]), self.batches.step
         looped, qat = ((True, False) if used else (False,) for used in (cfg.num_loops, cfg.late_qat_threshold))
         for self.looped, self.qat in product(looped, qat):
             for i in range(cfg.warmup_steps):
-                begin = time.perf_counter()
+                begin = perf_counter()
                 self.step(1.0, cfg.muon_momentum).value()
-                seconds = time.perf_counter() - begin if i else 0.0  # the first one compiles
+                seconds = perf_counter() - begin if i else 0.0  # the first one compiles
                 log(f"warmup_step:{i + 1}/{cfg.warmup_steps} late_qat:{int(self.qat)} looped:{int(self.looped)}")
         self.qat = self.looped = False
-        self.model.load_state_dict(weights)
-        self.optimizers.load_state_dict(optimizers)
+        for part, state in zip(parts, states):
+            part.load_state_dict(state)
         self.batches.seek(position)
         return seconds
 
 def timing(step: int, seconds: float) -> str:
     return f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / step:.2f}ms"
 
-def report_step(step: int, seconds: float, reading: Reading, cfg: Config, log: Log) -> None:
+def report_step(step: int, seconds: float, reading: Reading, cfg, log) -> None:
     """Log the first steps and every TRAIN_LOG_EVERY-th; raise Unusable when the loss is no number."""
     loss = reading.value()
     if not math.isfinite(loss):
@@ -1889,31 +1866,32 @@ def report_step(step: int, seconds: float, reading: Reading, cfg: Config, log: L
     if step <= 10 or step % cfg.train_log_every == 0:
         log(f"step:{step}/{cfg.iterations} train_loss:{loss:.4f} {timing(step, seconds)}")
 
-def calibrate(trainer: Trainer, clock: Clock, log: Log) -> dict[str, Curvature]:
+def calibrate(trainer: Trainer, clock: Clock, log) -> dict[str, Curvature]:
     """What errors in the averaged weights cost, seen on the clock: in as many batches as end before the time limit."""
     ranks, count = trainer.ranks, trainer.cfg.gptq_calibration_batches
     limit = trainer.cfg.max_wallclock_seconds or math.inf
     used, slowest = 0, 0.0
-    elapsed = ranks.most(clock.seconds())  # of all ranks, or they would leave the loop one by one
+    (elapsed,) = ranks.most(clock.seconds())  # of all ranks, or they would leave the loop one by one
     with trainer.average.applied(), trainer.observers() as seen:
-        while used == 0 or used < count and elapsed + 2 * slowest < limit:  # twice: their sums over ranks take time, too
+        while used == 0 or used < count and elapsed + 2 * slowest < limit:  # twice: sums over ranks take time, too
+            before = elapsed
             trainer.observe()
             clock.synchronize()
-            before, elapsed = elapsed, ranks.most(clock.seconds())
+            (elapsed,) = ranks.most(clock.seconds())
             used, slowest = used + 1, max(slowest, elapsed - before)
     log(f"gptq:collected {sum(o.count > 0 for o in seen.values())} Hessians from {used} of {count} batches")
     return {name: curvature(observer, ranks) for name, observer in seen.items()}
 
-def train(trainer: Trainer, validate: Callable[[], Score], log: Log) -> dict[str, Curvature]:
+def train(trainer: Trainer, validate: Callable, log) -> dict[str, Curvature]:
     """Train until ITERATIONS or just before the clock's limit; the average is in `trainer.average`. Returns what GPTQ
     must know of the data, met on further batches, on the clock. A step is reported while the next one runs.
     """
-    (step_seconds,) = trainer.ranks.broadcast(trainer.warm_up(log))
-    cfg, average, done = trainer.cfg, trainer.average, None
-    clock = Clock(trainer.ranks.device, step_seconds)
+    cfg, ranks, average, done = trainer.cfg, trainer.ranks, trainer.average, None
+    (first_step,) = ranks.most(trainer.warm_up(log))
+    clock = Clock(ranks.device, first_step)
     bar = progress_bar("training", 1.0, log)
     for step in range(cfg.iterations):
-        elapsed, step_seconds = trainer.ranks.broadcast(clock.seconds(), clock.step_seconds)
+        elapsed, step_seconds = ranks.most(clock.seconds(), clock.step_seconds)
         bar.update(share_done(step, elapsed, cfg) - bar.n)
         if step and out_of_time(elapsed, step_seconds, cfg):
             log(f"stopping_early: wallclock_cap {timing(step, elapsed)} step:{step}/{cfg.iterations}")
@@ -1936,7 +1914,7 @@ def train(trainer: Trainer, validate: Callable[[], Score], log: Log) -> dict[str
     if not average.count:
         average.update(1.0)
         log(f"averaging: {cfg.averaging} took no snapshot, so the last weights stand in")
-    log(f"averaging:{cfg.averaging} updates:{average.count}{trainer.ranks.memory()}")
+    log(f"averaging:{cfg.averaging} updates:{average.count}{ranks.memory()}")
     costs = calibrate(trainer, clock, log) if cfg.quantizer == "gptq" else {}
     clock.synchronize()
     steps, seconds = done[0], clock.seconds()
@@ -1945,12 +1923,6 @@ def train(trainer: Trainer, validate: Callable[[], Score], log: Log) -> dict[str
     return costs
 
 # ---- Evaluation: stream and model -> chunks whose scores are final -> bits per byte. Only the Scorer holds the stream.
-
-def score_windows(low: int, high: int, seq_len: int, stride: int) -> list[tuple[int, int]]:
-    """(first target, how many) of windows that score [low, high) once, each the last targets of its seq_len: the
-    stream's first scores them all, later ones `stride` of them; where the stream ends moves no window.
-    """
-    return [(0, seq_len)] * (low == 0) + [(first, stride) for first in range(low or seq_len, high, stride)]
 
 class ScoredChunk(NamedTuple):
     """What was scored, after its score was committed: all that an adapter ever sees."""
@@ -1971,11 +1943,11 @@ class Score(NamedTuple):
     def __str__(self) -> str:
         return f"val_loss:{self.loss:.4f} val_bpb:{self.bpb:.4f} eval_time:{1000 * self.seconds:.0f}ms"
 
-def read_validation(cfg: Config) -> np.ndarray:
+def read_validation(cfg) -> Array:
     """The tokens of the validation split, one shard after the other (N,)."""
-    return np.concatenate([check_tokens(read_shard(p), cfg.vocab_size, p) for p in find_shards(cfg, "val")])
+    return np.concatenate([read_shard(path) for path in find_shards(cfg, "val")])
 
-def document_spans(stream: np.ndarray) -> list[tuple[int, int]]:
+def document_spans(stream: Array) -> list:
     """(first target, end) of each document of a stream of tokens (N,): its last target is the BOS of the next."""
     firsts = [0, *(np.flatnonzero(stream[1:-1] == BOS) + 1).tolist()]
     return list(zip(firsts, [*firsts[1:], len(stream) - 1]))
@@ -1985,50 +1957,46 @@ def learn_nothing(chunk: ScoredChunk) -> None:
 
 class Scorer:
     """Scores a stream of tokens, or each of its documents, from left to right; a chunk is final before it leaves."""
-    def __init__(self, stream: np.ndarray, cfg: Config, ranks: Ranks, log: Log):
+    def __init__(self, stream: Array, cfg, ranks, log):
         if len(stream) < 2:
             raise InputError(f"the validation stream has {len(stream)} token; scoring needs 2")
         if cfg.val_max_tokens:
             stream = stream[: cfg.val_max_tokens + 1]
-        check_tokens(stream, cfg.vocab_size, "the stream")
+        check_tokens(stream, cfg.vocab_size, "the validation stream")
         self.tokens = torch.from_numpy(stream.astype(np.int64)).to(ranks.device)
         self.bytes = load_byte_table(cfg, ranks.device).count(self.tokens[:-1], self.tokens[1:])
         self.documents = document_spans(stream)
         self.cfg, self.ranks, self.log = cfg, ranks, log
 
     @torch.no_grad()
-    def losses(self, forward: Callable, windows: list[tuple[int, int]], rows: int) -> Tensor:
-        """Losses (rows, count) of windows, one after the other, that score `count` targets each; the last repeats."""
-        (first, count), device, end = windows[0], self.tokens.device, len(self.tokens) - 1
-        firsts = (first + count * torch.arange(rows, device=device)).clamp(max=windows[-1][0])
-        span = torch.arange(count - self.cfg.window, count + 1, device=device)
+    def losses(self, forward: Callable, firsts: range, rows: int) -> Tensor:
+        """Losses (rows, step) of windows that end in the `step` targets from each of `firsts` on; the last repeats."""
+        device, end = self.tokens.device, len(self.tokens) - 1
+        starts = (firsts[0] + firsts.step * torch.arange(rows, device=device)).clamp(max=firsts[-1])
+        span = torch.arange(firsts.step - self.cfg.window, firsts.step + 1, device=device)
         # where the stream ends earlier, its last token repeats: causality keeps that out of every score that counts
-        tokens = self.tokens[(firsts[:, None] + span).clamp(max=end)]
-        return forward(tokens[:, :-1], tokens[:, -count:])
-
-    def batches(self, windows: list[tuple[int, int]], size: int) -> Iterator[tuple[list[tuple[int, int]], int]]:
-        """(windows, rows) of this rank's batches of up to `size`. For a compiler all have as many rows: few graphs."""
-        for _, alike in groupby(self.ranks.share(windows), key=lambda window: window[1]):
-            mine = list(alike)
-            for i in range(0, len(mine), size):
-                batch = mine[i : i + size]
-                yield batch, size if self.ranks.compiles(self.cfg) else len(batch)
+        tokens = self.tokens[(starts[:, None] + span).clamp(max=end)]
+        return forward(tokens[:, :-1], tokens[:, -firsts.step :])
 
     def chunks(self, forward: Callable, stride: int, chunk_tokens: int) -> Iterator[tuple[ScoredChunk, Tensor]]:
-        """Score the stream chunk by chunk: each one, and the places of its targets. The sum over ranks that commits its
-        nll is the barrier before anyone trains on it.
+        """Score the stream chunk by chunk: each one, and the places of its targets. A window scores `stride` targets,
+        but the first one all. The sum over ranks that commits the nll is the barrier before anyone trains on it.
         """
-        total, window, device = len(self.tokens) - 1, self.cfg.window, self.tokens.device
-        count = -(-total // chunk_tokens)
+        total, window, device = len(self.bytes), self.cfg.window, self.tokens.device
+        count, one_graph = -(-total // chunk_tokens), self.ranks.compiles(self.cfg)
         size = min(self.cfg.eval_batch_seqs, -(-chunk_tokens // stride // self.ranks.world))
-        if self.ranks.compiles(self.cfg) and not self.ranks.is_main:
-            self.losses(forward, [(0, window)], size)  # the main rank's first: compile it while that does
         for index, low in enumerate(range(0, total, chunk_tokens)):
             high = min(low + chunk_tokens, total)
             nll = torch.zeros(high - low, dtype=torch.float64, device=device)
-            for batch, rows in self.batches(score_windows(low, high, window, stride), size):
-                first, last = batch[0][0], min(sum(batch[-1]), high)
-                nll[first - low : last - low] = self.losses(forward, batch, rows).flatten()[: last - first]
+            if index == 0:  # every rank runs the first window, to have its graph
+                first = self.losses(forward, range(0, 1, window), size if one_graph else 1)[0, : high - low]
+                nll[: len(first)] = first * self.ranks.is_main
+            mine = self.ranks.part(range(low or window, high, stride))
+            for i in range(0, len(mine), size):
+                batch = mine[i : i + size]
+                losses = self.losses(forward, batch, size if one_graph else len(batch)).flatten()
+                begin, end = batch[0] - low, min(batch[-1] + stride, high) - low
+                nll[begin:end] = losses[: end - begin]
             end = high - (high - low) % window
             inputs, targets = self.tokens[low:end], self.tokens[low + 1 : end + 1]
             yield ScoredChunk(
@@ -2040,7 +2008,7 @@ class Scorer:
         """One pass over all targets. Each part is an iterable of (ScoredChunk, places) and the adapter that gets the
         chunks, one after the other, after their score is final. `apart`: each rank has parts of its own.
         """
-        begin, show = time.perf_counter(), Progress(self)
+        begin, show = perf_counter(), Progress(self)
         # one place more, for what batches of documents compute beyond the end of one
         scored = torch.zeros(2, len(self.bytes) + 1, dtype=torch.float64, device=self.tokens.device)
         nll, index = scored
@@ -2058,7 +2026,7 @@ class Scorer:
         if self.cfg.audit and self.ranks.is_main:
             np.savez(self.cfg.audit, **{name: column.cpu().numpy() for name, column in self.audited.items()})
         loss, targets, size = float(nll[:-1].mean()), len(self.bytes), int(self.bytes.sum())
-        return Score(loss, loss * targets / math.log(2) / max(size, 1), time.perf_counter() - begin)
+        return Score(loss, loss * targets / math.log(2) / max(size, 1), perf_counter() - begin)
 
     def plain(self, forward: Callable) -> Score:
         """Windows side by side: the quick score of training logs and of the int6 round trip."""
@@ -2069,15 +2037,15 @@ class Scorer:
         chunk_tokens = self.cfg.window * 1024 if self.cfg.ttt_scope == "document" else self.cfg.ttt_chunk_tokens
         return self.evaluate([(self.chunks(forward, self.cfg.eval_stride, chunk_tokens), adapt)])
 
-    def document_batches(self) -> list[list[tuple[int, int]]]:
+    def document_batches(self) -> list[list]:
         """This rank's batches of documents, in each of which the shortest lasts 4/5 of the longest or more.
 
         Long ones are dealt out first, to the rank that has least to do; a pass is taken to cost as much as 8 documents.
         """
-        def chunks(document: tuple[int, int]) -> int:
+        def chunks(document):
             return -(-(document[1] - document[0]) // self.cfg.ttt_chunk_tokens)
 
-        batches: list[list[tuple[int, int]]] = []
+        batches: list[list] = []
         for document in sorted(self.documents, key=chunks, reverse=True):
             full = not batches or len(batches[-1]) == self.cfg.ttt_batch_seqs
             if full or 5 * chunks(document) < 4 * chunks(batches[-1][0]):
@@ -2090,7 +2058,7 @@ class Scorer:
             mine += [batch] * (rank == self.ranks.rank)
         return mine
 
-    def by_document(self, forward: Callable, adapter: Callable[[int], Callable[[ScoredChunk], None]]) -> Score:
+    def by_document(self, forward: Callable, adapter: Callable) -> Score:
         """Score each document alone, side by side (PR #77), each with one of the n adapters that adapter(n) makes."""
         batches = self.document_batches()
         spans = torch.tensor([span for batch in batches for span in batch], device=self.tokens.device).view(-1, 2)
@@ -2124,20 +2092,20 @@ class Progress:
     def __init__(self, scorer: Scorer):
         self.bytes, self.total, self.log = F.pad(scorer.bytes, (0, 1)), len(scorer.bytes), scorer.log
         self.nll = self.size = self.done = torch.zeros((), device=scorer.tokens.device)
-        self.bar, self.spoken = progress_bar("scoring", self.total, scorer.log), time.perf_counter()
+        self.bar, self.spoken = progress_bar("scoring", self.total, scorer.log), perf_counter()
 
     def __call__(self, nll: Tensor, places: Tensor) -> None:
         """The targets of these places of the stream have this nll, in nats; behind its end there are none."""
         self.nll = self.nll + nll.sum()
         self.size = self.size + self.bytes[places].sum()
         self.done = self.done + (places < self.total).sum()
-        late = time.perf_counter() - self.spoken > 60
+        late = perf_counter() - self.spoken > 60
         if late or not self.bar.disable:
             bpb, done = float(self.nll / math.log(2) / self.size.clamp(min=1)), int(self.done)
             self.bar.set_postfix_str(f"{bpb:.4f} bpb", refresh=False)
             self.bar.update(done - self.bar.n)
         if late:
-            self.spoken = time.perf_counter()
+            self.spoken = perf_counter()
             self.log(f"scoring:{done}/{self.total} running_bpb:{bpb:.4f}")
 
 # ---- Test-time training: scored chunks -> better weights for the next ones.
@@ -2149,10 +2117,10 @@ class LoRA(nn.Module):
         self.down = nn.Parameter(down.repeat(rows, 1, 1))
         self.up = nn.Parameter(down.new_zeros(rows, fan_out, len(down)))
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return y + x @ self.down.mT.to(x.dtype) @ self.up.mT.to(x.dtype)
+    def forward(self, x, y):
+        return y + x @ self.down.mT.type_as(x) @ self.up.mT.type_as(x)
 
-def lora_starts(model: GPT, cfg: Config) -> dict[Linear, Tensor]:
+def lora_starts(model: GPT, cfg) -> dict[Linear, Tensor]:
     """What LoRA adapts, q, v and the head, each with the `down` (rank, fan_in) that it starts from; SEED draws them."""
     draw, starts = torch.Generator().manual_seed(cfg.seed), {}
     for linear in [m for b in model.blocks for m in (b.attn.c_q, b.attn.c_v)] + [model.tok_emb]:
@@ -2168,7 +2136,7 @@ def attach_lora(model: GPT, starts: Mapping[Linear, Tensor], rows: int) -> list[
         linear.adapter = LoRA(down, linear.weight.size(0), rows)
     return [p for linear in starts for p in linear.adapter.parameters()]
 
-def adapting_parameters(model: GPT, cfg: Config) -> list[Tensor]:
+def adapting_parameters(model: GPT, cfg) -> list[Tensor]:
     """What test-time training may change, a LoRA aside; all else is frozen. Raises InputError if that is nothing."""
     every, chosen = dict(model.named_parameters()), set()
     for pattern in cfg.ttt_params:
@@ -2185,8 +2153,8 @@ def adapting_parameters(model: GPT, cfg: Config) -> list[Tensor]:
 
 class Adaptation:
     """Trains `params` on each chunk that has been scored, TTT_EPOCHS times (PR #549; AdamW: PR #490)."""
-    def __init__(self, params: list[Tensor], forward: Callable, cfg: Config, ranks: Ranks):
-        self.params, self.forward, self.cfg, self.ranks, self.drift = params, forward, cfg, ranks, torch.tensor(False)
+    def __init__(self, params: list[Tensor], forward: Callable, cfg, ranks):
+        self.params, self.forward, self.cfg, self.ranks = params, forward, cfg, ranks
         if cfg.ttt_optimizer == "adamw":
             self.optimizer = torch.optim.AdamW(params, cfg.ttt_lr, (cfg.ttt_momentum, cfg.ttt_beta2), weight_decay=0.0)
         else:
@@ -2200,7 +2168,6 @@ class Adaptation:
         for _ in range(self.cfg.ttt_epochs):
             for first in range(0, len(rows), self.cfg.ttt_batch_seqs):
                 self.step(chunk, rows[first : first + self.cfg.ttt_batch_seqs])
-        self.drift = self.ranks.unequal(self.params) | self.drift
 
     def step(self, chunk: ScoredChunk, rows: Tensor) -> None:
         """One step on the mean loss of these rows of a scored chunk, the same for any number of ranks."""
@@ -2223,15 +2190,11 @@ def adaptive_score(scorer: Scorer, model: GPT, params: list[Tensor], forward: Ca
     if cfg.ttt_scope == "document":
         alone = Ranks(device=ranks.device)  # ranks do not meet
         return scorer.by_document(score, lambda n: Adaptation(attach_lora(model, starts, n), learn, cfg, alone))
-    adapt = Adaptation(params or attach_lora(model, starts, 1), learn, cfg, ranks)
-    result = scorer.sliding(score, adapt)
-    if adapt.drift:
-        raise Unusable("the ranks adapted to different weights; score with one process, and report this")
-    return result
+    return scorer.sliding(score, Adaptation(params or attach_lora(model, starts, 1), learn, cfg, ranks))
 
 # ---- Report and main.
 
-def run_training(cfg: Config, ranks: Ranks, log: Log) -> dict[str, Score]:
+def run_training(cfg, ranks, log) -> dict[str, Score]:
     """Train, average and write the artifact; returns the scores of the raw and of the averaged weights."""
     scorer, shards = Scorer(read_validation(cfg), cfg, ranks, log), find_shards(cfg, "train")
     attention, dtype = choose_attention(cfg, ranks), compute_dtype(cfg, ranks.device)
@@ -2261,7 +2224,7 @@ def run_training(cfg: Config, ranks: Ranks, log: Log) -> dict[str, Score]:
     log(f"DIAGNOSTIC post_{cfg.averaging} {averaged}")
     return {"raw": raw, "averaged": averaged}
 
-def evaluations(scorer: Scorer, model: GPT, looped: bool) -> dict[str, Callable[[], Score]]:
+def evaluations(scorer: Scorer, model: GPT, looped: bool) -> dict[str, Callable]:
     """The passes over the stream, by their names in the log: plain, sliding and, with test-time training, adapting."""
     cfg = scorer.cfg
     forward = partial(scorer.ranks.compile(model, cfg), looped=looped)
@@ -2273,8 +2236,8 @@ def evaluations(scorer: Scorer, model: GPT, looped: bool) -> dict[str, Callable[
         passes["legal_ttt"] = lambda: adaptive_score(scorer, model, params, run)
     return passes
 
-def run_evaluation(artifact: tuple[Config, dict[str, Tensor], bool], begin: float, ranks: Ranks,
-                   log: Log) -> dict[str, Score]:
+def run_evaluation(artifact: Artifact, begin: float, ranks,
+                   log) -> dict[str, Score]:
     """Score an artifact, all that it knows of the training: plain, sliding, then adapting. It began at `begin`."""
     cfg, weights, looped = artifact
     model, scores = load_model(cfg, weights, ranks), {}
@@ -2283,7 +2246,7 @@ def run_evaluation(artifact: tuple[Config, dict[str, Tensor], bool], begin: floa
     log(f"artifact:{cfg.artifact_path} variant:{cfg.variant} seed:{cfg.seed} "
         f"attention:{attention.name} dtype:{model.dtype} looped:{int(looped)} "
         f"stride:{cfg.eval_stride} eval_seq_len:{cfg.window} ttt_chunk:{cfg.ttt_chunk_tokens} "
-        f"load_time:{1000 * (time.perf_counter() - begin):.0f}ms", attention=attention.name, dtype=str(model.dtype),
+        f"load_time:{1000 * (perf_counter() - begin):.0f}ms", attention=attention.name, dtype=str(model.dtype),
         eval_stride=cfg.eval_stride, ttt_chunk_tokens=cfg.ttt_chunk_tokens)
     if attention.warning:
         log(attention.warning)
@@ -2291,12 +2254,12 @@ def run_evaluation(artifact: tuple[Config, dict[str, Tensor], bool], begin: floa
         scores[name] = score = evaluation()
         log(f"{name} {score}")
         log(f"{name}_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
-    seconds, count, size = time.perf_counter() - begin, len(scorer.bytes), int(scorer.bytes.sum())
+    seconds, count, size = perf_counter() - begin, len(scorer.bytes), int(scorer.bytes.sum())
     log(f"total_eval_time:{1000 * seconds:.0f}ms{ranks.memory()}", eval_seconds=seconds)
     log(f"bytes_per_token:{size / count:.6f} targets:{count} bytes:{size}", targets=count, bytes=size)
     return scores
 
-def describe(cfg: Config) -> str:
+def describe(cfg) -> str:
     """The resolved settings and the number of parameters; needs no data, no GPU and no memory for weights."""
     with torch.device("meta"):
         model = GPT(cfg)
@@ -2311,7 +2274,7 @@ def report(scores: Mapping[str, Score], path: Path) -> str:
             f"{'-' if n in ('raw', 'averaged') else code + model:>11} {s.seconds:9.1f}" for n, s in scores.items()]
     return "\n".join([head, *rows, f"code {code} + model {model} = {code + model} bytes"])
 
-def resolve(env: Mapping[str, str]) -> tuple[Config, tuple[Config, dict[str, Tensor], bool] | None]:
+def resolve(env: Mapping) -> tuple[Config, Artifact | None]:
     """The settings of a run and, for EVAL_ONLY, the artifact: it comes first, since what `env` says must fit it."""
     place = Config(artifact=env.get("ARTIFACT", ""), output_dir=env.get("OUTPUT_DIR", "."))
     artifact = load_artifact(place.artifact_path, env) if env.get("EVAL_ONLY") == "1" else None
@@ -2321,11 +2284,11 @@ def resolve(env: Mapping[str, str]) -> tuple[Config, tuple[Config, dict[str, Ten
             adapting_parameters(GPT(cfg), cfg)
     return cfg, artifact
 
-def main(argv: list[str], env: Mapping[str, str]) -> None:
+def main(argv: list[str], env: Mapping) -> None:
     """Configuration, then training, then an evaluation that reads only what was written, then the table."""
     if argv == ["--help"]:
         return print(usage())
-    begin = time.perf_counter()
+    begin = perf_counter()
     cfg, artifact = resolve(env)
     if argv == ["--describe"]:
         return print(describe(cfg))
@@ -2336,18 +2299,20 @@ def main(argv: list[str], env: Mapping[str, str]) -> None:
         log.header(cfg, ranks, {name: text for name, text in as_env(cfg.group()).items() if name in env})
         if artifact is None:
             scores = run_training(cfg, ranks, log)
-            begin, artifact = time.perf_counter(), load_artifact(cfg.artifact_path, env)
+            begin, artifact = perf_counter(), load_artifact(cfg.artifact_path, env)
         scores |= run_evaluation(artifact, begin, ranks, log)
         log(report(scores, cfg.artifact_path), scores={stage: score._asdict() for stage, score in scores.items()})
         log(f"log:{log.path} artifact:{cfg.artifact_path}")
         log(f"RESULT {json.dumps(log.facts)}")
 
-def run(argv: list[str], env: Mapping[str, str]) -> None:
+def run(argv: list[str], env: Mapping) -> None:
     """`main`; after a mistake of the user's status 1 and one line, after Ctrl-C 130, after ours 1 and a traceback."""
     try:
         return main(argv, env)
     except InputError as error:
         status, text = 1, f"train_gpt.py: {error}\n"
+    except ModuleNotFoundError as error:
+        status, text = 1, f"train_gpt.py: the package {error.name} is missing; pip install -r requirements.txt\n"
     except KeyboardInterrupt:
         status, text = 130, ""
     except Exception:
