@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt as t
-from tools import runlog
+from tools import runlog, table
 from tools.files import Refused
 from tools.record import checks, command, pack, significance
 
@@ -394,8 +394,12 @@ REFUSALS = {
     "no test-time training": (without_adaptation, "total_eval", "legal_ttt is missing before this line, but TTT_EPOCHS=3"),
     "no training end": (without("training ended"), "quantize_and_pack", BY.format("training ended")),
     "no row": (without("averaged "), "final_int6_roundtrip  ", BY.format("averaged ")),
-    "two logs": (lambda s: s + s, "source:", "a second time; are there two logs"),
-    "a RESULT between": (lambda s: s.replace("model_params", s.splitlines()[-1] + "\nmodel_params"), "RESULT", BY.format("model_params")),
+    "two logs": (lambda s: s + s, "RESULT", "once more; are there two logs"),
+    "two ends of a log": (lambda s: s + "\n".join(["log:a artifact:b", s.splitlines()[-1], ""]), "RESULT", "once more; are there two logs"),
+    "two beginnings": (lambda s: s.splitlines(True)[0] + s, "source:", "once more; are there two logs"),
+    "a RESULT between": (lambda s: s.replace("model_params", s.splitlines()[-1] + "\nmodel_params"), "RESULT", "once more; are there two logs"),
+    "no closing line": (without("log:"), "RESULT", BY.format("log:")),
+    "a line after the last": (lambda s: s.replace("\nRESULT", "\nnote:fine\nRESULT"), "note:", "'note:fine', " + BY.format("RESULT ")),
     "a long training": (told(train_seconds=601.0), "training ended", "training took 601.000 s, over 600 s"),
     "a long evaluation": (told(eval_seconds=600.001), "total_eval_time", "evaluation took 600.001 s"),
     "a short evaluation": (told(eval_seconds=0.003), "RESULT", "took \\S+ s, more than the 0.003 s of all of it"),
@@ -427,6 +431,7 @@ REFUSALS = {
     "an end for no reason": (lambda s: forged(s, iterations=13).replace("/12 ", "/13 "), "training ended", "12 of 13 steps, but the clock stopped .* at none"),
     "no facts": (lambda s: resulting(s, {}), "RESULT", "not the RESULT of a run that trained and was scored: 'source_sha256'"),
     "no JSON": (lambda s: s.replace("RESULT {", "RESULT "), "RESULT", "not the RESULT of a run"),
+    "brackets": (lambda s: "\n".join([*s.splitlines()[:-1], "RESULT " + "[" * 99_999, ""]), "RESULT", "not the RESULT of a run"),
     "text for a number": (lambda s: resulting(s, facts_of(s) | dict(seed="2")), "RESULT", "it has 2 as seed"),
     "no number": (lambda s: resulting(s, facts_of(s) | dict(eval_seconds=math.nan)), "RESULT", "it has nan as eval_seconds"),
     "no bytes": (lambda s: resulting(s, facts_of(s) | dict(bytes=0)), "RESULT", "not the RESULT of a run"),
@@ -458,6 +463,19 @@ def test_a_log_of_an_earlier_script_is_refused(tmp_path):
     path = ROOT / "logs" / "five" / "card-1.txt"
     assert refusal([path], tmp_path) == f"{path}:{len(path.read_text().splitlines())}: no whole RESULT line ends this log: the run did not finish, " \
         "the log was cut, or an earlier train_gpt.py wrote it"
+
+
+def test_a_table_takes_its_numbers_from_the_result_and_checks_them(texts, tmp_path):
+    """And from the lines of the stages where there is none: the same."""
+    paths = [tmp_path / name for name in ("new.txt", "old.txt")]
+    for path, text in zip(paths, (texts[0], without("RESULT")(texts[0]))):
+        path.write_text(text)
+    new, old = map(table.read, paths)
+    assert isinstance(new, runlog.RunLog) and not isinstance(old, runlog.RunLog) and table.table([new]) == table.table([old])
+    assert (new.seed, new.overrides, new.total_bytes) == (old.seed, old.overrides, old.total_bytes)
+    paths[0].write_text(re.sub(r"^(model_params:)\d+", r"\g<1>1", texts[0], flags=re.M))
+    with pytest.raises(Refused, match="must stand here"):
+        table.read(paths[0])
 
 
 def test_an_evaluation_alone_is_no_run(folder, texts, dataset, tmp_path, monkeypatch):

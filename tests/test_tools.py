@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT, run
@@ -21,6 +23,12 @@ def test_a_command_of_the_pages_is_a_tool_that_knows_its_name(name):
 
 def test_the_pages_name_every_tool():
     assert NAMED == sorted(name for text in SOURCES.values() for name in re.findall(r'command_line\("([\w.]+)"', text))
+
+
+@pytest.mark.parametrize("path, words", [("tools/plot.py", "No module named 'tools'"), ("tools/model/generate.py", "as python -m tools.model.NAME")])
+def test_a_file_that_is_run_instead_of_its_module_says_what_is_missing(path, words):
+    done = subprocess.run([sys.executable, str(ROOT / path)], env={}, capture_output=True, text=True)
+    assert done.returncode == 1 and words in done.stderr.splitlines()[-1]
 
 
 def test_nothing_is_found_by_an_edit_of_the_search_path():

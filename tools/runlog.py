@@ -198,7 +198,7 @@ def read_log(path: Path) -> RunLog:
                "cut, or an earlier train_gpt.py wrote it")
     try:
         check_facts(facts := json.loads(rows[-1].removeprefix(RESULT)))
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         refuse(path, len(rows), f"this is not the RESULT of a run that trained and was scored: {error}")
     steps = walk(path, rows, facts)
     check_steps(path, rows, facts, steps)
@@ -245,22 +245,21 @@ def check_facts(facts: dict) -> None:
 
 def walk(path: Path, rows: list[str], facts: dict) -> list[Step]:
     """The lines of steps. Every line that the facts make is there, in order, and no line is unknown, or it is refused."""
-    due, artifact = [*lines_of(facts), rows[-1]], ""
-    patterns, steps, at = [re.compile("(.+)".join(map(re.escape, line.split(ANY)))) for line in due], [], 0
+    due, steps, at, artifact = [*lines_of(facts), RESULT], [], 0, ""
+    patterns = [re.compile("(.+)".join(map(re.escape, line.split(ANY)))) for line in due]
     for number, row in enumerate(rows, 1):
-        if at < len(due) and (match := patterns[at].fullmatch(row)):
+        training, is_last = due[at].startswith("averaging:"), number == len(rows)
+        if match := patterns[at].fullmatch(row):
             at += 1
             if row.startswith("artifact:"):
                 artifact = match[1]
             elif row.startswith("log:") and match[2] != artifact:
                 refuse(path, number, f"the artifact is {match[2]}, but {artifact} further up")
-            continue
-        training = at < len(due) and due[at].startswith("averaging:")
-        if found := [Step(number, kind, m) for kind, p in STEPS.items() if training and (m := p.fullmatch(row))]:
+        elif found := [Step(number, kind, m) for kind, p in STEPS.items() if training and (m := p.fullmatch(row))]:
             steps += found
-        elif any(pattern.fullmatch(row) for pattern in patterns[:at]):
-            refuse(path, number, f"{row[:60]!r} a second time; are there two logs in this file?")
-        elif not FREE.fullmatch(row):
+        elif any(p.fullmatch(row) for p in patterns[:at]) or row.startswith(RESULT) and not is_last:
+            refuse(path, number, f"{row[:60]!r}, and once more; are there two logs in this file?")
+        elif not FREE.fullmatch(row) and not (is_last and due[at] == RESULT):
             refuse(path, number, f"{row[:90]!r}, but by the RESULT line {due[at][:90].replace(ANY, '...')!r} must stand here")
     return steps
 

@@ -12,6 +12,9 @@ or less where it finds more order: COMPRESSOR=rans tells codes apart by their sc
 
 from __future__ import annotations
 
+if __name__ == "inspect":  # for Python's own, which everybody imports: a file of this folder was run instead of its module
+    raise ImportError("run it from the repository's root, as python -m tools.model.NAME")
+
 import json
 import math
 import re
