@@ -1,4 +1,4 @@
-"""The few lines that pictures and tables need of a log, for runs that have not ended and for logs without a RESULT line.
+"""The few lines that pictures and tables need of a log, for runs that have not ended and logs without a RESULT line.
 
 Logs of earlier versions of train_gpt.py, as logs/ keeps them, have none; those that have one are read by runlog.py.
 """
@@ -15,8 +15,9 @@ HEADER = r"^variant:(?P<variant>\w+) seed:(?P<seed>\d+) overrides: (?P<overrides
 STEP = re.compile(r"^step:(\d+)/\d+ (train|val)_loss:([\d.]+) .*train_time:(\d+)ms", re.MULTILINE)
 EXACT = r"^{}_exact val_loss:(?P<loss>\d+\.\d+) val_bpb:(?P<bpb>\d+\.\d+)$"
 WEIGHTS = r"^DIAGNOSTIC {} val_loss:(?P<loss>\d+\.\d+) val_bpb:(?P<bpb>\d+\.\d+) "
-STAGES = dict(raw=WEIGHTS.format("raw"), averaged=WEIGHTS.format(r"post_\w+"), coded=EXACT.format(r"final_int\d_roundtrip"),
-              sliding=EXACT.format(r"final_int\d_sliding_window"), ttt=EXACT.format("legal_ttt"))
+STAGES = dict(raw=WEIGHTS.format("raw"), averaged=WEIGHTS.format(r"post_\w+"),
+              coded=EXACT.format(r"final_int\d_roundtrip"), sliding=EXACT.format(r"final_int\d_sliding_window"),
+              ttt=EXACT.format("legal_ttt"))
 # Ended or not. points: {"train" or "val": [(step, minutes, loss in nats a token)]}; bpb: of the last stage, or None.
 Curve = namedtuple("Curve", "path points bpb variant seed overrides")
 # Ended. total_bytes: of code and model; scores: a Score by the keys of STAGES.

@@ -15,15 +15,16 @@ from tools.files import Refused, read_bytes
 
 RESULT = "RESULT "
 ANY = "\0"  # in a line, for what no fact tells
-CLOCK, STEP = r"train_time:(?P<clock>\d+)ms step_avg:(?P<average>\d+\.\d\d)ms", r"step:(?P<step>\d+)/(?P<iterations>\d+)"
+CLOCK = r"train_time:(?P<clock>\d+)ms step_avg:(?P<average>\d+\.\d\d)ms"
+STEP = r"step:(?P<step>\d+)/(?P<iterations>\d+)"
 STEPS = {name: re.compile(pattern, re.ASCII) for name, pattern in dict(  # lines of which the facts tell only the limits
     train=rf"{STEP} train_loss:\d+\.\d{{4}} {CLOCK}", stop=rf"stopping_early: wallclock_cap {CLOCK} {STEP}",
     val=rf"{STEP} val_loss:(?P<loss>\d+\.\d{{4}}) val_bpb:(?P<bpb>\d+\.\d{{4}}) eval_time:\d+ms {CLOCK}").items()}
 FREE = re.compile(  # and those of which they tell nothing
-    r"(nvidia-smi: |WARNING: attention |warmup_step:\d|gptq:(reserving|collected) |late_qat:enabled |layer_loop:enabled |"
+    r"(nvidia-smi: |WARNING: attention |warmup_step:\d|gptq:(reserving|collected) |(late_qat|layer_loop):enabled |"
     r"checkpoint:|averaging: |fit:factor |scoring:\d+/\d+ running_bpb:|peak memory allocated: ).*", re.ASCII)
-# a path in the line of a checkpoint, of the artifact, or of the log itself
-PLACE = re.compile(r"(?:^| )(?:checkpoint|artifact|log):(/.+?)(?= averaging:\w+ updates:| variant:\w+ seed:| artifact:|$)")
+PLACE = re.compile(  # a path in the line of a checkpoint, of the artifact, or of the log itself
+    r"(?:^| )(?:checkpoint|artifact|log):(/.+?)(?= averaging:\w+ updates:| variant:\w+ seed:| artifact:|$)")
 
 
 class Score(NamedTuple):
@@ -113,7 +114,7 @@ def refuse(path: Path, number: int, reason: str) -> NoReturn:
 
 
 def public_path(name: str, path: str) -> str:
-    """A path as it may be published: an absolute one without its folders, and OUTPUT_DIR, a folder, without its name."""
+    """A path as it may be published: an absolute one without its folders; OUTPUT_DIR, a folder, without its name."""
     if not path.startswith("/"):
         return path
     return "/path/to" if name == "OUTPUT_DIR" else f"/path/to/{PurePosixPath(path).name}"
@@ -194,8 +195,8 @@ def read_log(path: Path) -> RunLog:
         refuse(path, data[: error.start].count(b"\n") + 1, "not UTF-8 text; is it a log of train_gpt.py?")
     *rows, rest = text.split("\n")
     if rest or not rows or not rows[-1].startswith(RESULT):
-        refuse(path, len(rows) + bool(rest) or 1, "no whole RESULT line ends this log: the run did not finish, the log was "
-               "cut, or an earlier train_gpt.py wrote it")
+        refuse(path, len(rows) + bool(rest) or 1, "no whole RESULT line ends this log: the run did not finish, the log "
+               "was cut, or an earlier train_gpt.py wrote it")
     try:
         check_facts(facts := json.loads(rows[-1].removeprefix(RESULT)))
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
@@ -212,7 +213,8 @@ def as_printed(facts: dict) -> dict:
     found = {name: Score(round(score["loss"], n), round(score["bpb"], n), to_millisecond(score["seconds"]))
              for name, n, score in zip(names, digits, scores)}
     clocks = {name: to_millisecond(facts[name]) for name in ("train_seconds", "eval_seconds")}
-    return {name: facts[name] for name in FACTS} | clocks | dict(scores=found, pack_seconds=round(facts["pack_seconds"], 1))
+    clocks["pack_seconds"] = round(facts["pack_seconds"], 1)
+    return {name: facts[name] for name in FACTS} | clocks | dict(scores=found)
 
 
 def to_millisecond(seconds: float) -> float:
@@ -232,9 +234,9 @@ def check_facts(facts: dict) -> None:
     for name, score in scores.items():
         bpb = score["loss"] * facts["targets"] / math.log(2) / facts["bytes"]
         if not math.isclose(score["bpb"], bpb, rel_tol=1e-9):
-            raise ValueError(f"the bpb of {name} is {score['bpb']}, but its loss, the targets and the bytes make it {bpb}")
+            raise ValueError(f"the bpb of {name} is {score['bpb']}, but loss, targets and bytes make it {bpb}")
     if not (spent := sum(score["seconds"] for score in [*scores.values()][2:])) <= facts["eval_seconds"]:
-        raise ValueError(f"the stages of the evaluation took {spent} s, more than the {facts['eval_seconds']} s of all of it")
+        raise ValueError(f"the stages of the evaluation took {spent} s, all of it {facts['eval_seconds']} s")
     if not facts["steps"] <= facts["iterations"]:
         raise ValueError(f"it has {facts['steps']} steps of {facts['iterations']}")
     for name in ("variant", "seed"):
@@ -244,7 +246,7 @@ def check_facts(facts: dict) -> None:
 
 
 def walk(path: Path, rows: list[str], facts: dict) -> list[Step]:
-    """The lines of steps. Every line that the facts make is there, in order, and no line is unknown, or it is refused."""
+    """The lines of steps. A line is refused if the facts make another one for this place, or if it is unknown."""
     due, steps, at, artifact = [*lines_of(facts), RESULT], [], 0, ""
     patterns = [re.compile("(.+)".join(map(re.escape, line.split(ANY)))) for line in due]
     for number, row in enumerate(rows, 1):
@@ -260,7 +262,8 @@ def walk(path: Path, rows: list[str], facts: dict) -> list[Step]:
         elif any(p.fullmatch(row) for p in patterns[:at]) or row.startswith(RESULT) and not is_last:
             refuse(path, number, f"{row[:60]!r}, and once more; are there two logs in this file?")
         elif not FREE.fullmatch(row) and not (is_last and due[at] == RESULT):
-            refuse(path, number, f"{row[:90]!r}, but by the RESULT line {due[at][:90].replace(ANY, '...')!r} must stand here")
+            wanted = due[at][:90].replace(ANY, "...")
+            refuse(path, number, f"{row[:90]!r}, but by the RESULT line {wanted!r} must stand here")
     return steps
 
 

@@ -338,7 +338,8 @@ def line(found: Mapping[str, Any]) -> str:
 def run_row(row: str, args: argparse.Namespace, folder: Path, roof: float, end: float) -> list[dict[str, Any]]:
     """The results of a row's process, printed as they come; that it failed, or was cut at `end`, is one of them."""
     told = dict(row=row, folder=folder, seconds=args.seconds, roof=roof)
-    command = [sys.executable, "-m", "tools.bench.check_gpu", *(part for k, v in told.items() for part in (f"--{k}", str(v)))]
+    arguments = [part for k, v in told.items() for part in (f"--{k}", str(v))]
+    command = [sys.executable, "-m", "tools.bench.check_gpu", *arguments]
     results: list[dict[str, Any]] = []
     with (folder / f"{row}.stderr").open("w+") as stderr:
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, text=True)

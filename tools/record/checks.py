@@ -21,8 +21,8 @@ NOT_SETTINGS = ("SEED", "RUN_ID", "OUTPUT_DIR", "ARTIFACT", "AUDIT")  # what may
 def check_script(run: RunLog, script: Path, source: bytes) -> None:
     sha256 = hashlib.sha256(source).hexdigest()
     if run.source_sha256 != sha256:
-        run.refuse("source", f"written by source {run.source_sha256[:12]}, but {script} is {sha256[:12]}; --script names the "
-                   "one that ran")
+        run.refuse("source", f"written by source {run.source_sha256[:12]}, but {script} is {sha256[:12]}; --script "
+                   "names the one that ran")
 
 
 def configuration(run: RunLog) -> dict[str, str]:
@@ -68,7 +68,8 @@ def resolve(script: Path, run: RunLog) -> dict[str, str]:
 def check_settings(run: RunLog, settings: dict[str, str]) -> None:
     """The log has the numbers and the stages that these settings lead to."""
     epochs, most = int(settings["TTT_EPOCHS"]), int(settings["VAL_MAX_TOKENS"])
-    for line, name, got in (("training ended", "ITERATIONS", run.iterations), ("artifact", "EVAL_STRIDE", run.eval_stride),
+    for line, name, got in (("training ended", "ITERATIONS", run.iterations),
+                            ("artifact", "EVAL_STRIDE", run.eval_stride),
                             ("artifact", "TTT_CHUNK_TOKENS", run.ttt_chunk_tokens),
                             ("model_params", "model_params", run.parameters)):
         if got != int(settings[name]):

@@ -73,7 +73,7 @@ def retract(folder: Path, reason: str) -> None:
 
 
 def requirements(script: Path) -> bytes:
-    """requirements.txt beside the script; of a script without one, as tools.record.pack writes it, that of this checkout."""
+    """requirements.txt beside the script; of a script without one, as pack.py writes it, that of this checkout."""
     beside = script.parent / "requirements.txt"
     return read_bytes(beside if beside.exists() else ROOT / "requirements.txt")
 

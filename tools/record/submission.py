@@ -44,8 +44,9 @@ def submission(entry: Entry, logs: list[str]) -> dict:
         bytes_total=most, bytes_code=len(entry.shipped), artifact_bytes_mean=round(mean["artifact_bytes"]),
         artifact_bytes_max=most, train_steps_mean=mean["steps"], step_avg_ms_mean=mean["step_avg_ms"],
         train_time_s_mean=mean["train_time_s"], eval_time_s_mean=mean["eval_time_s"], hardware=hardware(run),
-        pytorch_version=run.versions["torch"], dataset=run.dataset, model_params=run.parameters, source_sha256=run.source_sha256,
-        technique_summary=technique(entry), compliance=compliance(entry), **tests_as_json(entry), logs=logs)
+        pytorch_version=run.versions["torch"], dataset=run.dataset, model_params=run.parameters,
+        source_sha256=run.source_sha256, technique_summary=technique(entry), compliance=compliance(entry),
+        **tests_as_json(entry), logs=logs)
 
 
 def as_json(contents: dict) -> bytes:
