@@ -16,7 +16,7 @@ demo: .venv/ready
 	.venv/bin/python data/prepare.py demo
 	rm -f demo/logs/demo.txt
 	VARIANT=demo RUN_ID=demo OUTPUT_DIR=demo VAL_LOSS_EVERY=50 .venv/bin/python train_gpt.py
-	.venv/bin/python tools/plot.py demo/logs/demo.txt -o demo/curve.png
+	.venv/bin/python -m tools.plot demo/logs/demo.txt -o demo/curve.png
 
 test: .venv/ready
 	.venv/bin/python -m ruff check .
@@ -41,10 +41,10 @@ test-cuda: compiler .venv-cuda/$(strip $(CUDA_TORCH))
 	.venv-cuda/bin/python -m pytest tests/nullgpu --dist load --maxschedchunk 1
 
 check-gpu:  # with the torch of the machine: it needs nothing else
-	$(PYTHON) tools/check_gpu.py
+	$(PYTHON) -m tools.bench.check_gpu
 
 bench: .venv/ready
-	.venv/bin/python tools/bench.py
+	.venv/bin/python -m tools.bench
 
 lint: .venv/ready
 	.venv/bin/python -m ruff check .

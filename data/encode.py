@@ -9,7 +9,6 @@ import functools
 import hashlib
 import io
 import json
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -18,10 +17,8 @@ import numpy as np
 import sentencepiece
 import zstandard
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import train_gpt  # noqa: E402  (the shard format is the training script's)
-from train_gpt import InputError  # noqa: E402
+import train_gpt  # the shard format is the training script's
+from train_gpt import InputError
 
 TEXT_BLOCK = 1 << 19  # bytes of JSON lines that one worker encodes at a time
 CONTEST_TRAINER = dict(

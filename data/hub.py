@@ -19,10 +19,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import train_gpt  # noqa: E402  (the shard format is the training script's)
-from train_gpt import InputError  # noqa: E402
+import train_gpt  # the shard format is the training script's
+from train_gpt import InputError
 
 RANGE = 1 << 24  # bytes that one request asks for: each is a redirect, and the hub rations redirects
 

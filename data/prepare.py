@@ -40,7 +40,7 @@ import torch
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path.insert(0, str(HERE.parent))  # where train_gpt.py is, which hub.py and encode.py import, too
 
 import hub  # noqa: E402
 from encode import (  # noqa: E402

@@ -6,15 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import forked
+import prepare
 import pytest
 import torch
+from helpers import forked
 
 import train_gpt as t
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "data"))
-import prepare  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -84,16 +83,25 @@ def coded(weights, grid_of, cfg, hessians=None):
 
 
 def run(env, *args, processes=1, script=ROOT / "train_gpt.py", check=True, cwd=None, fresh=False):
-    """Run the script with only `env` set; returns the finished process. `fresh`: by a python, or a torchrun, that imports all anew."""
+    """Run the script, or the module of a name, with only `env` set; returns the finished process. `fresh`: by a python, or a torchrun, that
+    imports all anew.
+    """
     clean = {k: v for k, v in os.environ.items() if k.lower() not in t.Config.__dataclass_fields__}
-    env = clean | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | env
+    what, place = (["-m", script], {"PYTHONPATH": str(ROOT)}) if isinstance(script, str) else ([str(script)], {})
+    env = clean | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | place | env
     if fresh:
         launcher = [sys.executable] + ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * (processes > 1)
-        done = subprocess.run([*launcher, str(script), *args], env=env, cwd=cwd, capture_output=True, text=True, timeout=240)
+        done = subprocess.run([*launcher, *what, *args], env=env, cwd=cwd, capture_output=True, text=True, timeout=240)
     else:
-        done = forked.python([script, *args], env, cwd, processes)
+        done = forked.python([*what, *args], env, cwd, processes)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def tool(module, *args, **how):
+    """The finished process of a tool, from any folder."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run([sys.executable, "-m", module, *map(str, args)], env=env, capture_output=True, text=True, **how)
 
 
 def finals(text):

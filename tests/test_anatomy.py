@@ -1,4 +1,4 @@
-"""tools/anatomy.py: bytes, operations and launches by hand, FLOPs against torch's own counter, the rules, the table."""
+"""tools.bench.anatomy: bytes, operations and launches by hand, FLOPs against torch's own counter, the rules, the table."""
 
 import json
 import sys
@@ -6,15 +6,11 @@ import types
 
 import pytest
 import torch
-from conftest import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt as t
-
-sys.path.insert(0, str(ROOT / "tools"))
-import anatomy  # noqa: E402
-import costs  # noqa: E402
-from anatomy import Event  # noqa: E402
+from tools.bench import anatomy, costs
+from tools.bench.anatomy import Event
 
 TINY = t.Config(**t.VARIANTS["card"] | dict(num_layers=3, xsa_last_n=2, model_dim=64, num_heads=4, num_kv_heads=2, ve_layers=(2,), ve_dim=16, bigram_dim=16,
                                             vocab_size=128, train_seq_len=32, train_batch_tokens=64, micro_batch_tokens=64, eval_stride=32,

@@ -1,4 +1,4 @@
-"""An outsider's audit of every kind of evaluation, through tools/audit.py and the AUDIT file alone, and of cheats that it must catch.
+"""An outsider's audit of every kind of evaluation, through tools.model.audit and the AUDIT file alone, and of cheats that it must catch.
 
 AUDIT_TABLE=path, without xdist, writes the largest error of each test and kind as a Markdown table.
 """
@@ -21,9 +21,7 @@ import torch
 from conftest import ROOT, coded, finals, make_model, run
 
 import train_gpt as t
-
-sys.path.insert(0, str(ROOT / "tools"))
-from audit import audit, known_stream, report  # noqa: E402
+from tools.model.audit import audit, known_stream, report
 
 V, N = 10, 51  # pieces of the tokenizer, tokens of the stream
 FIRSTS = (0, 13, 14, 23, 40)  # where its documents begin
@@ -370,7 +368,7 @@ def several(place, processes, troubles, **how):
     """Runs of [(kind, trouble)] in `processes`: (the finished process, the AUDIT files)."""
     files = [Path(place["OUTPUT_DIR"]) / f"{processes}_{kind}_{trouble}.npz" for kind, trouble in troubles]
     plan = [[place | t.as_env(KINDS[kind]) | dict(AUDIT=str(file), RUN_ID=file.stem), trouble] for (kind, trouble), file in zip(troubles, files)]
-    done = run({"PYTHONPATH": str(ROOT)}, json.dumps(plan), processes=processes, script=ROOT / "tests" / "audit_ranks.py", **how)
+    done = run({"PYTHONPATH": str(ROOT)}, json.dumps(plan), processes=processes, script=ROOT / "tests" / "helpers" / "audit_ranks.py", **how)
     return done, [dict(np.load(file)) for file in files if file.exists()]
 
 

@@ -1,9 +1,7 @@
-"""tools/bench.py: its counts against independent ones, its reading of traces on real names, a whole run, wrong inputs."""
+"""tools.bench: its counts against independent ones, its reading of traces on real names, a whole run, wrong inputs."""
 
 import json
-import os
 import runpy
-import subprocess
 import sys
 from dataclasses import replace
 
@@ -14,25 +12,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt as t
-
-sys.path.insert(0, str(ROOT / "tools"))
-import bench  # noqa: E402
-import bench_report  # noqa: E402
-import costs  # noqa: E402
-import kernels  # noqa: E402
-import plain  # noqa: E402
+from tools.bench import bench, costs, kernels, plain, report
 
 TINY = dict(num_layers=5, model_dim=64, num_heads=4, num_kv_heads=2, ve_layers=(3, 4), ve_dim=16, bigram_dim=16, vocab_size=128, train_seq_len=32,
             train_batch_tokens=128, micro_batch_tokens=128, eval_stride=32, dtype="fp32")
 
 
 def tool(*args):
-    """The finished process of tools/bench.py with these arguments."""
-    clean = {k: v for k, v in os.environ.items() if k.lower() not in t.Config.__dataclass_fields__}
-    done = subprocess.run([sys.executable, str(ROOT / "tools" / "bench.py"), *args], capture_output=True, text=True, timeout=240,
-                          env=clean | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done
+    """The finished process of tools.bench with these arguments."""
+    return run({}, *args, script="tools.bench", fresh=True)
 
 
 # ---- operations
@@ -155,7 +143,7 @@ def test_an_operator_has_its_own_time_without_those_that_it_calls():
 
 def test_bytes_between_ranks_are_those_that_two_processes_exchange(dataset, tmp_path):
     env = dataset | dict(VARIANT="smoke", OUTPUT_DIR=str(tmp_path))
-    lines = run(env | {"PYTHONPATH": str(ROOT)}, processes=2, script=ROOT / "tests" / "traffic.py").stdout.splitlines()
+    lines = run(env | {"PYTHONPATH": str(ROOT)}, processes=2, script=ROOT / "tests" / "helpers" / "traffic.py").stdout.splitlines()
     seen = json.loads(next(line for line in lines if line.startswith("seen:")).removeprefix("seen:"))
     found = costs.communication(t.Config.from_env(env | {"COMPILE": "on"}), 2, torch.float32, bench.driven)
     assert found.calls == len(seen) and sum(found.payload.values()) == sum(size for _, size in seen)
@@ -273,7 +261,7 @@ def test_a_whole_run(tmp_path):
     assert {"device", "torch", "commit", "env", "threads"} <= set(result["machine"])
     assert {"copy", "float32", "bfloat16"} == set(result["ceilings"])
     (row,) = result["rows"]
-    assert set(bench_report.METRICS) <= set(row) and row["attention_ran"] == ["cpu"] and row["attention_error"] == ""
+    assert set(report.METRICS) <= set(row) and row["attention_ran"] == ["cpu"] and row["attention_error"] == ""
     assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["ms"] * 1e3) and row["tokens"] == 128
     assert row["mfu"] == pytest.approx(row["tokens_per_second"] * row["flops_per_token"] / result["ceilings"]["float32"])
     assert sum(row["shares"].values()) == pytest.approx(1) and row["shares"]["optimizer"] > 0.01 and 0 < row["busy"] <= 1
@@ -288,11 +276,11 @@ def test_a_whole_run(tmp_path):
 def test_a_comparison_says_what_is_not_alike():
     old = dict(machine=dict(device="a", threads=1, torch="2"), rows=[dict(name="card", tokens=1, ms=2.0, gptq_seconds=3.0)])
     new = dict(machine=dict(device="b", threads=1, torch="2"), rows=[dict(name="card", tokens=2, ms=1.0), dict(name="demo", tokens=2, ms=1.0)])
-    text = bench_report.comparison(old, new)
+    text = report.comparison(old, new)
     assert text.splitlines()[0] == "not alike: device, card tokens"
     assert [line for line in text.splitlines() if line.startswith("| card")] == ["| card | ms a step | 2 | 1 | 0.500 |"] and "demo" not in text
     with pytest.raises(t.InputError, match="no row of card"):
-        bench_report.comparison(old, new | dict(rows=new["rows"][1:]))
+        report.comparison(old, new | dict(rows=new["rows"][1:]))
 
 
 def test_another_attention_fails_the_run_after_its_results_are_written(tmp_path, monkeypatch, capsys):
@@ -326,8 +314,8 @@ def test_wrong_input_is_one_line(args, env, words, tmp_path, monkeypatch):
 
 def test_an_error_ends_the_process_with_one_line(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench.py", "--variant", "x"])
-    with pytest.raises(SystemExit, match="^bench.py: --variant x must be one of .*$") as end:
-        runpy.run_path(str(ROOT / "tools" / "bench.py"), run_name="__main__")
+    with pytest.raises(SystemExit, match="^tools.bench: --variant x must be one of .*$") as end:
+        runpy.run_module("tools.bench", run_name="__main__")
     assert "\n" not in end.value.code
 
 

@@ -1,8 +1,7 @@
-"""tools/check_gpu.py as far as a CPU goes: its references, its verdicts, and how its processes take turns."""
+"""tools.bench.check_gpu as far as a CPU goes: its references, its verdicts, and how its processes take turns."""
 
 import dataclasses
 import multiprocessing
-import sys
 
 import pytest
 import torch
@@ -10,10 +9,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 import train_gpt as t
-
-sys.path.insert(0, str(ROOT / "tools"))
-import bench  # noqa: E402
-import check_gpu  # noqa: E402
+from tools.bench import bench, check_gpu
 
 CPU = torch.device("cpu")
 GOOD = dict(row="card", what="step", attention="fa3", attention_ran=["fa3"], ms=75.25, mfu=0.4, peak_mib=18000, launches=500.0, first_step_seconds=60.0)

@@ -1,21 +1,18 @@
-"""tools/generate.py: what it draws, from what, and how it comes out."""
+"""tools.model.generate: what it draws, from what, and how it comes out."""
 
 import dataclasses
 import math
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, make_model, run
+from conftest import make_model, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt as t
+from tools.model import generate as tool
 
-sys.path.insert(0, str(ROOT / "tools"))
-import generate as tool  # noqa: E402
-
-SCRIPT = ROOT / "tools" / "generate.py"
+SCRIPT = "tools.model.generate"
 PROMPT = "The statement of a class, "
 
 
@@ -182,7 +179,7 @@ def test_the_tokenizer_must_be_the_artifacts(artifact, env, dataset, tmp_path):
     other.write_bytes(open(env["TOKENIZER_PATH"], "rb").read() + b"\0")
     done = run(env, str(artifact), "x", "--tokenizer", str(other), script=SCRIPT, check=False)
     assert done.returncode == 1 and not done.stdout and len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith("generate.py: ") and f"TOKENIZER_PATH={other} is not the tokenizer it was trained with" in done.stderr
+    assert done.stderr.startswith("tools.model.generate: ") and f"TOKENIZER_PATH={other} is not the tokenizer it was trained with" in done.stderr
     assert text(artifact, {"TOKENIZER_PATH": str(other)}, "--tokenizer", env["TOKENIZER_PATH"]) == text(artifact, env)
     with pytest.raises(t.InputError, match="none.model"):
         text(artifact, {}, "--tokenizer", tmp_path / "none.model")

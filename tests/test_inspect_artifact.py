@@ -1,11 +1,10 @@
-"""tools/inspect_artifact.py against artifacts whose tensors are known."""
+"""tools.model.inspect against artifacts whose tensors are known."""
 
 import dataclasses
 import hashlib
 import json
 import math
 import re
-import sys
 from collections import Counter
 
 import pytest
@@ -16,9 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train_gpt as t
-
-sys.path.insert(0, str(ROOT / "tools"))
-import inspect_artifact as tool  # noqa: E402
+from tools.model import inspect as tool
 
 CODE = ROOT / "train_gpt.py"
 
@@ -141,7 +138,7 @@ def test_the_settings_that_are_not_the_defaults(artifact, cfg):
 def test_the_command_needs_neither_tokenizer_nor_data(artifact, cfg, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
-    everything, as_json = (run({}, str(artifact), option, script=ROOT / "tools" / "inspect_artifact.py", cwd=empty).stdout for option in ("--all", "--json"))
+    everything, as_json = (run({}, str(artifact), option, script="tools.model.inspect", cwd=empty).stdout for option in ("--all", "--json"))
     found, text = json.loads(as_json), tool.report(tool.contents(artifact, CODE), False)
     assert not list(empty.iterdir()) and f"artifact:{artifact} format:{t.ARTIFACT_FORMAT} compressor:zstd variant:smoke seed:1337 looped:1\n" in text
     assert found["parameters"] == [r._asdict() for r in tool.contents(artifact, CODE)["parameters"]] and found["code_bytes"] == CODE.stat().st_size
@@ -183,8 +180,8 @@ def test_codes_that_train_gpt_never_writes_are_refused(tensors, cfg, tmp_path):
 
 
 def test_a_file_that_is_not_there_is_told_in_one_line(tmp_path):
-    done = run({}, str(tmp_path / "none.ptz"), script=ROOT / "tools" / "inspect_artifact.py", check=False)
-    assert done.returncode == 1 and not done.stdout and done.stderr == f"inspect_artifact.py: cannot read {tmp_path / 'none.ptz'}: No such file or directory\n"
+    done = run({}, str(tmp_path / "none.ptz"), script="tools.model.inspect", check=False)
+    assert done.returncode == 1 and not done.stdout and done.stderr == f"tools.model.inspect: cannot read {tmp_path / 'none.ptz'}: No such file or directory\n"
     with pytest.raises(t.InputError, match=f"cannot read {tmp_path}: Is a directory"):
         tool.contents(tmp_path, CODE)
     with pytest.raises(t.InputError, match="cannot read no/code.py: No such file"):

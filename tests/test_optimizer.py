@@ -153,9 +153,9 @@ def test_warm_up_leaves_weights_optimizers_and_data_bit_identical(cfg, log, trai
 
 
 def steps_in_processes(env, out, processes):
-    """Losses and weights after 20 steps, as tests/steps.py leaves them."""
+    """Losses and weights after 20 steps, as tests/helpers/steps.py leaves them."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run([*launcher, str(ROOT / "tests" / "steps.py"), str(out)], env=env, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([*launcher, str(ROOT / "tests" / "helpers" / "steps.py"), str(out)], env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     with np.load(out) as file:
         return dict(file)

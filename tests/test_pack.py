@@ -1,4 +1,4 @@
-"""tools/pack.py: the packed file does what the source does, in fewer bytes."""
+"""tools.record.pack: the packed file does what the source does, in fewer bytes."""
 
 import ast
 import base64
@@ -8,17 +8,15 @@ import re
 import subprocess
 import sys
 
-import forked
 import pytest
 import torch
-from conftest import ROOT, finals, run
+from conftest import ROOT, finals, run, tool
+from helpers import forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt as t
-
-sys.path.insert(0, str(ROOT / "tools"))
-import pack  # noqa: E402
+from tools.record import pack
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid escape sequence", "ignore:invalid decimal literal")
 SOURCE = (ROOT / "train_gpt.py").read_bytes()
@@ -58,10 +56,6 @@ def packed(tmp_path_factory):
     path = tmp_path_factory.mktemp("packed") / "train_gpt.py"
     path.write_bytes(pack.pack_source(SOURCE))
     return path
-
-
-def command(*args):
-    return subprocess.run([sys.executable, str(ROOT / "tools" / "pack.py"), *map(str, args)], capture_output=True, text=True)
 
 
 def unpacked(file):
@@ -168,7 +162,7 @@ def test_the_command_tells_the_bytes_before_and_after(tmp_path):
     source, out = tmp_path / "odd.py", tmp_path / "packed.py"
     source.write_text(ODD.replace("main(Path", "if 0: main(Path") + "# " + "words " * 2000)
     out.write_bytes(b"an earlier one")
-    done = command(source, "-o", out)
+    done = tool("tools.record.pack", source, "-o", out)
     before, after = source.stat().st_size, out.stat().st_size
     assert done.returncode == 0 and done.stdout == f"{source}: {before} bytes -> {out}: {after} bytes ({after / before:.1%})\n", done.stderr
     assert out.read_bytes() == pack.pack_source(source.read_bytes()) and sorted(p.name for p in tmp_path.iterdir()) == ["odd.py", "packed.py"]
@@ -184,9 +178,9 @@ def test_a_source_that_does_not_compile_is_refused_in_one_line(tmp_path, content
     if content is not None:
         source.write_bytes(content)
     out.write_bytes(b"an earlier one")
-    done = command(source, "-o", out)
+    done = tool("tools.record.pack", source, "-o", out)
     lines = done.stderr.strip().splitlines()
-    assert done.returncode == 1 and len(lines) == 1 and lines[0].startswith("pack.py: ") and re.search(words, lines[0]), done.stderr
+    assert done.returncode == 1 and len(lines) == 1 and lines[0].startswith("tools.record.pack: ") and re.search(words, lines[0]), done.stderr
     assert out.read_bytes() == b"an earlier one" and not done.stdout
 
 
@@ -195,6 +189,6 @@ def test_a_source_that_does_not_compile_is_refused_in_one_line(tmp_path, content
 def test_a_place_that_cannot_hold_the_file_is_told_in_one_line(tmp_path, out, words):
     source = tmp_path / "source.py"
     source.write_bytes(b"x = 1\n")
-    done = command(source, "-o", tmp_path / out)
+    done = tool("tools.record.pack", source, "-o", tmp_path / out)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and re.search(words, done.stderr), done.stderr
     assert source.read_bytes() == b"x = 1\n" and [p.name for p in tmp_path.iterdir()] == ["source.py"]

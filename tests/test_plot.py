@@ -1,20 +1,17 @@
-"""tools/plot.py: the numbers behind the pictures, taken from figures and compared with the logs, and the command itself."""
+"""tools.plot: the numbers behind the pictures, taken from figures and compared with the logs, and the command itself."""
 
-import os
 import re
 import resource
 import statistics
-import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, finals, make_model
+from conftest import ROOT, finals, make_model, tool
 
+import tools.plot
 import train_gpt as t
-
-sys.path.insert(0, str(ROOT / "tools"))
-import inspect_artifact  # noqa: E402
-import plot as tool  # noqa: E402
+from tools import loglines
+from tools.model import inspect
 
 FIVE = ROOT / "logs" / "five"
 LOG = """variant:smoke seed:7 overrides: VARIANT=smoke SEED=7 TRAIN_BATCH_TOKENS=512
@@ -26,7 +23,7 @@ legal_ttt_exact val_loss:6.10000000 val_bpb:2.90000000
 
 
 def plot(*args):
-    return subprocess.run([sys.executable, str(ROOT / "tools" / "plot.py"), *map(str, args)], capture_output=True, text=True)
+    return tool("tools.plot", *args)
 
 
 def written(tmp_path, name="a", **changes):
@@ -39,7 +36,7 @@ def written(tmp_path, name="a", **changes):
 
 
 def test_logs_are_read_as_written(tmp_path):
-    run = tool.read_log(written(tmp_path))
+    run = loglines.read_curve(written(tmp_path))
     assert run.points == {"train": [(1, 10 / 60_000, 6.9), (2, 20 / 60_000, 6.4)], "val": [(2, 20 / 60_000, 6.5)]}
     assert (run.bpb, run.variant, run.seed, run.overrides["TRAIN_BATCH_TOKENS"]) == (2.9, "smoke", 7, "512")
 
@@ -49,20 +46,19 @@ def test_several_logs_make_one_picture(tmp_path, monkeypatch):
     done = plot(*paths, "-o", tmp_path / "curve.png")
     assert done.returncode == 0, done.stderr
     monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, paths), "-o", str(tmp_path / "curve.svg")])
-    tool.main()
+    tools.plot.main()
     for suffix, magic in (("png", b"\x89PNG"), ("svg", b"<?xml")):
         assert (tmp_path / f"curve.{suffix}").read_bytes().startswith(magic) and (tmp_path / f"curve.{suffix}").stat().st_size > 5000
 
 
-@pytest.mark.parametrize("tool, args", [("plot.py", ["a.txt", "-o"]), ("pack.py", ["a.py", "-o"])])
-def test_a_disk_that_is_full_leaves_the_old_file(tmp_path, tool, args):
+@pytest.mark.parametrize("module, args", [("tools.plot", ["a.txt", "-o"]), ("tools.record.pack", ["a.py", "-o"])])
+def test_a_disk_that_is_full_leaves_the_old_file(tmp_path, module, args):
     written(tmp_path)
     (tmp_path / "a.py").write_text("x = 1\n" * 50)
     (out := tmp_path / "curve.png").write_bytes(b"an earlier one")
     before = sorted(tmp_path.iterdir())
-    done = subprocess.run([sys.executable, str(ROOT / "tools" / tool), *args, out.name], cwd=tmp_path, capture_output=True, text=True,
-                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (99, 99)), env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"})
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"{tool}: cannot write curve.png: File too large\n")
+    done = tool(module, *args, out.name, cwd=tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (99, 99)))
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"{module}: cannot write curve.png: File too large\n")
     assert sorted(tmp_path.iterdir()) == before and out.read_bytes() == b"an earlier one"
 
 
@@ -73,13 +69,13 @@ def test_what_cannot_be_read_is_told_in_one_line(tmp_path, content, words):
         path.mkdir()
     elif content:
         path.write_bytes(content)
-    with pytest.raises(tool.Refused, match=f"^cannot read {path}: {words}$"):
-        tool.read_log(path)
+    with pytest.raises(tools.plot.Refused, match=f"^cannot read {path}: {words}$"):
+        loglines.read_curve(path)
 
 
 def test_curves_can_be_told_apart_without_color(tmp_path):
-    run = tool.read_log(written(tmp_path))
-    figure = tool.draw_curves({str(i): [run] for i in range(36)}, ["step", "minutes"])
+    run = loglines.read_curve(written(tmp_path))
+    figure = tools.plot.draw_curves({str(i): [run] for i in range(36)}, ["step", "minutes"])
     assert [panel.get_xlabel() for panel in figure.axes] == ["step", "training time, minutes"]
     for panel in figure.axes:
         looks = {(line.get_marker(), line.get_linestyle(), line.get_markerfacecolor() == "white") for line in panel.lines}
@@ -88,22 +84,22 @@ def test_curves_can_be_told_apart_without_color(tmp_path):
 
 @pytest.mark.parametrize("by, x", [("step", [1, 2]), ("minutes", [10 / 60_000, 20 / 60_000]), ("tokens", [512e-6, 1024e-6])])
 def test_the_axis_counts_what_it_says(tmp_path, by, x):
-    panel, = tool.draw_curves({"a": [tool.read_log(written(tmp_path))]}, [by]).axes
+    panel, = tools.plot.draw_curves({"a": [loglines.read_curve(written(tmp_path))]}, [by]).axes
     assert [*panel.lines[0].get_xdata()] == pytest.approx(x) and [*panel.lines[0].get_ydata()] == [6.9, 6.4]
 
 
 def test_tokens_come_from_the_variant_where_nothing_overrides_them(tmp_path):
-    run = tool.read_log(written(tmp_path, **{" TRAIN_BATCH_TOKENS=512": ""}))
-    assert tool.batch_tokens(run) == t.VARIANTS["smoke"]["train_batch_tokens"]
-    with pytest.raises(tool.Refused, match="VARIANT=old must be"):
-        tool.batch_tokens(tool.read_log(written(tmp_path, smoke="old")))
+    run = loglines.read_curve(written(tmp_path, **{" TRAIN_BATCH_TOKENS=512": ""}))
+    assert tools.plot.batch_tokens(run) == t.VARIANTS["smoke"]["train_batch_tokens"]
+    with pytest.raises(tools.plot.Refused, match="VARIANT=old must be"):
+        tools.plot.batch_tokens(loglines.read_curve(written(tmp_path, smoke="old")))
 
 
 def test_a_group_is_the_mean_and_the_band_of_the_steps_that_all_its_runs_have(tmp_path):
-    runs = [tool.read_log(path) for path in (
+    runs = [loglines.read_curve(path) for path in (
         written(tmp_path, "a"), written(tmp_path, "b", **{"=7": "=8", ":7": ":8", "6.4000": "5.0000", ":20ms": ":40ms"}),
         written(tmp_path, "c", **{"=7": "=9", ":7": ":9", "step:1/9": "step:0/9", "6.4000": "6.0000"}))]
-    panel, = tool.draw_curves(tool.by_variant(runs), ["minutes"]).axes
+    panel, = tools.plot.draw_curves(tools.plot.by_variant(runs), ["minutes"]).axes
     train, val = panel.lines
     assert [*train.get_xdata()] == pytest.approx([(20 + 40 + 20) / 3 / 60_000]) and [*train.get_ydata()] == pytest.approx([(6.4 + 5 + 6) / 3])
     band = panel.collections[0].get_paths()[0].vertices[:, 1]
@@ -112,17 +108,17 @@ def test_a_group_is_the_mean_and_the_band_of_the_steps_that_all_its_runs_have(tm
 
 
 def test_runs_that_are_no_seeds_of_one_variant_are_not_averaged(tmp_path):
-    run, other = tool.read_log(written(tmp_path)), written(tmp_path, "b", **{"=7": "=8", ":7": ":8", "=512": "=256"})
-    with pytest.raises(tool.Refused, match="both smoke, differ in nothing, not even the seed"):
-        tool.by_variant([run, tool.read_log(written(tmp_path, "c"))])
+    run, other = loglines.read_curve(written(tmp_path)), written(tmp_path, "b", **{"=7": "=8", ":7": ":8", "=512": "=256"})
+    with pytest.raises(tools.plot.Refused, match="both smoke, differ in nothing, not even the seed"):
+        tools.plot.by_variant([run, loglines.read_curve(written(tmp_path, "c"))])
     done = plot(run.path, other, "--group", "-o", tmp_path / "x.png")
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and not (tmp_path / "x.png").exists()
-    assert done.stderr.startswith("plot.py: ") and "differ in SEED, TRAIN_BATCH_TOKENS" in done.stderr
+    assert done.stderr.startswith("tools.plot: ") and "differ in SEED, TRAIN_BATCH_TOKENS" in done.stderr
 
 
 def test_stages_are_the_scores_of_the_logs_with_their_spread():
     paths = [FIVE / f"{name}.txt" for name in ("pr490-1", "pr150-3", "pr490-2")]
-    first, second = tool.draw_stages(tool.by_variant([tool.runlog.read_log(path) for path in paths])).axes
+    first, second = tools.plot.draw_stages(tools.plot.by_variant([loglines.read_scored(path) for path in paths])).axes
     assert (first.get_title(), second.get_title()) == ("pr490, 2 seeds", "pr150, 1 seed")
     texts = [paths[at].read_text() for at in (0, 2)]
     scores = [[float(bpb) for bpb in re.findall(r"^DIAGNOSTIC.* val_bpb:(\S+)", text, re.M)] + [*finals(text).values()] for text in texts]
@@ -139,9 +135,9 @@ def test_the_bars_of_an_artifact_add_up_to_it(cfg, tmp_path):
     model = make_model(cfg)
     weights = {name: p.detach() for name, p in model.named_parameters()}
     path = tmp_path / "model.ptz"
-    path.write_bytes(t.pack(t.quantize(weights, t.coding_plans(weights, t.grids(model, cfg), cfg)), False, cfg))
-    found = inspect_artifact.contents(path, ROOT / "train_gpt.py")
-    panel, = tool.draw_artifact(path).axes
+    path.write_bytes(t.pack(t.quantize(weights, t.coding_plans(weights, t.grids(model, cfg), cfg, {})), False, cfg))
+    found = inspect.contents(path, ROOT / "train_gpt.py")
+    panel, = tools.plot.draw_artifact(path).axes
     widths = [bar.get_width() for bar in panel.patches]
     assert sum(widths[::2]) == found["raw"] and sum(widths[1::2]) == pytest.approx(found["estimate"], abs=1)
     names = [label.get_text() for label in panel.get_yticklabels()]
@@ -150,19 +146,20 @@ def test_the_bars_of_an_artifact_add_up_to_it(cfg, tmp_path):
 
 
 @pytest.mark.parametrize("text, options, words", [
-    ("nothing", (), "is it a log"), (LOG + LOG, (), "step 1 comes after step 2; are there two logs"), (LOG, ("--stages",), "is missing"),
+    ("nothing", (), "is it a log"), (LOG + LOG, (), "step 1 comes after step 2; are there two logs"),
+    (LOG, ("--stages",), "has one line of the raw score, this one none"),
     (LOG, ("--stages", "--by", "step"), "give logs"), (LOG, ("--artifact", "x.ptz"), "give logs"), (LOG, ("-o", "x.txt"), "must end in .png")])
 def test_what_cannot_be_drawn_is_told_in_one_line(tmp_path, monkeypatch, capsys, text, options, words):
     (tmp_path / "x.txt").write_text(text)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["plot.py", "x.txt", "-o", "x.png", *options])
-    with pytest.raises(tool.Refused, match=words) as refused:
-        tool.main()
+    with pytest.raises(tools.plot.Refused, match=words) as refused:
+        tools.plot.main()
     assert "\n" not in str(refused.value) and [path.name for path in tmp_path.iterdir()] == ["x.txt"] and (tmp_path / "x.txt").read_text() == text
 
 
 def test_a_bad_artifact_is_told_in_one_line(tmp_path):
     (tmp_path / "x.ptz").write_bytes(b"no artifact")
-    with pytest.raises(tool.Refused, match=r"artifact .*x\.ptz: ") as refused:
-        tool.draw_artifact(tmp_path / "x.ptz")
+    with pytest.raises(tools.plot.Refused, match=r"artifact .*x\.ptz: ") as refused:
+        tools.plot.draw_artifact(tmp_path / "x.ptz")
     assert "\n" not in str(refused.value)

@@ -7,12 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import encode
-import forked
 import numpy as np
 import pytest
 import sentencepiece
 import zstandard
 from conftest import ROOT, prepare, write_json_lines
+from helpers import forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,7 +21,7 @@ import train_gpt as t
 
 def cli(*args, check=True, before=""):
     """The command line in a process of its own; `before` is a statement that changes it for a test."""
-    code = f"import sys; sys.path[:0] = [{str(ROOT / 'data')!r}]; import encode, os, prepare; {before}\nprepare.command_line()"
+    code = f"import encode, os, prepare; {before}\nprepare.command_line()"
     done = forked.python([*(["-c", code] if before else [ROOT / "data" / "prepare.py"]), *args], os.environ)
     assert not check or done.returncode == 0, done.stderr
     return done
@@ -446,5 +446,5 @@ def test_a_name_of_the_contests_must_hold_its_validation_split(dataset, tmp_path
 
 def test_the_speed_tool_compares_both_on_the_same_documents(made, dataset):
     args = [made[0] / "docs.jsonl.zst", "--tokenizer", dataset["TOKENIZER_PATH"], "--docs", 30, "--turns", 1]
-    done = forked.python([ROOT / "tools" / "speed.py", *args], os.environ)
+    done = forked.python([ROOT / "data" / "speed.py", *args], os.environ)
     assert done.returncode == 0 and "30 documents, " in done.stdout and "documents/min" in done.stdout and "turn 1: tokenize" in done.stdout, done.stderr

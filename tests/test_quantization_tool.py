@@ -1,14 +1,11 @@
-"""tools/quantization.py on the checkpoint of a tiny run."""
+"""tools.model.quantization on the checkpoint of a tiny run."""
 
-import sys
 
 import pytest
-from conftest import ROOT, run
+from conftest import run
 
 import train_gpt as t
-
-sys.path.insert(0, str(ROOT / "tools"))
-import quantization  # noqa: E402
+from tools.model import quantization
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,12 @@ import dataclasses
 import json
 import re
 import statistics
-import sys
 
 import pytest
 from conftest import ROOT, finals
 
 import train_gpt as t
+from tools import table
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line.split("#")[0].strip() for line in README.splitlines() if line.startswith("    ")]
@@ -67,9 +67,6 @@ def test_every_score_in_the_readme_is_in_a_log():
 
 
 def measured_table():
-    sys.path.insert(0, str(ROOT / "tools"))
-    import table
-
     return table.table([table.read(path) for path in sorted((ROOT / "logs" / "five").glob("*.txt"))]).splitlines()
 
 

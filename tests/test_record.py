@@ -1,45 +1,43 @@
-"""tools/record.py on three real runs: what it writes is what the logs say, and what does not fit together is refused."""
+"""tools.record on three real runs: what it writes is what the logs say, and what does not fit together is refused."""
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import re
 import shlex
 import shutil
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, finals, run
+from conftest import ROOT, finals, run, tool
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt as t
-
-sys.path.insert(0, str(ROOT / "tools"))
-import record  # noqa: E402
-import runlog  # noqa: E402
+from tools import runlog, table
+from tools.files import Refused
+from tools.record import checks, command, pack, significance
 
 SCRIPT = ROOT / "train_gpt.py"
 ARGS = ["--script", str(SCRIPT), "--name", "Three seeds", "--date", "2026-04-30"]
-FREE = ("warmup_step", "late_qat", "quantize_and_pack")  # lines to which no other number is bound
+FREE = ("warmup_step", "late_qat")  # lines to which no other number is bound
 
 
 @pytest.fixture(scope="module", autouse=True)
 def resolve_once():
     """The script is asked once for each set of overrides: to import torch takes seconds."""
-    resolve, known = record.resolve, {}
+    resolve, known = checks.resolve, {}
 
     def once(script, log):
         key = (script, *sorted(log.overrides.items()))
         return known[key] if key in known else known.setdefault(key, resolve(script, log))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(record, "resolve", once)
+        patch.setattr(checks, "resolve", once)
         yield
 
 
@@ -64,6 +62,30 @@ def texts(folder):
     return [(folder / seed / "logs" / f"seed{seed}.txt").read_text() for seed in "123"]
 
 
+def facts_of(text):
+    return json.loads(text.splitlines()[-1].removeprefix("RESULT "))
+
+
+def resulting(text, facts):
+    """The log with these facts in its RESULT line, and no other line changed."""
+    return "\n".join([*text.splitlines()[:-1], f"RESULT {json.dumps(facts)}", ""])
+
+
+def forged(text, **changed):
+    """The log that a run with other facts would have left: each line that tells of one is written anew."""
+    (*rows, _), old = text.splitlines(), facts_of(text)
+    for before, after in zip(runlog.lines_of(old), runlog.lines_of(old | changed), strict=True):
+        pattern = re.compile("(.+)".join(map(re.escape, before.split(runlog.ANY))))
+        at, match = next((i, match) for i, row in enumerate(rows) if (match := pattern.fullmatch(row)))
+        rows[at] = "".join(itertools.chain(*itertools.zip_longest(after.split(runlog.ANY), match.groups(), fillvalue="")))
+    return resulting("\n".join([*rows, "", ""]), old | changed)
+
+
+def overridden(text, **overrides):
+    """The log of a run with other overrides; None takes one away."""
+    return forged(text, overrides={name: value for name, value in (facts_of(text)["overrides"] | overrides).items() if value is not None})
+
+
 @pytest.fixture
 def write(tmp_path):
     """Writes texts as logs and returns their paths."""
@@ -77,10 +99,10 @@ def write(tmp_path):
 
 
 def refusal(paths, tmp_path, *args):
-    """The line that record.py refuses these logs with; nothing may have been written."""
+    """The line that tools.record refuses these logs with; nothing may have been written."""
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(record.Refused) as refused:
-        record.main([*map(str, paths), *ARGS, "--out", str(tmp_path / "out"), *args])
+    with pytest.raises(Refused) as refused:
+        command.main([*map(str, paths), *ARGS, "--out", str(tmp_path / "out"), *args])
     assert sorted(tmp_path.rglob("*")) == before and "\n" not in str(refused.value)
     return str(refused.value)
 
@@ -95,7 +117,7 @@ def line_of(text, start):
 def written(folder, tmp_path_factory):
     """The folder of the three logs, given in no order."""
     logs, out = [str(folder / seed / "logs" / f"seed{seed}.txt") for seed in "312"], tmp_path_factory.mktemp("out")
-    path = record.main([*logs, *ARGS, "--out", str(out), "--against", "2.9,3.0,3.2"])
+    path = command.main([*logs, *ARGS, "--out", str(out), "--against", "2.9,3.0,3.2"])
     assert path == out / "2026-04-30_Three_seeds"
     return path
 
@@ -113,9 +135,10 @@ def test_the_folder_holds_what_ran(written, folder):
 
 
 def without_places(text, seed, folder):
-    """A log of `folder` as record.py publishes it: its places are all absolute paths below the folder's parent."""
+    """A log of `folder` as tools.record publishes it: its places are all absolute paths below the folder's parent."""
     text = text.replace(f"OUTPUT_DIR={folder}/{seed} ", "OUTPUT_DIR=/path/to ").replace(f":{folder}/{seed}/logs/", ":/path/to/")
-    return re.sub(rf"([=:]){folder.parent}/(?:\w+/)*", r"\1/path/to/", text)
+    text = text.replace(f'"OUTPUT_DIR": "{folder}/{seed}"', '"OUTPUT_DIR": "/path/to"')
+    return re.sub(rf'([=:]|: "){folder.parent}/(?:\w+/)*', r"\1/path/to/", text)
 
 
 def test_nothing_in_the_folder_tells_of_a_machine_or_its_user(written, folder):
@@ -129,20 +152,22 @@ def test_nothing_in_the_folder_tells_of_a_machine_or_its_user(written, folder):
 def test_a_published_log_is_read_as_the_same_run(written, folder):
     for seed in "123":
         ours, theirs = (runlog.read_log(path) for path in (written / f"train_seed{seed}.log", folder / seed / "logs" / f"seed{seed}.txt"))
-        other = dict(path=None, text=None, places=None, overrides=None)
+        other = dict(path=None, text=None, overrides=None)
         assert dataclasses.replace(ours, **other) == dataclasses.replace(theirs, **other) and ours.public() == ours.text
         assert {name: value.rpartition("/")[2] for name, value in ours.overrides.items() if name != "OUTPUT_DIR"} == {
             name: value.rpartition("/")[2] for name, value in theirs.overrides.items() if name != "OUTPUT_DIR"}
 
 
 def test_places_with_spaces_and_checkpoints_are_seen_and_relative_ones_stay(texts, tmp_path):
-    text = re.sub("(?<=overrides: ).*", "VARIANT=smoke SEED=1 OUTPUT_DIR=/home/ann DATA_PATH=/home/ann/my data/it TOKENIZER_PATH=../it.model", texts[0])
+    text = forged(texts[0], overrides=dict(
+        VARIANT="smoke", SEED="1", OUTPUT_DIR="/home/ann", DATA_PATH="/home/ann/my data/it", TOKENIZER_PATH="../it.model"))
     text = re.sub(r"^artifact:\S+", "artifact:/home/ann/x y.ptz", text, flags=re.M)
     text = re.sub(r"^log:.*", "log:logs/a.txt artifact:/home/ann/x y.ptz", text, flags=re.M)
     text = re.sub(r"^averaging:", "checkpoint:/home/ann/c.ptz averaging:ema updates:10\naveraging:", text, flags=re.M)
     (path := tmp_path / "log.txt").write_text(text)
     want = text.replace("=/home/ann ", "=/path/to ").replace("=/home/ann/my data/", "=/path/to/").replace(":/home/ann/", ":/path/to/")
-    assert text.count("/home/ann") == 5 and runlog.read_log(path).public() == want and "/home" not in want
+    want = want.replace('"/home/ann"', '"/path/to"').replace('"/home/ann/my data/', '"/path/to/')
+    assert text.count("/home/ann") == 7 and runlog.read_log(path).public() == want and "/home" not in want
 
 
 def test_submission_says_what_the_logs_say_to_the_last_digit(written, folder, texts):
@@ -209,30 +234,24 @@ def test_a_reviewer_can_run_the_folder_by_its_command(written, tmp_path, texts, 
 
 def test_a_run_as_a_record_must_be(write, texts, tmp_path):
     """The same logs as if 8 H100 had scored the contest's text: the track, the command, and no excuse in the page."""
-    path = record.main([*map(str, write([as_contest(text) for text in texts])), *ARGS, "--out", str(tmp_path / "out"), "--author", "A. Nonymous"])
+    path = command.main([*map(str, write([as_contest(text) for text in texts])), *ARGS, "--out", str(tmp_path / "out"), "--author", "A. Nonymous"])
     it, page = json.loads((path / "submission.json").read_text()), (path / "README.md").read_text()
     assert it["track"] == "10min_16mb" and it["hardware"] == "8x NVIDIA H100 80GB HBM3" and all(it["compliance"].values())
     assert it["author"] == "A. Nonymous" and "Not a record" not in page and "torchrun --standalone --nproc_per_node=8 train_gpt.py" in page
 
 
-def as_contest(text, dataset="fineweb10B_sp1024", targets=62_021_849, size=151_080_891):
+def as_contest(text, dataset="fineweb10B_sp1024", targets=62_021_849, size=151_080_891, limit=None):
     """The log of another machine, with its lines on memory, and of another text, every val_bpb computed again."""
-    exact = {f"{float(loss):.4f}": float(loss) for loss in re.findall(r"_exact val_loss:(\S+)", text)}
-
-    def bpb(match):
-        value = exact.get(match[2], float(match[2])) * targets / size / math.log(2)
-        return f"{match[1]}{match[2]}{match[3]}{value:.{len(match[4].split('.')[1])}f}"
-
-    text = text.replace("device:cpu x1 world_size:1", "device:NVIDIA H100 80GB HBM3 world_size:8").replace("dataset:tiny", f"dataset:{dataset}")
-    text = text.replace(" VAL_MAX_TOKENS=300", "")
+    ratio = targets / size / math.log(2)
+    scores = {stage: score | dict(bpb=score["loss"] * ratio) for stage, score in facts_of(text)["scores"].items()}
+    text = forged(overridden(text, VAL_MAX_TOKENS=limit), scores=scores, dataset=dataset, targets=targets, bytes=size,
+                  device="NVIDIA H100 80GB HBM3", world_size=8)
     text = re.sub(r"^(?:averaging:|total_eval_time:).*", r"\g<0>\npeak memory allocated: 20001 MiB reserved: 21002 MiB", text, flags=re.M)
-    text = re.sub(r"val_loader:\S+ \S+", f"val_loader:tokens:{targets} bytes:{size}", text)
-    text = re.sub(r"bytes_per_token:.*", f"bytes_per_token:{size / targets:.6f} targets:{targets} bytes:{size}", text)
-    return re.sub(r"(val_loss:|^(?:raw|averaged|final_\w+|legal_ttt) +)([\d.]+)( val_bpb:| +)([\d.]+)", bpb, text, flags=re.M)
+    return re.sub(r"(^step:\S+ val_loss:)(\S+)( val_bpb:)\S+", lambda m: f"{m[1]}{m[2]}{m[3]}{float(m[2]) * ratio:.4f}", text, flags=re.M)
 
 
 def test_the_packed_script_is_what_is_shipped_and_counted_and_runs(write, texts, tmp_path, folder, dataset):
-    path = record.main([*map(str, write(texts)), *ARGS, "--out", str(tmp_path / "out"), "--pack"])
+    path = command.main([*map(str, write(texts)), *ARGS, "--out", str(tmp_path / "out"), "--pack"])
     it, page, shipped = json.loads((path / "submission.json").read_text()), (path / "README.md").read_text(), (path / "train_gpt.py").read_bytes()
     size, models = len(shipped), [(folder / seed / "final_model.int6.ptz").stat().st_size for seed in "123"]
     assert size < len(SCRIPT.read_bytes()) / 2 and it["bytes_code"] == size
@@ -247,16 +266,9 @@ def test_the_packed_script_is_what_is_shipped_and_counted_and_runs(write, texts,
 
 def test_a_script_that_was_packed_before_it_ran_is_recorded_without_packing(write, texts, tmp_path):
     """Its logs count the bytes that are shipped; its folder need not have a requirements.txt."""
-    import pack
-
     (script := tmp_path / "train_gpt.py").write_bytes(packed := pack.pack_source(SCRIPT.read_bytes()))
-    code, sha256 = SCRIPT.stat().st_size, hashlib.sha256(packed).hexdigest()
-    logs = []
-    for text in texts:
-        model = int(found(r"^code \d+ \+ model (\d+)", text))
-        text = re.sub("sha256:[0-9a-f]+", f"sha256:{sha256}", text)
-        logs.append(re.sub(rf"\b{code}\b", str(len(packed)), re.sub(rf"\b{code + model}\b", str(len(packed) + model), text)))
-    path = record.main([*map(str, write(logs)), *ARGS, "--script", str(script), "--out", str(tmp_path / "out")])
+    logs = [forged(text, source_sha256=hashlib.sha256(packed).hexdigest(), code_bytes=len(packed)) for text in texts]
+    path = command.main([*map(str, write(logs)), *ARGS, "--script", str(script), "--out", str(tmp_path / "out")])
     assert (path / "train_gpt.py").read_bytes() == packed and "it is packed" not in (path / "README.md").read_text()
     assert (path / "requirements.txt").read_bytes() == (ROOT / "requirements.txt").read_bytes()
     assert json.loads((path / "submission.json").read_text())["bytes_code"] == len(packed)
@@ -266,12 +278,12 @@ def test_one_log_and_one_file(write, texts, tmp_path):
     (logs := tmp_path / "logs").mkdir()
     (logs / "a.txt").write_text(texts[0])
     out = tmp_path / "submission.json"
-    assert record.main([str(logs / "a.txt"), *ARGS, "--non-record", "--submission-only", str(out)]) == out
+    assert command.main([str(logs / "a.txt"), *ARGS, "--non-record", "--submission-only", str(out)]) == out
     it = json.loads(out.read_text())
     assert it["val_bpb"] == finals(texts[0])["legal_ttt"] and it["val_bpb_std"] is None and it["logs"] == ["logs/a.txt"] and it["seeds"] == [1]
     assert "1 seed(s)" in it["track"] and sorted(p.name for p in tmp_path.iterdir()) == ["logs", "submission.json"]
     (tmp_path / "other").mkdir()
-    record.main([str(logs / "a.txt"), *ARGS, "--non-record", "--submission-only", str(tmp_path / "other" / "s.json")])
+    command.main([str(logs / "a.txt"), *ARGS, "--non-record", "--submission-only", str(tmp_path / "other" / "s.json")])
     assert json.loads((tmp_path / "other" / "s.json").read_text()) == it | dict(logs=["a.txt"])  # no way through local folders
     kept = out.read_bytes()
     (logs / "a.txt").write_text(texts[0][:-1])
@@ -306,23 +318,33 @@ def without(*starts):
     return lambda text: "".join(line for line in text.splitlines(True) if not line.startswith(starts))
 
 
-def took(seconds, steps=12):
-    """A run whose training took so long and so many steps, with all numbers that follow from it."""
-    ended = f"training ended: step:{steps}/12 train_time:{1000 * seconds}ms step_avg:{1000 * seconds / steps:.2f}ms"
-    return lambda text: re.sub(r"^training ended.*", ended, text, flags=re.M)
+def told(**changed):
+    """Other facts, in every line that tells of them."""
+    return lambda text: forged(text, **changed)
 
 
-def model_of(size):
-    """A run whose model has so many bytes, wherever they are counted."""
+def set_to(**overrides):
+    return lambda text: overridden(text, **overrides)
+
+
+def scored(**changed):
+    """Another score of test-time training, in its lines, in the table and in RESULT."""
     def mutate(text):
-        code, model = map(int, re.search(r"^code (\d+) \+ model (\d+)", text, re.M).groups())
-        return re.sub(rf"\b{model}\b", str(size), re.sub(rf"\b{code + model}\b", str(code + size), text))
+        scores = facts_of(text)["scores"]
+        return forged(text, scores=scores | dict(legal_ttt=scores["legal_ttt"] | {key: change(scores["legal_ttt"][key]) for key, change in changed.items()}))
 
     return mutate
 
 
-def again(text):
-    return text + text
+def another_seed(text):
+    """That of the first log, wherever a seed stands."""
+    return forged(overridden(text, SEED="1"), seed=1)
+
+
+def without_adaptation(text):
+    """A whole log of a run that scored twice, of the settings of one that scored three times."""
+    facts = facts_of(text)
+    return resulting(without("legal_ttt")(text), facts | dict(scores={k: v for k, v in facts["scores"].items() if k != "legal_ttt"}))
 
 
 def lowered(text):
@@ -337,55 +359,83 @@ def swapped(text):
     return re.sub(r"^(final_int6_roundtrip_exact.*\n)(final_int6_sliding_window .*\n)", r"\2\1", text, flags=re.M)
 
 
+def earlier(text):
+    """Step 7 a millisecond after the start, with the average that this makes."""
+    return re.sub(r"^(step:7/12 train.*) train_time:\S+ step_avg:\S+", r"\1 train_time:1ms step_avg:0.14ms", text, flags=re.M)
+
+
 def nearby(text):
     """Another number that rounds to the same four digits, so that the rounded line still follows from it."""
     lower = f"{float(text) - 1e-6:.8f}"
     return lower if f"{float(lower):.4f}" == f"{float(text):.4f}" else f"{float(text) + 1e-6:.8f}"
 
 
-
+BY = "but by the RESULT line '{}.* must stand here"
 REFUSALS = {
-    "another rate": (lambda s: s.replace("ITERATIONS=12", "ITERATIONS=12 MATRIX_LR=0.03"), "variant:", "MATRIX_LR=0.03, but \\(default\\) in .*0.txt"),
-    "another value": (lambda s: s.replace("VAL_MAX_TOKENS=300", "VAL_MAX_TOKENS=301"), "variant:", "VAL_MAX_TOKENS=301, but 300 in"),
-    "another variant": (lambda s: s.replace("smoke", "demo"), "variant:", "VARIANT=demo, but smoke in"),
-    "another machine": (lambda s: s.replace("device:cpu x1", "device:cpu x2"), "device:", "device cpu x2, but cpu x1 in"),
-    "another torch": (lambda s: s.replace("torch:2", "torch:3"), "python:", "versions .*torch:3"),
-    "another text": (lambda s: s.replace("dataset:tiny", "dataset:huge"), "train_loader:", "dataset huge, but tiny in"),
-    "another seed in the header": (lambda s: s.replace("smoke seed:2 over", "smoke seed:4 over"), "variant:", "seed is 4, but .* say 2"),
-    "the seed of another": (lambda s: s.replace("seed:2", "seed:1").replace("SEED=2", "SEED=1"), "variant:", "seed 1 is that of .*0.txt"),
-    "another script": (lambda s: re.sub("sha256:....", "sha256:0000", s), "source:", "written by source 0000.* but .*train_gpt.py is"),
-    "a header field": (lambda s: s.replace("device:cpu x1", "device:cpu x1 temperature:40", 1).replace("numpy:", "pandas:1.0 numpy:"), "python:", "pandas:1.0"),
-    "a line": (lambda s: s.replace("model_params", "note:tuned on the test\nmodel_params"), "model_params", "no line of train_gpt.py.*note:"),
-    "no sliding window": (without("final_int6_sliding"), "total_eval", "final_int6_sliding_window .*one is missing"),
-    "no exact line": (without("final_int6_roundtrip_exact"), "total_eval", "one is missing"),
-    "no test-time training": (without("legal_ttt"), "total_eval", "legal_ttt is missing before this line, but TTT_EPOCHS=3"),
-    "no training end": (without("training ended"), "quantize_and_pack", "'training ended' line is missing before this one"),
-    "no row": (without("averaged "), "code 1", "the list of rows above is .*but other lines"),
-    "two logs": (again, "source:", "a 'source' line where none can follow; are there two logs"),
-    "a long training": (took(601), "training ended", "training took 601.000 s, over 600 s"),
-    "a long evaluation": (number(r"total_eval_time:(\d+)ms", lambda ms: 600_001), "total_eval_time", "evaluation took 600.001 s"),
-    "a short evaluation": (number(r"total_eval_time:(\d+)ms", lambda ms: 3), "total_eval_time", "took \\d+ ms, more than all of it"),
-    "a large model": (model_of(15_999_999), "Total", "bytes, \\d+ over 16000000"),
-    "a total": (number(r"^Total .*: (\d+) bytes", lambda n: int(n) - 1), "Total", "code \\+ model is"),
-    "a better score": (number(r"^legal_ttt_exact.*val_bpb:(\S+)", nearby), "legal_ttt_exact", "val_bpb is .*but other numbers"),
-    "a better loss": (number(r"^legal_ttt_exact.*val_loss:(\S+)", nearby), "legal_ttt_exact", "val_bpb is .*but other numbers"),
-    "a better line": (number(r"^legal_ttt val_loss:\S+ val_bpb:(\S+)", lambda x: f"{float(x) - 2e-4:.4f}"), "legal_ttt ", "val_bpb is"),
-    "a better row": (number(r"^legal_ttt  +\S+ +(\S+)", lambda x: f"{float(x) - 1e-4:.4f}"), "legal_ttt    ", "val_bpb is"),
-    "more bytes": (number(r"^bytes_per_token.*bytes:(\d+)$", lambda n: int(n) + 1), "bytes_per_token", "number of bytes is"),
+    "another rate": (set_to(MATRIX_LR="0.03"), "variant:", "MATRIX_LR=0.03, but \\(default\\) in .*0.txt"),
+    "another rate in the header": (lambda s: s.replace("ITERATIONS=12", "ITERATIONS=12 MATRIX_LR=0.03"), "variant:", BY.format("variant:")),
+    "another value": (set_to(VAL_MAX_TOKENS="301"), "variant:", "VAL_MAX_TOKENS=301, but 300 in"),
+    "another variant": (lambda s: forged(overridden(s, VARIANT="demo"), variant="demo"), "variant:", "VARIANT=demo, but smoke in"),
+    "another machine": (told(device="cpu x2"), "device:", "device cpu x2, but cpu x1 in"),
+    "another machine in the header": (lambda s: s.replace("device:cpu x1", "device:cpu x2"), "device:", BY.format("device:cpu x1")),
+    "another torch": (lambda s: forged(s, versions=facts_of(s)["versions"] | dict(torch="3.0")), "python:", "software .*torch:3"),
+    "another text": (told(dataset="huge"), "train_loader:", "dataset huge, but tiny in"),
+    "another seed": (told(seed=4), "RESULT", "seed is 4, but 2 among the overrides"),
+    "another seed in the header": (lambda s: s.replace("smoke seed:2 over", "smoke seed:4 over"), "variant:", BY.format("variant:smoke seed:2")),
+    "the seed of another": (another_seed, "variant:", "seed 1 is that of .*0.txt"),
+    "another script": (told(source_sha256="0" * 64), "source:", "written by source 0000.* but .*train_gpt.py is"),
+    "another script in the header": (lambda s: re.sub("sha256:....", "sha256:0000", s), "source:", BY.format("source:")),
+    "a header field": (lambda s: s.replace("numpy:", "pandas:1.0 numpy:"), "python:", "pandas:1.0"),
+    "a line": (lambda s: s.replace("model_params", "note:tuned on the test\nmodel_params"), "note:", "note:.*" + BY.format("model_params")),
+    "another score": (lambda s: s.replace("step:5/", "legal_ttt val_loss:1.0000 val_bpb:1.0000 eval_time:1ms\nstep:5/"), "legal_ttt val_loss:1.0", BY[:3]),
+    "no sliding window": (without("final_int6_sliding"), "legal_ttt val", BY.format("final_int6_sliding_window ")),
+    "no exact line": (without("final_int6_roundtrip_exact"), "final_int6_sliding_window ", BY.format("final_int6_roundtrip_exact")),
+    "no lines of test-time training": (without("legal_ttt"), "total_eval", BY.format("legal_ttt ")),
+    "no test-time training": (without_adaptation, "total_eval", "legal_ttt is missing before this line, but TTT_EPOCHS=3"),
+    "no training end": (without("training ended"), "quantize_and_pack", BY.format("training ended")),
+    "no row": (without("averaged "), "final_int6_roundtrip  ", BY.format("averaged ")),
+    "two logs": (lambda s: s + s, "RESULT", "once more; are there two logs"),
+    "two ends of a log": (lambda s: s + "\n".join(["log:a artifact:b", s.splitlines()[-1], ""]), "RESULT", "once more; are there two logs"),
+    "two beginnings": (lambda s: s.splitlines(True)[0] + s, "source:", "once more; are there two logs"),
+    "a RESULT between": (lambda s: s.replace("model_params", s.splitlines()[-1] + "\nmodel_params"), "RESULT", "once more; are there two logs"),
+    "no closing line": (without("log:"), "RESULT", BY.format("log:")),
+    "a line after the last": (lambda s: s.replace("\nRESULT", "\nnote:fine\nRESULT"), "note:", "'note:fine', " + BY.format("RESULT ")),
+    "a long training": (told(train_seconds=601.0), "training ended", "training took 601.000 s, over 600 s"),
+    "a long evaluation": (told(eval_seconds=600.001), "total_eval_time", "evaluation took 600.001 s"),
+    "a short evaluation": (told(eval_seconds=0.003), "RESULT", "took \\S+ s, all of it 0.003 s"),
+    "a large model": (told(model_bytes=15_999_999), "Total", "bytes, \\d+ over 16000000"),
+    "a total": (number(r"^Total .*: (\d+) bytes", lambda n: int(n) - 1), "Total", BY.format("Total")),
+    "a score": (scored(bpb=lambda x: x - 1e-8), "RESULT", "the bpb of legal_ttt is .*but loss, targets and bytes make it"),
+    "a loss": (scored(loss=lambda x: x - 1e-8), "RESULT", "the bpb of legal_ttt is .*but loss, targets and bytes make it"),
+    "a better score": (number(r"^legal_ttt_exact.*val_bpb:(\S+)", nearby), "legal_ttt_exact", BY.format("legal_ttt_exact")),
+    "a better loss": (number(r"^legal_ttt_exact.*val_loss:(\S+)", nearby), "legal_ttt_exact", BY.format("legal_ttt_exact")),
+    "a better line": (number(r"^legal_ttt val_loss:\S+ val_bpb:(\S+)", lambda x: f"{float(x) - 2e-4:.4f}"), "legal_ttt ", BY.format("legal_ttt ")),
+    "a better row": (number(r"^legal_ttt  +\S+ +(\S+)", lambda x: f"{float(x) - 1e-4:.4f}"), "legal_ttt    ", BY.format("legal_ttt ")),
+    "more bytes": (number(r"^bytes_per_token.*bytes:(\d+)$", lambda n: int(n) + 1), "bytes_per_token", BY.format("bytes_per_token")),
+    "a better validation": (number(r"^step:10/12 val_loss:\S+ val_bpb:(\S+)", lambda x: f"{float(x) - 1e-3:.4f}"), "step:10/12 val", "val_bpb is"),
     "a lost step": (without("step:7/12 train"), "training ended", "step 7 has no train_loss line"),
     "a lost validation": (without("step:10/12 val"), "training ended", "step 10 has no val_loss line"),
-    "another stride": (lambda s: s.replace("stride:8", "stride:16"), "artifact:", "EVAL_STRIDE is 16, but the settings of the run make it 8"),
-    "a better stage": (lowered, "legal_ttt ", "val_loss is .*but other numbers"),
-    "stages in no order": (swapped, "final_int6_roundtrip_exact", "the place of the exact line"),
-    "another size of the source": (number(r"^source.*bytes:(\d+)", lambda n: int(n) + 1), "Code size", "the size of the code"),
-    "another compressor": (lambda s: s.replace("size int6+zstd", "size int6+lzma"), "Total", "the kind of model is int6\\+lzma"),
-    "another payload": (number(r"payload_ratio:(\S+)x", lambda x: float(x) + 0.02), "Serialized", "payload_ratio is"),
-    "another count of steps": (lambda s: s.replace("step:5/12 ", "step:5/13 "), "step:5/", "number of iterations is 13"),
-    "a step after the end": (took(9, steps=9), "step:10/", "step 10 of a run that ended with step 9 of 12"),
-    "a clock that goes back": (took(0), "training ended", "its time is before that of line"),
-    "a lost warm-up": (lambda s: s.replace("warmup_step:1/1", "warmup_step:2/2", 1), "warmup_step:2/2", "the warm-up step is 2"),
-    "a file that FIT never made": (lambda s: s.replace("quantize_and_pack", "fit:factor 1.0000 bytes:77 of 99\nquantize_and_pack"), "Serialized", "FIT tried"),
-    "fewer iterations": (lambda s: s.replace("/12 ", "/13 "), "training ended", "the list of early stops"),
+    "another stride": (told(eval_stride=16), "artifact:", "EVAL_STRIDE is 16, but the settings of the run make it 8"),
+    "another artifact": (lambda s: s.replace("artifact:", "artifact:/a", 1), "log:", "the artifact is .* further up"),
+    "a better stage": (lowered, "legal_ttt ", BY.format("legal_ttt ")),
+    "stages in no order": (swapped, "final_int6_sliding_window ", BY.format("final_int6_roundtrip_exact")),
+    "another size of the source": (number(r"^source.*bytes:(\d+)", lambda n: int(n) + 1), "source:", BY.format("source:")),
+    "another compressor": (lambda s: s.replace("size int6+zstd", "size int6+lzma"), "Total", BY.format("Total")),
+    "another payload": (number(r"payload_ratio:(\S+)x", lambda x: float(x) + 0.02), "Serialized", BY.format("Serialized")),
+    "another count of steps": (lambda s: s.replace("step:5/12 ", "step:5/13 "), "step:5/", "step 5/13 of a run that ended with 12/12"),
+    "a step after the end": (told(steps=9), "step:10/", "step 10/12 of a run that ended with 9/12"),
+    "a clock that goes back": (earlier, "step:7/", "its step and its time do not follow"),
+    "a step off the clock": (number(r"^step:7/12 train.*step_avg:(\d+)", lambda n: int(n) + 1), "step:7/", "step_avg is"),
+    "an end before the last step": (told(train_seconds=0.0), "step:1/", "its time is after the end of training"),
+    "fewer iterations": (lambda s: s.replace("/12 ", "/13 "), "training ended", BY.format("training ended: step:12/12")),
+    "an end for no reason": (lambda s: forged(s, iterations=13).replace("/12 ", "/13 "), "training ended", "12 of 13 steps, but the clock stopped .* at none"),
+    "no facts": (lambda s: resulting(s, {}), "RESULT", "not the RESULT of a run that trained and was scored: 'source_sha256'"),
+    "no JSON": (lambda s: s.replace("RESULT {", "RESULT "), "RESULT", "not the RESULT of a run"),
+    "brackets": (lambda s: "\n".join([*s.splitlines()[:-1], "RESULT " + "[" * 99_999, ""]), "RESULT", "not the RESULT of a run"),
+    "text for a number": (lambda s: resulting(s, facts_of(s) | dict(seed="2")), "RESULT", "it has 2 as seed"),
+    "no number": (lambda s: resulting(s, facts_of(s) | dict(eval_seconds=math.nan)), "RESULT", "it has nan as eval_seconds"),
+    "no bytes": (lambda s: resulting(s, facts_of(s) | dict(bytes=0)), "RESULT", "not the RESULT of a run"),
+    "a number for text": (lambda s: resulting(s, facts_of(s) | dict(overrides=dict(SEED=2))), "RESULT", "not the RESULT of a run"),
 }
 
 
@@ -395,34 +445,76 @@ def test_a_log_that_does_not_fit_is_refused_at_its_line(write, texts, tmp_path, 
     changed = mutate(texts[1])
     message = refusal(write([texts[0], changed, texts[2]]), tmp_path)
     at = [i for i, line in enumerate(changed.splitlines(), 1) if line.startswith(start)]
-    if case == "a line":
-        at = [at[0] - 1]
     assert changed != texts[1] and any(message.startswith(f"{tmp_path / '1.txt'}:{i}: ") for i in at), (message, at)
     assert re.search(words, message), message
 
 
 def test_what_is_no_log(write, texts, tmp_path):
     paths = write([texts[0], "", "caf\n"])
-    assert refusal(paths, tmp_path).startswith(f"{paths[1]}:1: the 'source' line is missing")
+    assert refusal(paths, tmp_path).startswith(f"{paths[1]}:1: no whole RESULT line ends this log")
+    assert refusal([paths[0], paths[2], paths[1]], tmp_path).startswith(f"{paths[2]}:1: no whole RESULT line ends this log")
     paths[1].write_bytes(texts[1].encode().replace(b"device:", b"\xffdevice:"))
     assert refusal(paths, tmp_path).startswith(f"{paths[1]}:3: not UTF-8")
     assert refusal([tmp_path / "none.txt"], tmp_path) == f"cannot read {tmp_path / 'none.txt'}: No such file or directory"
     assert refusal([], tmp_path) == "give the logs, one for each seed"
 
 
+def test_a_log_of_an_earlier_script_is_refused(tmp_path):
+    path = ROOT / "logs" / "five" / "card-1.txt"
+    assert refusal([path], tmp_path) == f"{path}:{len(path.read_text().splitlines())}: no whole RESULT line ends this log: the run did not finish, " \
+        "the log was cut, or an earlier train_gpt.py wrote it"
+
+
+def test_a_table_takes_its_numbers_from_the_result_and_checks_them(texts, tmp_path):
+    """And from the lines of the stages where there is none: the same."""
+    paths = [tmp_path / name for name in ("new.txt", "old.txt")]
+    for path, text in zip(paths, (texts[0], without("RESULT")(texts[0]))):
+        path.write_text(text)
+    new, old = map(table.read, paths)
+    assert isinstance(new, runlog.RunLog) and not isinstance(old, runlog.RunLog) and table.table([new]) == table.table([old])
+    assert (new.seed, new.overrides, new.total_bytes) == (old.seed, old.overrides, old.total_bytes)
+    paths[0].write_text(re.sub(r"^(model_params:)\d+", r"\g<1>1", texts[0], flags=re.M))
+    with pytest.raises(Refused, match="must stand here"):
+        table.read(paths[0])
+
+
+def test_an_evaluation_alone_is_no_run(folder, texts, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(t.torch.cuda, "is_available", lambda: False)
+    own = dict(EVAL_ONLY="1", ARTIFACT=str(folder / "1" / "final_model.int6.ptz"), RUN_ID="again", OUTPUT_DIR=str(tmp_path / "again"), VAL_MAX_TOKENS="300")
+    t.main([], {name: value for name, value in dataset.items() if name != "VOCAB_SIZE"} | own)
+    path = tmp_path / "again" / "logs" / "again.txt"
+    assert finals(path.read_text()) == finals(texts[0])
+    assert "this is not the RESULT of a run that trained and was scored: 'dataset'" in refusal([path], tmp_path)
+
+
+def test_a_run_that_the_clock_ended_and_what_else_a_log_may_hold(texts, tmp_path):
+    """Lines that the smoke runs do not write, where they stand in other runs."""
+    text = without("step:11/", "step:12/")(forged(texts[0], steps=10, train_seconds=9.0))
+    text = re.sub("^averaging:", "stopping_early: wallclock_cap train_time:8000ms step_avg:800.00ms step:10/12\naveraging: swa took no snapshot, so the last "
+                  "weights stand in\ngptq:collected 9 Hessians from 3 of 4 batches\naveraging:", text, flags=re.M)
+    text = text.replace("device:", "nvidia-smi: ['NVIDIA H100, 580.1, 700 W, 1980 MHz']\ndevice:", 1).replace(
+        "warmup_step:", "WARNING: attention by sdpa, without fa3 (no module)\nwarmup_step:", 1)
+    text = text.replace("quantize_and_pack", "fit:factor 1.0000 bytes:77 of 99\nquantize_and_pack").replace(
+        "final_int6_sliding_window val", "scoring:100/300 running_bpb:3.1000\nfinal_int6_sliding_window val")
+    (path := tmp_path / "log.txt").write_text(text)
+    run = runlog.read_log(path)
+    assert (run.steps, run.iterations, run.train_seconds, run.train_lines[-1]) == (10, 12, 9.0, 10)
+    assert len(text.splitlines()) == len(texts[0].splitlines()) + 7
+
+
 def test_two_seeds_are_no_record(write, texts, tmp_path):
     paths = write(texts[:2])
     assert refusal(paths, tmp_path).startswith(f"{paths[1]}:{line_of(texts[1], 'variant:')}: with this one 2 seed(s)")
-    assert record.main([*map(str, paths), *ARGS, "--out", str(tmp_path / "out"), "--non-record"]).is_dir()
+    assert command.main([*map(str, paths), *ARGS, "--out", str(tmp_path / "out"), "--non-record"]).is_dir()
 
 
 def test_the_settings_must_be_the_scripts(write, texts, tmp_path):
     """What all logs say alike, but their script does not know."""
     script = tmp_path / "script.py"
     script.write_text("import os, sys\nif 'TUND_LR' in os.environ: sys.exit('script.py: TUND_LR is not an option')\nprint('VARIANT=smoke')\n")
-    texts = [re.sub("sha256:[0-9a-f]+", f"sha256:{hashlib.sha256(script.read_bytes()).hexdigest()}", text) for text in texts]
+    texts = [forged(text, source_sha256=hashlib.sha256(script.read_bytes()).hexdigest()) for text in texts]
     for override, words in (("TUNED_LR", f"TUNED_LR is no option of {script}"), ("TUND_LR", f"{script} does not take these settings: script.py: TUND_LR is")):
-        paths = write([re.sub("overrides: .*", f"overrides: VARIANT=smoke {override}=1", text) for text in texts])
+        paths = write([forged(text, overrides={"VARIANT": "smoke", override: "1"}) for text in texts])
         assert refusal(paths, tmp_path, "--script", str(script)).startswith(f"{paths[0]}:4: {words}")
 
 
@@ -437,7 +529,7 @@ def test_bytes_that_are_not_those_of_the_contest(write, texts, tmp_path, changes
 
 
 def test_more_targets_than_the_settings_allow(write, texts, tmp_path):
-    paths = write([as_contest(text).replace("overrides: ", "overrides: VAL_MAX_TOKENS=300 ") for text in texts])
+    paths = write([as_contest(text, limit="300") for text in texts])
     assert refusal(paths, tmp_path).startswith(f"{paths[0]}:6: 62021849 targets, but VAL_MAX_TOKENS=300")
 
 
@@ -462,28 +554,47 @@ def test_halves_of_two_logs_make_no_log(write, texts, tmp_path):
 def test_a_log_cut_anywhere_is_refused(texts, tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "cut.txt"
     path.write_text(texts[0][: data.draw(st.integers(0, len(texts[0]) - 1))])
-    with pytest.raises(runlog.Refused, match=rf"^{path}:\d+: "):
+    with pytest.raises(Refused, match=rf"^{path}:\d+: "):
         runlog.read_log(path)
 
 
-BOUND = ("val_loader", "training ended", "Code size", "Total submission", "DIAGNOSTIC", "final_", "legal_ttt", "bytes_per_token", "raw ", "averaged ",
-         "code ", "stopping_early", "variant:")
+UNBOUND = ("step:", "averaging:", "log:", "RESULT", *FREE)  # lines whose digits no fact tells, and the facts
 
 
-def test_every_digit_that_counts_is_bound_to_others(tmp_path):
-    """In a real log, a change of the first or the last digit of a number of the result is seen; of milliseconds the first."""
-    path, text = tmp_path / "log.txt", (ROOT / "logs" / "five" / "card-1.txt").read_text()
-    runlog.read_log(ROOT / "logs" / "five" / "card-1.txt")
-    seen = 0
-    for row in re.finditer(rf"^(?:{'|'.join(map(re.escape, BOUND))})[^:\n]*:?.*$", text, re.M):
-        for match in re.finditer(r"(?<![\w.])\d+(?:\.\d+)?", row[0].split(" overrides")[0]):
-            digits = [match.start()] + [match.end() - 1] * (not row[0][: match.start()].endswith("_time:"))
-            for at in {row.start() + digit for digit in digits}:
-                path.write_text(text[:at] + str((int(text[at]) + 5) % 10) + text[at + 1 :])
-                with pytest.raises(runlog.Refused, match=rf"^{path}:\d+: "):
+def test_every_digit_that_counts_is_bound_to_the_result(texts, tmp_path):
+    """A change of the first or the last digit of a number is refused at its line, whichever line it is."""
+    path, text, seen = tmp_path / "log.txt", texts[0], 0
+    for at, row in enumerate(text.splitlines()):
+        told = re.sub(r"^artifact:\S+|(looped|eval_seq_len|load_time):\d+", lambda m: "-" * len(m[0]), row)
+        for match in () if row.startswith(UNBOUND) else re.finditer(r"(?<![\w.])\d+(?:\.\d+)?", told):
+            for digit in {match.start(), match.end() - 1}:
+                lines = text.splitlines()
+                lines[at] = row[:digit] + str((int(row[digit]) + 5) % 10) + row[digit + 1 :]
+                path.write_text("\n".join([*lines, ""]))
+                with pytest.raises(Refused, match=rf"^{path}:{at + 1}: "):
                     runlog.read_log(path)
                 seen += 1
     assert seen > 100
+
+
+def changes(name, value):
+    """Each way to change one thing in a fact, seconds by enough to show in a line."""
+    if isinstance(value, dict):
+        for inner in value:
+            yield from (value | {inner: changed} for changed in changes(inner, value[inner]))
+    elif isinstance(value, str):
+        yield f"{value}1"
+    else:
+        yield value * (1 + 1e-8) if name in ("loss", "bpb") else value + 1
+
+
+def test_every_fact_is_bound_to_a_line(texts, tmp_path):
+    path, facts = tmp_path / "log.txt", facts_of(texts[0])
+    for name in runlog.FACTS:
+        for changed in changes(name, facts[name]):
+            path.write_text(resulting(texts[0], facts | {name: changed}))
+            with pytest.raises(Refused, match=rf"^{path}:\d+: "):
+                runlog.read_log(path)
 
 
 # Significance.
@@ -510,7 +621,7 @@ scores = st.lists(st.integers(0, 2000).map(lambda n: 1.05 + n * 1e-5), min_size=
 @settings(deadline=None, max_examples=40)
 @given(scores, scores)
 def test_welch_by_an_independent_computation(ours, theirs):
-    tests = record.significance(ours, tuple(theirs), 2.5)
+    tests = significance.significance(ours, tuple(theirs), 2.5)
     margins = [0, 0.005 / (2.5 * math.log(2)), 0.005, 0.005 / math.log(2)]
     for test, margin in zip(tests, margins, strict=True):
         assert test.margin == pytest.approx(margin) and (test.t, test.df, test.p) == pytest.approx(welch(ours, theirs, margin), rel=1e-3, abs=1e-5)
@@ -520,9 +631,9 @@ def test_the_readings_of_the_rules():
     """rules.md 6.2: 0.005 nats a token are 0.002961 bpb on sp1024 and 0.001936 on sp8192, 0.005 a byte 0.007213."""
     ours = [1.0, 1.001]
     for ratio, want in ((2.435930, 0.002961), (3.726631, 0.001936)):
-        assert [round(test.margin, 6) for test in record.significance(ours, (1.1, 1.2), ratio)] == [0.0, want, 0.005, 0.007213]
-    assert statistics.mean(record.RECORDS["2135"]) == pytest.approx(1.05650768, abs=5e-9)
-    assert statistics.stdev(record.RECORDS["2135"]) == pytest.approx(0.000356, abs=5e-7)
+        assert [round(test.margin, 6) for test in significance.significance(ours, (1.1, 1.2), ratio)] == [0.0, want, 0.005, 0.007213]
+    assert statistics.mean(significance.RECORDS["2135"]) == pytest.approx(1.05650768, abs=5e-9)
+    assert statistics.stdev(significance.RECORDS["2135"]) == pytest.approx(0.000356, abs=5e-7)
 
 
 def test_significance_is_written(written, texts):
@@ -542,7 +653,7 @@ def test_one_seed_proves_nothing(write, texts, tmp_path):
 def test_a_record_is_compared_with_scores_of_its_own_text_alone(write, texts, tmp_path):
     assert refusal(write(texts), tmp_path, "--against", "2135") == "--against 2135: that record is scored on the contest's whole validation " \
         "split, these logs are not (tiny, 300 targets)"
-    path = record.main([*map(str, write([as_contest(text) for text in texts])), *ARGS, "--out", str(tmp_path / "out"), "--against", "#2135"])
+    path = command.main([*map(str, write([as_contest(text) for text in texts])), *ARGS, "--out", str(tmp_path / "out"), "--against", "#2135"])
     assert "against those of PR #2135, 1.05679341, 1.05662016, 1.05610947 (mean 1.05650768" in (path / "README.md").read_text()
 
 
@@ -563,9 +674,9 @@ def test_scores_to_compare_with_are_read_from_logs_of_the_contests_scripts(write
         paths.append(tmp_path / f"{name}.log")
         paths[-1].write_text(f"import os\n{'=' * 100}\nstep:1/9 train_loss:6.9000 train_time:1ms step_avg:1.00ms\n" + text)
     given = ",".join(map(str, paths))
-    assert record.parse_against(given) == (1.08110001, 1.08120001, 1.08130001)
-    assert record.parse_against(",".join(map(str, write(texts)))) == tuple(finals(text)["legal_ttt"] for text in texts)
-    path = record.main([*map(str, write(texts)), *ARGS, "--out", str(tmp_path / "out"), "--against", given])
+    assert significance.parse_against(given) == (1.08110001, 1.08120001, 1.08130001)
+    assert significance.parse_against(",".join(map(str, write(texts)))) == tuple(finals(text)["legal_ttt"] for text in texts)
+    path = command.main([*map(str, write(texts)), *ARGS, "--out", str(tmp_path / "out"), "--against", given])
     page, it = (path / "README.md").read_text(), json.loads((path / "submission.json").read_text())
     assert "against those in 150.log, 1194.log, 1493.log, 1.08110001, 1.08120001, 1.08130001 (mean" in page and str(tmp_path) not in page
     assert it["against"] == "150.log,1194.log,1493.log"
@@ -576,7 +687,7 @@ def test_scores_to_compare_with_are_read_from_logs_of_the_contests_scripts(write
 
 
 def test_what_was_written_is_told_at_once(write, texts, tmp_path, capsys):
-    path = record.main([*map(str, write(texts)), *ARGS, "--out", str(tmp_path / "out"), "--against", "2.9,3.0,3.2"])
+    path = command.main([*map(str, write(texts)), *ARGS, "--out", str(tmp_path / "out"), "--against", "2.9,3.0,3.2"])
     it, out = json.loads((path / "submission.json").read_text()), capsys.readouterr().out.splitlines()
     assert out[-7] == f"val_bpb {it['val_bpb']:.8f}, std {it['val_bpb_std']:.8f}, 3 seeds"
     assert out[-6] == f"{it['bytes_total']:,} bytes at most (code {it['bytes_code']:,}), {16_000_000 - it['bytes_total']:,} to spare"
@@ -591,7 +702,7 @@ def test_what_was_written_is_told_at_once(write, texts, tmp_path, capsys):
 def test_a_retracted_score_is_null_and_kept(written, tmp_path):
     folder = shutil.copytree(written, tmp_path / "f")
     value = json.loads((folder / "submission.json").read_text())["val_bpb"]
-    assert record.main(["--retract", str(folder), "--reason", "The text was seen before."]) == folder
+    assert command.main(["--retract", str(folder), "--reason", "The text was seen before."]) == folder
     it = json.loads((folder / "submission.json").read_text())
     assert it["val_bpb"] is None and it["val_bpb_retracted"] == value and it["status"] == "retracted"
     assert it | dict(val_bpb=value) == json.loads((written / "submission.json").read_text()) | dict(
@@ -600,26 +711,26 @@ def test_a_retracted_score_is_null_and_kept(written, tmp_path):
     assert page.startswith(f"> **Retracted: {value} bits per byte") and page.endswith((written / "README.md").read_text())
     assert "The text was seen before." in page.splitlines()[0]
     before = {p: p.read_bytes() for p in folder.iterdir()}
-    with pytest.raises(record.Refused, match="was it retracted before"):
-        record.main(["--retract", str(folder)])
+    with pytest.raises(Refused, match="was it retracted before"):
+        command.main(["--retract", str(folder)])
     assert before == {p: p.read_bytes() for p in folder.iterdir()}
 
 
 def test_retraction_takes_no_logs(written):
-    with pytest.raises(record.Refused, match="takes a folder alone"):
-        record.main(["--retract", str(written), "a.txt"])
+    with pytest.raises(Refused, match="takes a folder alone"):
+        command.main(["--retract", str(written), "a.txt"])
 
 
-@pytest.mark.parametrize("text, words", [(None, "^cannot read"), ("{", "is not what record.py writes"), ("[]", "has no number as val_bpb")])
-def test_only_a_folder_of_record_py_can_be_retracted(tmp_path, text, words):
+@pytest.mark.parametrize("text, words", [(None, "^cannot read"), ("{", "is not what tools.record writes"), ("[]", "has no number as val_bpb")])
+def test_only_a_folder_of_this_tool_can_be_retracted(tmp_path, text, words):
     (tmp_path / "README.md").write_text("page")
     if text is not None:
         (tmp_path / "submission.json").write_text(text)
-    with pytest.raises(record.Refused, match=words):
-        record.main(["--retract", str(tmp_path)])
+    with pytest.raises(Refused, match=words):
+        command.main(["--retract", str(tmp_path)])
     assert (tmp_path / "README.md").read_text() == "page"
 
 
 def test_the_command_ends_in_one_line_and_an_exit_status(tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "tools" / "record.py"), str(tmp_path / "none"), *ARGS], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stdout == "" and done.stderr == f"record.py: cannot read {tmp_path / 'none'}: No such file or directory\n"
+    done = tool("tools.record", tmp_path / "none", *ARGS)
+    assert done.returncode == 1 and done.stdout == "" and done.stderr == f"tools.record: cannot read {tmp_path / 'none'}: No such file or directory\n"

@@ -18,9 +18,7 @@ import pytest
 from conftest import ROOT, write_json_lines
 
 import train_gpt as t
-
-sys.path.insert(0, str(ROOT / "tools"))
-import record  # noqa: E402
+from tools.record import command as record
 
 REHEARSAL = ROOT / "logs" / "rehearsal"
 PAGE = (REHEARSAL / "README.md").read_text(encoding="utf-8")
@@ -161,14 +159,14 @@ def test_every_command_of_the_rehearsal_is_one_that_parses():
         parts = shlex.split(command.removesuffix("; done").rpartition("; do ")[2])
         given = dict(part.split("=", 1) for part in parts if re.match(r"[A-Z_]+=", part))
         t.Config.from_env({k: v.replace("$seed", "1") for k, v in given.items() if k.lower() in t.Config.__dataclass_fields__})
-        script = next((part for part in parts if part.endswith(".py") and (ROOT / part).is_file()), None)
+        script = parts[parts.index("-m") + 1] if "-m" in parts else next((part for part in parts if part.endswith(".py") and (ROOT / part).is_file()), None)
         rest = parts[parts.index(script) + 1 :] if script else []
-        if script == "tools/record.py":
+        if script == "tools.record":
             record.parse_options(rest)
         elif script == "data/prepare.py":
             prepare.parser().parse_args(rest)
         seen.add(script)
-    assert seen >= {"tools/record.py", "data/prepare.py", "tools/pack.py", "train_gpt.py"}
+    assert seen >= {"tools.record", "data/prepare.py", "tools.record.pack", "train_gpt.py"}
 
 
 @pytest.mark.slow
@@ -186,13 +184,13 @@ def test_the_whole_way_from_text_to_a_folder_that_runs(documents, dataset, tmp_p
     shutil.copy(dataset["TOKENIZER_PATH"], model := tmp_path / "tiny.model")
     sh(ROOT / "data" / "prepare.py", "--root", tmp_path, "tokenize", "train.jsonl", "--val", "val.jsonl", "--tokenizer", model, "--name", "text")
     (tmp_path / "entry").mkdir()
-    sh(ROOT / "tools" / "pack.py", ROOT / "train_gpt.py", "-o", "entry/train_gpt.py")
+    sh("-m", "tools.record.pack", ROOT / "train_gpt.py", "-o", "entry/train_gpt.py", PYTHONPATH=str(ROOT))
     env = dict(VARIANT="smoke", ITERATIONS="12", VAL_MAX_TOKENS="300", VOCAB_SIZE="384", DATA_PATH=str(tmp_path / "datasets" / "text"),
                TOKENIZER_PATH=str(model))
     for seed in "123":
         sh("entry/train_gpt.py", SEED=seed, RUN_ID=f"seed{seed}", OUTPUT_DIR=f"runs/{seed}", **env)
-    out = sh(ROOT / "tools" / "record.py", *(f"runs/{seed}/logs/seed{seed}.txt" for seed in "123"), "--script", "entry/train_gpt.py", "--name", "All of it",
-             "--against", "9.1,9.2,9.3")
+    out = sh("-m", "tools.record", *(f"runs/{seed}/logs/seed{seed}.txt" for seed in "123"), "--script", "entry/train_gpt.py", "--name", "All of it",
+             "--against", "9.1,9.2,9.3", PYTHONPATH=str(ROOT))
     folder, shipped = tmp_path / out.splitlines()[-1], (tmp_path / "entry" / "train_gpt.py").read_bytes()
     page, it, texts = files(folder)
     check_folder(page.replace(page[page.index("## Significance") : page.index("## Command")], ""), it, texts, len(shipped))

@@ -1,18 +1,16 @@
-"""tools/table.py on logs in logs/five, against numbers that are read from them in another way."""
+"""tools.table on logs in logs/five, against numbers that are read from them in another way."""
 
 import re
 import statistics
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT, finals
+from conftest import ROOT, finals, tool
 
 FIVE = ROOT / "logs" / "five"
 
 
 def table(*logs):
-    return subprocess.run([sys.executable, str(ROOT / "tools" / "table.py"), *map(str, logs)], capture_output=True, text=True)
+    return tool("tools.table", *logs)
 
 
 def test_a_row_is_the_mean_and_the_standard_deviation_of_its_runs():
@@ -31,8 +29,8 @@ def test_a_row_is_the_mean_and_the_standard_deviation_of_its_runs():
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda text: text[: text.index("artifact:")], ":31: the 'artifact' line is missing after this one; the run did not end or was cut"),
-    (lambda text: "".join(line for line in text.splitlines(True) if not line.startswith("legal_ttt")), ":37: there is no stage legal_ttt"),
+    (lambda text: text[: text.index("artifact:")], ": the log of a finished run has one line of the coded score, this one none"),
+    (lambda text: "".join(line for line in text.splitlines(True) if not line.startswith("legal_ttt")), " has no stage legal_ttt"),
     (None, "cannot read")])
 def test_a_log_that_is_not_finished_is_named(tmp_path, change, words):
     path = tmp_path / "x.txt"
@@ -40,4 +38,4 @@ def test_a_log_that_is_not_finished_is_named(tmp_path, change, words):
         path.write_text(change((FIVE / "card-1.txt").read_text()))
     done = table(FIVE / "card-2.txt", path)
     assert done.returncode == 1 and done.stdout == "" and len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith("table.py: ") and words in done.stderr and str(path) in done.stderr
+    assert done.stderr.startswith("tools.table: ") and words in done.stderr and str(path) in done.stderr

@@ -1,58 +1,32 @@
 """Pictures of logs and artifacts of train_gpt.py, PNG or SVG by the suffix of -o, readable without color.
 
-    python tools/plot.py logs/a.txt logs/b.txt -o curve.png               # losses by step and by minutes
-    python tools/plot.py logs/five/*.txt --by tokens --group -o five.svg  # seeds of a variant as mean and band
-    python tools/plot.py logs/five/*.txt --stages -o stages.png           # bits per byte of each stage, by variant
-    python tools/plot.py --artifact final_model.int6.ptz -o size.png      # where its bytes are
+    python -m tools.plot logs/a.txt logs/b.txt -o curve.png               # losses by step and by minutes
+    python -m tools.plot logs/five/*.txt --by tokens --group -o five.svg  # seeds of a variant as mean and band
+    python -m tools.plot logs/five/*.txt --stages -o stages.png           # bits per byte of each stage, by variant
+    python -m tools.plot --artifact final_model.int6.ptz -o size.png      # where its bytes are
 
 Curves may be of a run that has not ended; stages need finished runs. Runs are of one variant if nothing but SEED,
 RUN_ID and OUTPUT_DIR differs. Tokens follow from the overrides and from the variant as today's train_gpt.py has it.
 """
 
-import argparse
 import io
-import re
 import sys
-from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import runlog  # noqa: E402
-import table  # noqa: E402
-from runlog import Refused  # noqa: E402
+from tools import command_line, table
+from tools.files import Refused, write_file
+from tools.loglines import Curve, Scored, read_curve, read_scored
+from tools.runlog import RunLog
 
-LINE = re.compile(r"^step:(\d+)/\d+ (train|val)_loss:([\d.]+) .*train_time:(\d+)ms", re.MULTILINE)
-STAGE = re.compile(r"^\w+_exact val_loss:[\d.]+ val_bpb:([\d.]+)$", re.MULTILINE)
-VARIANT = next(pattern for _, name, _, pattern in runlog.PATTERNS if name == "variant")
 AXES = {"step": "step", "minutes": "training time, minutes", "tokens": "training tokens, millions"}
 MARKERS, DASHES = "os^Dv<>PX", ("-", "--", "-.", ":")  # 9 and 4: all pairs of the first 36 curves differ
-# Ended or not. points: {"train" or "val": [(step, minutes, loss in nats a token)]}; bpb: of the last stage, or None.
-Run = namedtuple("Run", "path points bpb variant seed overrides")
-
-
-def read_log(path: Path) -> Run:
-    """Raises Refused if the log has no step, no settings, or the steps of two runs."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise Refused(f"cannot read {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
-    points = dict(train=[], val=[])
-    for step, kind, loss, milliseconds in LINE.findall(text):
-        if points[kind] and int(step) <= (last := points[kind][-1][0]):
-            raise Refused(f"{path}: step {step} comes after step {last}; are there two logs in this file?")
-        points[kind].append((int(step), int(milliseconds) / 60_000, float(loss)))
-    header = next(filter(None, map(VARIANT.fullmatch, text.split("\n"))), None)
-    if not points["train"] or not header:
-        raise Refused(f"{path} lacks a line 'variant:...' or 'step:... train_loss:...'; is it a log of train_gpt.py?")
-    given, bpb = runlog.overrides(runlog.Line(0, header.groupdict())), STAGE.findall(text)
-    return Run(path, points, float(bpb[-1]) if bpb else None, header["variant"], int(header["seed"]), given)
 
 
 def by_variant(runs: list) -> dict[str, list]:
-    """Runs or RunLogs by variant. Raises Refused if those of one differ in more than the seed, or not in it."""
+    """Runs by variant. Raises Refused if those of one differ in more than the seed, or not in it."""
     found: dict[str, list] = {}
     for run in runs:
         for other in found.setdefault(run.variant, []):
@@ -64,16 +38,17 @@ def by_variant(runs: list) -> dict[str, list]:
     return found
 
 
-def batch_tokens(run: Run) -> int:
+def batch_tokens(run: Curve) -> int:
     """Tokens a step. Raises Refused if train_gpt.py does not know the run's variant or overrides."""
-    from inspect_artifact import train_gpt  # here, as in draw_artifact, because it imports torch, which takes seconds
+    import train_gpt  # here, as in draw_artifact, because it imports torch, which takes seconds
+
     try:
         return train_gpt.Config.from_env(run.overrides | {"VARIANT": run.variant}).train_batch_tokens
     except train_gpt.InputError as error:
         raise Refused(f"{run.path}: this train_gpt.py does not take its settings: {error}") from None
 
 
-def curve(runs: list[Run], kind: str, by: str) -> tuple[np.ndarray, np.ndarray]:
+def curve(runs: list[Curve], kind: str, by: str) -> tuple[np.ndarray, np.ndarray]:
     """x of each step that all the runs logged (minutes: their mean), and losses [runs, steps]."""
     logged = [{step: (minutes, loss) for step, minutes, loss in run.points[kind]} for run in runs]
     steps = sorted(set.intersection(*map(set, logged)))
@@ -82,7 +57,7 @@ def curve(runs: list[Run], kind: str, by: str) -> tuple[np.ndarray, np.ndarray]:
     return minutes.mean(0) if by == "minutes" else np.array(steps) * scale, losses
 
 
-def draw_curves(groups: dict[str, list[Run]], axes: list[str]) -> Figure:
+def draw_curves(groups: dict[str, list[Curve]], axes: list[str]) -> Figure:
     """A panel for each x axis; each group a thin line of training with hollow marks and a thick one of validation."""
     lines = [(i, kind) for i, runs in enumerate(groups.values()) for kind in ("train", "val")
              if len(curve(runs, kind, "step")[0])]
@@ -112,7 +87,7 @@ def draw_curves(groups: dict[str, list[Run]], axes: list[str]) -> Figure:
     return figure
 
 
-def draw_stages(groups: dict[str, list[runlog.RunLog]]) -> Figure:
+def draw_stages(groups: dict[str, list[RunLog | Scored]]) -> Figure:
     """A panel for each variant, all of one height in bits per byte: mean and deviation over seeds, and each seed."""
     columns, rows, limits = min(3, len(groups)), -(-len(groups) // 3), []
     figure = Figure(figsize=(3 * columns + 0.5, 2.9 * rows + 0.5), layout="constrained")
@@ -143,12 +118,14 @@ def draw_stages(groups: dict[str, list[runlog.RunLog]]) -> Figure:
 
 def draw_artifact(path: Path) -> Figure:
     """Two bars for each group of tensors: bytes before compression, and by entropy. Raises Refused for a bad file."""
-    import inspect_artifact
+    import train_gpt
+    from tools.model import inspect
+
     try:
-        found = inspect_artifact.contents(path, Path(inspect_artifact.train_gpt.__file__))
-    except inspect_artifact.InputError as error:
+        found = inspect.contents(path, Path(train_gpt.__file__))
+    except train_gpt.InputError as error:
         raise Refused(error) from None
-    rows = sorted(inspect_artifact.merged(found["parameters"]), key=lambda row: -row.raw)
+    rows = sorted(inspect.merged(found["parameters"]), key=lambda row: -row.raw)
     large = [row for row in rows if row.raw >= 0.01 * found["raw"]]
     bars = [(f"{r.name} ({r.count} x {r.dtype})", r.raw, r.estimate, f", {r.bits:.2f} bits a weight") for r in large]
     if small := rows[len(large):]:
@@ -169,7 +146,7 @@ def draw_artifact(path: Path) -> Figure:
 
 
 def main() -> None:
-    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli = command_line("tools.plot", __doc__)
     cli.add_argument("logs", nargs="*", type=Path)
     cli.add_argument("--by", choices=AXES, help="one panel, over this (default: two, step and minutes)")
     cli.add_argument("--group", action="store_true", help="runs of a variant as their mean and a band, min to max")
@@ -181,7 +158,7 @@ def main() -> None:
         raise Refused(f"-o {args.out} must end in .png or .svg")
     if bool(args.logs) == bool(args.artifact) or bool(args.by or args.group) + args.stages + bool(args.artifact) > 1:
         raise Refused("give logs, perhaps with --by and --group; or logs with --stages; or --artifact FILE alone")
-    runs = [(runlog.read_log if args.stages else read_log)(path) for path in args.logs]
+    runs = [(read_scored if args.stages else read_curve)(path) for path in args.logs]
     if args.artifact:
         figure = draw_artifact(args.artifact)
     elif args.stages:
@@ -192,7 +169,7 @@ def main() -> None:
         figure = draw_curves(by_variant(runs) if args.group else alone, [args.by] if args.by else ["step", "minutes"])
     picture = io.BytesIO()
     figure.savefig(picture, dpi=200, format=args.out.suffix[1:].lower())
-    runlog.write_file(args.out, picture.getvalue())
+    write_file(args.out, picture.getvalue())
     print(args.out, flush=True)
 
 
@@ -200,4 +177,4 @@ if __name__ == "__main__":
     try:
         main()
     except (Refused, OSError) as error:
-        sys.exit(f"plot.py: {error}")
+        sys.exit(f"tools.plot: {error}")

@@ -1,26 +1,26 @@
 """Logs of train_gpt.py -> a Markdown table, one row a variant: mean and spread over its seeds, in bits per byte.
 
-    python tools/table.py logs/five/*.txt
+    python -m tools.table logs/five/*.txt
 """
 
-import argparse
 import statistics
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+from tools import command_line
+from tools.files import Refused
+from tools.loglines import Scored, read_scored
+from tools.runlog import RunLog
 
-from runlog import Refused, RunLog, read_log  # noqa: E402
-
-COUNTS = {"parameters": lambda run: run.parameters, "code + model": lambda run: run.code_bytes + run.model_bytes}
+COUNTS = {"parameters": lambda run: run.parameters, "code + model": lambda run: run.total_bytes}
 STAGES = {"raw": "raw", "averaged": "averaged", "int6": "coded", "sliding": "sliding", "TTT": "ttt"}
 
 
-def read(path: Path) -> RunLog:
+def read(path: Path) -> RunLog | Scored:
     """A finished run with all stages. Raises Refused if it is not one."""
-    run = read_log(path)
+    run = read_scored(path)
     if "ttt" not in run.scores:
-        run.refuse("total_eval_time", "there is no stage legal_ttt before this line; the table needs it")
+        raise Refused(f"{path} has no stage legal_ttt; the table needs it")
     return run
 
 
@@ -28,7 +28,7 @@ def mean_and_spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}" if len(values) > 1 else f"{values[0]:.4f}"
 
 
-def table(runs: list[RunLog]) -> str:
+def table(runs: list[RunLog | Scored]) -> str:
     """Rows in the order in which the variants first come; the spread is the standard deviation over the runs."""
     head = ["variant", "runs", *COUNTS, *STAGES]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
@@ -41,9 +41,9 @@ def table(runs: list[RunLog]) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line("tools.table", __doc__)
     parser.add_argument("logs", nargs="+", type=Path)
     try:
         print(table([read(path) for path in parser.parse_args().logs]), flush=True)
     except (Refused, OSError) as error:
-        sys.exit(f"table.py: {error}")
+        sys.exit(f"tools.table: {error}")

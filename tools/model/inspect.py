@@ -1,9 +1,9 @@
 """What is in a packed model: settings, tensors, the bits that their codes need, and its size against the cap.
 
-    python tools/inspect_artifact.py final_model.int6.ptz          # settings that are not the defaults; blocks together
-    python tools/inspect_artifact.py final_model.int6.ptz --all    # every setting; every block alone
-    python tools/inspect_artifact.py final_model.int6.ptz --json   # all of it, for programs
-    python tools/inspect_artifact.py final_model.int6.ptz --code packed/train_gpt.py   # counts the code that is shipped
+    python -m tools.model.inspect final_model.int6.ptz          # settings that are not the defaults; blocks together
+    python -m tools.model.inspect final_model.int6.ptz --all    # every setting; every block alone
+    python -m tools.model.inspect final_model.int6.ptz --json   # all of it, for programs
+    python -m tools.model.inspect final_model.int6.ptz --code packed/train_gpt.py   # counts the code that is shipped
 
 Needs no GPU, no data and no tokenizer. `bits` is the entropy of order 0 of a code (of a stored weight, where there is
 none); `estimate` is that of all bytes of a parameter, each byte plane of each tensor alone. A compressor may need more,
@@ -12,7 +12,9 @@ or less where it finds more order: COMPRESSOR=rans tells codes apart by their sc
 
 from __future__ import annotations
 
-import argparse
+if __name__ == "inspect":  # for Python's own, which everybody imports: a file of this folder was run instead of its module
+    raise ImportError("run it from the repository's root, as python -m tools.model.NAME")
+
 import json
 import math
 import re
@@ -27,11 +29,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-
-import train_gpt  # noqa: E402
-from train_gpt import InputError  # noqa: E402
+import train_gpt
+from tools import command_line
+from train_gpt import InputError
 
 ROLES = ("matrix", "table", "scalar")
 LINE = "  {:30s}{:>7s}{:>13s}{:>9s}{:>6s}{:>7s}{:>13s}{:>13s}   {}"
@@ -151,7 +151,7 @@ def report(found: dict[str, Any], everything: bool) -> str:
 
 
 def main() -> None:
-    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli = command_line("tools.model.inspect", __doc__)
     cli.add_argument("artifact", type=Path)
     cli.add_argument("--all", action="store_true", help="every setting, and every block alone")
     cli.add_argument("--json", action="store_true", help="JSON, always with everything")
@@ -169,4 +169,4 @@ if __name__ == "__main__":
     try:
         main()
     except (InputError, OSError) as error:
-        sys.exit(f"inspect_artifact.py: {error}")
+        sys.exit(f"tools.model.inspect: {error}")

@@ -1,24 +1,21 @@
 """CPU seconds of our evaluation beside the straightforward one, in turns on one thread, as ratios; random weights.
 
-    python tools/bench_eval.py [--tokens 4096] [--repeats 3]
+    python -m tools.bench.evaluation [--tokens 4096] [--repeats 3]
 
 Straightforward sliding evaluation: every window alone, logits for all its rows. Straightforward LoRA: one document at a time.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
-from sys import path as search_path
 
 import numpy as np
 import torch
 
-search_path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train_gpt as t  # noqa: E402
+import train_gpt as t
+from tools import command_line
 
 SMALL = dict(model_dim=128, num_heads=4, num_kv_heads=2, train_seq_len=512, train_batch_tokens=4096, micro_batch_tokens=4096,
              eval_stride=64, bigram_dim=64, ve_dim=64)
@@ -57,7 +54,7 @@ def in_turns(ours: Callable[[], float], theirs: Callable[[], float], repeats: in
 
 
 def main() -> None:
-    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli = command_line("tools.bench.evaluation", __doc__)
     cli.add_argument("--tokens", type=int, default=4096, help="targets to score, a multiple of 64 (default: 4096)")
     cli.add_argument("--repeats", type=int, default=3, help="turns (default: 3)")
     args = cli.parse_args()

@@ -1,6 +1,6 @@
 """Time `prepare.py tokenize` against SentencePiece's own batch encoder on the same documents, in turn.
 
-    python tools/speed.py docs.jsonl.zst --tokenizer data/tokenizers/fineweb_1024_bpe.model --docs 20000 --workers 2
+    python data/speed.py docs.jsonl.zst --tokenizer data/tokenizers/fineweb_1024_bpe.model --docs 20000 --workers 2
 
 Ours reads, unpacks, parses, encodes, hashes and writes shards; SentencePiece encodes texts that are in memory already.
 """
@@ -16,10 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
-
-import prepare  # noqa: E402
+import prepare
 
 
 def blocks(args: argparse.Namespace, start: int, stop: float) -> Iterator[prepare.Block]:

@@ -1,4 +1,4 @@
-"""The tables that tools/bench.py prints of a result, and of one result beside an older one."""
+"""The tables that tools.bench prints of a result, and of one result beside an older one."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from sys import path as search_path
 from typing import Any
 
-search_path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
-from kernels import KINDS  # noqa: E402
-
-from train_gpt import InputError  # noqa: E402
+from tools.bench.kernels import KINDS
+from train_gpt import InputError
 
 FORMAT = 1  # of the JSON file
 METRICS = {"ms": "ms a step", "tokens_per_second": "tokens/s", "mfu": "MFU", "peak_mib": "peak MiB", "busy": "busy",
@@ -119,7 +116,7 @@ def comparison(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """A JSON file of tools/bench.py. Raises InputError for any other."""
+    """A JSON file of tools.bench. Raises InputError for any other."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         version, row = result["format"], result["rows"][0]

@@ -28,10 +28,13 @@ def become(argv, env, cwd, folder):
     os.chdir(cwd)
     multiprocessing.set_start_method(None, force=True)  # Python's own again
     torch.set_num_threads(int(env["OMP_NUM_THREADS"]))
-    sys.path[:0] = ["" if argv[0] == "-c" else str(Path(argv[0]).parent), *filter(None, env.get("PYTHONPATH", "").split(os.pathsep))]
+    sys.path[:0] = ["" if argv[0] in ("-c", "-m") else str(Path(argv[0]).parent), *filter(None, env.get("PYTHONPATH", "").split(os.pathsep))]
     if argv[0] == "-c":
         sys.argv = ["-c", *argv[2:]]
         exec(argv[1], vars(sys.modules["__main__"]))
+    elif argv[0] == "-m":
+        sys.argv = argv[1:]
+        runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv = argv
         runpy.run_path(argv[0], run_name="__main__")

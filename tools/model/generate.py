@@ -1,8 +1,8 @@
 """Text from a packed model: the prompt, and what the model makes of it, as it comes.
 
-    python tools/generate.py final_model.int6.ptz "Once upon a time" --tokenizer data/tokenizers/fineweb_1024_bpe.model
-    python tools/generate.py final_model.int6.ptz "The capital of France is" --temperature 0 --max-tokens 20
-    python tools/generate.py final_model.int6.ptz --temperature 0.8 --top-k 50 --top-p 0.95 --seed 7
+    python -m tools.model.generate final_model.int6.ptz "Once upon a time" --tokenizer data/tokenizers/fineweb_1024_bpe.model
+    python -m tools.model.generate final_model.int6.ptz "The capital of France is" --temperature 0 --max-tokens 20
+    python -m tools.model.generate final_model.int6.ptz --temperature 0.8 --top-k 50 --top-p 0.95 --seed 7
 
 Runs on the GPU if there is one; CUDA_VISIBLE_DEVICES= keeps it off. The tokenizer is TOKENIZER_PATH's unless it is
 named. The context is a document's start (BOS), the prompt and the text so far, of which the model sees its last window
@@ -25,11 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-
-import train_gpt  # noqa: E402
-from train_gpt import BOS, InputError  # noqa: E402
+import train_gpt
+from tools import command_line
+from train_gpt import BOS, InputError
 
 
 def choose(logits: Tensor, args: argparse.Namespace, draw: torch.Generator) -> int:
@@ -95,7 +93,7 @@ def generate(args: argparse.Namespace, env: dict[str, str]) -> Iterator[str]:
 
 def arguments(argv: list[str]) -> argparse.Namespace:
     """The command line. Raises InputError for a value out of its range."""
-    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli = command_line("tools.model.generate", __doc__)
     cli.add_argument("artifact", type=Path)
     cli.add_argument("prompt", nargs="?", default="", help="what the text begins with (default: nothing)")
     cli.add_argument("--temperature", type=float, default=1.0, help="divides the logits; 0 is greedy (default: 1)")
@@ -128,6 +126,6 @@ if __name__ == "__main__":
     try:
         main()
     except (InputError, OSError) as error:
-        sys.exit(f"generate.py: {error}")
+        sys.exit(f"tools.model.generate: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -6,8 +6,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
-from sys import path as search_path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-search_path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train_gpt as t  # noqa: E402
+import train_gpt as t
 
 
 class Flops(NamedTuple):

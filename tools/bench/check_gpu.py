@@ -1,6 +1,6 @@
 """Whether train_gpt.py is right and fast on this GPU, in minutes: `make check-gpu`, or
 
-    python tools/check_gpu.py [--rows card,pr1812] [--output check_gpu.json] [--workers 4]
+    python -m tools.bench.check_gpu [--rows card,pr1812] [--output check_gpu.json] [--workers 4]
 
 For each row of the variant table: loss and gradients of a small model against the CPU in fp32, and of the compiled full
 batch against the same graph uncompiled; milliseconds, MFU, memory and kernels of a step; its evaluation; GPTQ, packing.
@@ -30,16 +30,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+import numpy as np
+import torch
+from torch import Tensor
 
-import bench  # noqa: E402
-import kernels  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-import train_gpt as t  # noqa: E402
+import train_gpt as t
+from tools import ROOT, command_line
+from tools.bench import bench, kernels
 
 ROWS = ("card", "pr1812", "pr490", "pr1127", "pr455", "pr150", "frontier")  # those that compile longest, first
 # Relative errors: fp32 rounds at 6e-8 and sums in another order, bf16 rounds each activation at 4e-3.
@@ -322,7 +319,7 @@ def check_row(row: str, folder: Path, seconds: float, roof: float) -> None:
 # All rows, and the table
 
 def predictions(path: Path) -> dict[str, float]:
-    """Predicted milliseconds of a step on one GPU by row, from tools/anatomy.py's file; none without it."""
+    """Predicted milliseconds of a step on one GPU by row, from tools.bench.anatomy's file; none without it."""
     rows = json.loads(path.read_text()) if path.exists() else []
     one = "optimizer of 1/1"
     return {r["name"] + " looped" * r["looped"]: r["predicted_ms"][one]
@@ -347,10 +344,11 @@ def line(found: Mapping[str, Any]) -> str:
 def run_row(row: str, args: argparse.Namespace, folder: Path, roof: float, end: float) -> list[dict[str, Any]]:
     """The results of a row's process, printed as they come; that it failed, or was cut at `end`, is one of them."""
     told = dict(row=row, folder=folder, seconds=args.seconds, roof=roof)
-    command = [sys.executable, __file__, *(part for k, v in told.items() for part in (f"--{k}", str(v)))]
+    arguments = [part for k, v in told.items() for part in (f"--{k}", str(v))]
+    command = [sys.executable, "-m", "tools.bench.check_gpu", *arguments]
     results: list[dict[str, Any]] = []
     with (folder / f"{row}.stderr").open("w+") as stderr:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, text=True)
         cut = threading.Timer(max(0.0, end - time.perf_counter()), process.kill)
         cut.start()
         for text in process.stdout:
@@ -382,7 +380,7 @@ def table(results: list[dict[str, Any]], predicted: Mapping[str, float]) -> str:
 
 
 def main(argv: list[str]) -> None:
-    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli = command_line("tools.bench.check_gpu", __doc__)
     cli.add_argument("--rows", default=",".join(ROWS), help="default: %(default)s")
     cli.add_argument("--output", type=Path, default=Path("check_gpu.json"), help="default: %(default)s")
     cli.add_argument("--seconds", type=float, default=4.0, help="of timed steps a row (default: %(default)s)")
@@ -424,4 +422,4 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except t.InputError as fault:
-        sys.exit(f"check_gpu.py: {fault}")
+        sys.exit(f"tools.bench.check_gpu: {fault}")

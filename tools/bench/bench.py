@@ -1,6 +1,6 @@
 """How fast the training step is and what the machine could do: ceilings, then a row a variant; a table and a JSON file.
 
-    python tools/bench.py [--variant card] [--env MODEL_DIM=256] [--compare OLD.json] [--scaling] [--predict 8]
+    python -m tools.bench [--variant card] [--env MODEL_DIM=256] [--compare OLD.json] [--scaling] [--predict 8]
 
 Rows: `card` and `pr1812` with 98,304 tokens a step on a GPU; on a CPU `demo` and, if asked for, `card-small`, which is
 `card` in full width with 1,024 tokens. Tokens and weights are random. Options of train_gpt.py in the environment count.
@@ -26,23 +26,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-# Read when torch is loaded. Idle threads that spin make a step many times slower as soon as another process runs.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from torch.profiler import ProfilerActivity, profile, record_function  # noqa: E402
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-
-import bench_report as tables  # noqa: E402
-import costs  # noqa: E402
-import kernels  # noqa: E402
-import plain  # noqa: E402
-
-import train_gpt as t  # noqa: E402
+import train_gpt as t
+from tools import ROOT, command_line
+from tools.bench import costs, kernels, plain
+from tools.bench import report as tables
 
 PROC = Path("/proc/self")
 SMALL = {"card-small": dict(VARIANT="card", TRAIN_SEQ_LEN="512", TRAIN_BATCH_TOKENS="1024")}
@@ -435,7 +426,7 @@ def seconds(text: str) -> float:
 
 def parse(argv: list[str], on_gpu: bool) -> argparse.Namespace:
     """The arguments, with defaults for the device. Raises InputError for files and folders that cannot be used."""
-    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli = command_line("tools.bench", __doc__)
     cli.add_argument("--variant", action="append", help="a row; may be repeated (default: see above)")
     cli.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="an option of train_gpt.py")
     cli.add_argument("--steps", type=positive, default=100 if on_gpu else 10, help="that are timed (here: %(default)s)")
@@ -531,10 +522,3 @@ def main(argv: list[str]) -> None:
     wrong = [f"{r['name']}: {r['attention_error']}" for r in result["rows"] if r["attention_error"]]
     if wrong:
         raise t.InputError("; ".join(wrong))
-
-
-if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except t.InputError as error:
-        sys.exit(f"bench.py: {error}")

@@ -1,7 +1,7 @@
 """Every way of coding one checkpoint: bytes by coder, bits a weight, entropy, bits per byte after the round trip.
 
     CHECKPOINT_EVERY=100 OUTPUT_DIR=run python train_gpt.py    # leaves run/final_model.average.ptz, the averaged weights
-    python tools/quantization.py run/final_model.average.ptz --tokens 65536 -o logs/quantization.png
+    python -m tools.model.quantization run/final_model.average.ptz --tokens 65536 -o logs/quantization.png
 
 DATA_PATH and TOKENIZER_PATH must be set as for the run. The gap is that to the checkpoint's own bits per byte, on the
 first --tokens targets of the validation split; costs are measured on --batches training batches, as a run would.
@@ -9,23 +9,19 @@ first --tokens targets of the validation split; costs are measured on --batches 
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from scipy.interpolate import PchipInterpolator
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train_gpt as t  # noqa: E402
+import train_gpt as t
+from tools import command_line
 
 ROW_MAX = dict(clip_shares=(1.0,), step_floor=0.0)
 SEARCH = dict(clip_shares=(1.0, 0.95, 0.9, 0.85, 0.8, 0.7), step_floor=0.0)
@@ -122,8 +118,8 @@ def at_bytes(study: Study, label: str, budgets: list[int], coder: str) -> list[t
 
 def frontier(study: Study, budgets: list[int], out: Path) -> list[str]:
     """Every rival at every budget, by its own coder and, if that is another, by rANS: lines of a table, and a picture."""
-    lines, figure = [], plt.figure(figsize=(7, 4.5), layout="constrained")
-    axis = figure.gca()
+    lines, figure = [], Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.add_subplot()
     for color, label in enumerate(RIVALS):
         for coder in dict.fromkeys((METHODS[label][2], "rans")):
             points = at_bytes(study, label, budgets, coder)
@@ -183,7 +179,7 @@ def layouts(study: Study, label: str) -> list[str]:
 
 
 def main() -> None:
-    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli = command_line("tools.model.quantization", __doc__)
     cli.add_argument("checkpoint", type=Path)
     cli.add_argument("--tokens", type=int, default=65_536, help="validation targets (default: 65536)")
     cli.add_argument("--batches", type=int, default=8, help="training batches that the costs are measured on (default: 8)")
@@ -216,4 +212,4 @@ if __name__ == "__main__":
     try:
         main()
     except t.InputError as error:
-        sys.exit(f"quantization.py: {error}")
+        sys.exit(f"tools.model.quantization: {error}")

@@ -1,8 +1,8 @@
 """What a compiled training step does on one H100, counted without one, and the time that follows by stated rules.
 
-    VARIANT=card python tests/nullgpu/nullgpu.py VENV/bin/python tools/anatomy.py --json logs/anatomy.json [--looped]
-    ... tools/anatomy.py --script .peers/pr549.py --name '#549' --json logs/anatomy.json    # a published record's own
-    python tools/anatomy.py --table --json logs/anatomy.json                                # what is there, as Markdown
+    VARIANT=card python tests/nullgpu/nullgpu.py VENV/bin/python -m tools.bench.anatomy --json logs/anatomy.json [--looped]
+    ... -m tools.bench.anatomy --script .peers/pr549.py --name '#549' --json logs/anatomy.json  # a published record's own
+    python -m tools.bench.anatomy --table --json logs/anatomy.json                              # what is there, as Markdown
 
 It makes two steps of one micro-batch a rank, the first to compile, and notes what the second launches: Triton kernels
 with the bytes that Inductor counts for each, products and attention by their shapes, other kernels of torch with what
@@ -31,12 +31,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-
-import costs  # noqa: E402
-
-import train_gpt as t  # noqa: E402
+import train_gpt as t
+from tools import command_line
+from tools.bench import costs
 
 # ----------------------------------------
 # The rules: a kernel takes the longest of its operations, its bytes and one launch; kernels do not overlap
@@ -421,7 +418,7 @@ def merged(rows: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, An
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli = command_line("tools.bench.anatomy", __doc__)
     cli.add_argument("--looped", action="store_true", help="the graph after the loops are switched on")
     cli.add_argument("--script", type=Path, help="a published train_gpt.py, unpacked; it reads its own options")
     cli.add_argument("--name", help="of the row (default: the variant or the script)")

@@ -1,6 +1,6 @@
 """A Python source -> a self-extracting one of about a third of its bytes, which runs in its place.
 
-    python tools/pack.py train_gpt.py -o packed/train_gpt.py
+    python -m tools.record.pack train_gpt.py -o packed/train_gpt.py
 
 The packed file has two lines: the source, LZMA in base 85, then its `exec`. They run in the module itself and leave no
 name in it, so `__name__`, `__file__` (the packed file's own path), type hints and `import` are a plain source's.
@@ -9,7 +9,6 @@ name in it, so `__name__`, `__file__` (the packed file's own path), type hints a
 
 from __future__ import annotations
 
-import argparse
 import base64
 import importlib.util
 import itertools
@@ -17,9 +16,8 @@ import lzma
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from runlog import Refused, write_file  # noqa: E402
+from tools import command_line
+from tools.files import Refused, write_file
 
 SHIM = """\
 __import__("linecache").cache[__file__]=0,None,[*map(bytes.decode,__import__("lzma").decompress(\
@@ -54,7 +52,7 @@ def pack_source(source: bytes) -> bytes:
 
 
 def main() -> None:
-    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli = command_line("tools.record.pack", __doc__)
     cli.add_argument("source", type=Path)
     cli.add_argument("-o", "--out", type=Path, required=True, help="where the packed file goes; not the source itself")
     args = cli.parse_args()
@@ -62,18 +60,18 @@ def main() -> None:
         source = args.source.read_bytes()
         packed = pack_source(source)
     except OSError as error:
-        sys.exit(f"pack.py: cannot read {args.source}: {error.strerror}")
+        sys.exit(f"tools.record.pack: cannot read {args.source}: {error.strerror}")
     except ValueError as error:
-        sys.exit(f"pack.py: {args.source} is not a Python source: {error}")
+        sys.exit(f"tools.record.pack: {args.source} is not a Python source: {error}")
     if args.out.is_dir() or (args.out.exists() and args.out.samefile(args.source)):
         kind = "a folder" if args.out.is_dir() else "the source"
-        sys.exit(f"pack.py: {args.out} is {kind}; name another file with -o")
+        sys.exit(f"tools.record.pack: {args.out} is {kind}; name another file with -o")
     try:
         write_file(args.out, packed)
         share = len(packed) / len(source)
         print(f"{args.source}: {len(source)} bytes -> {args.out}: {len(packed)} bytes ({share:.1%})", flush=True)
     except (Refused, OSError) as error:
-        sys.exit(f"pack.py: {error}")
+        sys.exit(f"tools.record.pack: {error}")
 
 
 if __name__ == "__main__":

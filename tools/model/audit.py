@@ -1,12 +1,11 @@
 """What an outsider checks of a score: the file that AUDIT=audit.npz wrote, or any stream of tokens by any artifact.
 
-    python tools/audit.py audit.npz                          # the score again, from nll and bytes of every target
-    from audit import audit; audit("final_model.int6.ptz", tokens, tokenizer_path="...")["nll"]
+    python -m tools.model.audit audit.npz                       # the score again, from nll and bytes of every target
+    from tools.model.audit import audit; audit("final_model.int6.ptz", tokens, tokenizer_path="...")["nll"]
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from dataclasses import fields, replace
@@ -15,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train_gpt as t  # noqa: E402
+import train_gpt as t
+from tools import command_line
 
 # Bytes a token of the contest's validation split by export; targets and bytes where the whole stream was published
 RATIOS = {"fineweb10B_sp1024": 2.435930, "fineweb10B_sp4096": 3.319681, "fineweb10B_sp8192": 3.726631}
@@ -56,9 +55,9 @@ def report(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli = command_line("tools.model.audit", __doc__)
     cli.add_argument("file", type=Path, help="what AUDIT= wrote")
     try:
         print(report(cli.parse_args().file))
     except t.InputError as error:
-        sys.exit(f"audit.py: {error}")
+        sys.exit(f"tools.model.audit: {error}")

@@ -1,4 +1,4 @@
-"""The training step of `card` in plain PyTorch: the rival in tools/bench.py, a reference in tests.
+"""The training step of `card` in plain PyTorch: the rival in tools.bench, a reference in tests.
 
 Eager; autocast where the training dtype is bf16; one Newton-Schulz after the other; all logits, then F.cross_entropy;
 AdamW from torch.optim. Parameters have the names of train_gpt.py's, so that weights can be copied.
@@ -6,15 +6,11 @@ AdamW from torch.optim. Parameters have the names of train_gpt.py's, so that wei
 
 from __future__ import annotations
 
-from pathlib import Path
-from sys import path as search_path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-search_path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train_gpt as t  # noqa: E402
+import train_gpt as t
 
 SIZES = {"num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "rope_base", "rope_dims", "xsa_last_n",
          "bigram_vocab_size", "bigram_dim", "ve_dim", "ve_layers", "logit_softcap", "mlp_negative_slope"}

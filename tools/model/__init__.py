@@ -1,0 +1,1 @@
+"""What an artifact, or a checkpoint, holds and does."""

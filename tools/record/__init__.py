@@ -1,0 +1,1 @@
+"""Logs of finished runs -> the folder of the contest's pull request."""

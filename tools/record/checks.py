@@ -1,0 +1,140 @@
+"""Logs, script and options -> an Entry, or Refused at the first thing that does not fit."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from tools.files import Refused, read_bytes
+from tools.record.entry import CAP_BYTES, CAP_SECONDS, FEWEST_SEEDS, SPLITS, Entry
+from tools.record.pack import pack_source
+from tools.runlog import RunLog, public_path, read_log
+
+NOT_SETTINGS = ("SEED", "RUN_ID", "OUTPUT_DIR", "ARTIFACT", "AUDIT")  # what may differ among the seeds
+
+
+def check_script(run: RunLog, script: Path, source: bytes) -> None:
+    sha256 = hashlib.sha256(source).hexdigest()
+    if run.source_sha256 != sha256:
+        run.refuse("source", f"written by source {run.source_sha256[:12]}, but {script} is {sha256[:12]}; --script "
+                   "names the one that ran")
+
+
+def configuration(run: RunLog) -> dict[str, str]:
+    """What the environment set, as it is published: the folders of absolute paths may differ among machines, too."""
+    return {name: public_path(name, value) for name, value in run.overrides.items() if name not in NOT_SETTINGS}
+
+
+def check_same(runs: tuple[RunLog, ...]) -> None:
+    """All runs are one configuration on one kind of machine and on one data set, under different seeds."""
+    first, seeds = runs[0], {}
+    for run in runs:
+        if run.seed in seeds:
+            run.refuse("variant", f"seed {run.seed} is that of {seeds[run.seed].path}, too")
+        seeds[run.seed] = run
+        ours, theirs = configuration(run), configuration(first)
+        for name in sorted(ours.keys() | theirs.keys()):
+            if ours.get(name) != theirs.get(name):
+                run.refuse("variant", f"{name}={ours.get(name, '(default)')}, but {theirs.get(name, '(default)')} in "
+                           f"{first.path}; all seeds need one configuration")
+        for line, *names in (("variant", "variant"), ("python:", "software"), ("device", "device", "world_size"),
+                             ("train_loader", "dataset", "train_shards"), ("bytes_per_token", "targets", "bytes"),
+                             ("model_params", "parameters", "backend")):
+            for name in names:
+                if getattr(run, name) != getattr(first, name):
+                    run.refuse(line, f"{name} {getattr(run, name)}, but {getattr(first, name)} in {first.path}; all "
+                               "seeds need one configuration")
+
+
+def resolve(script: Path, run: RunLog) -> dict[str, str]:
+    """Every setting of a run, and model_params, as the script itself resolves the overrides of the log."""
+    kept = ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH", "SYSTEMROOT")
+    env = {name: value for name, value in os.environ.items() if name in kept} | run.overrides
+    done = subprocess.run([sys.executable, str(script), "--describe"], env=env, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        run.refuse("variant", f"{script} does not take these settings: {last}")
+    settings = dict(re.split("[=:]", line, maxsplit=1) for line in done.stdout.splitlines())
+    if stray := sorted(run.overrides.keys() - settings.keys()):
+        run.refuse("variant", f"{stray[0]} is no option of {script}")
+    return settings
+
+
+def check_settings(run: RunLog, settings: dict[str, str]) -> None:
+    """The log has the numbers and the stages that these settings lead to."""
+    epochs, most = int(settings["TTT_EPOCHS"]), int(settings["VAL_MAX_TOKENS"])
+    for line, name, got in (("training ended", "ITERATIONS", run.iterations),
+                            ("artifact", "EVAL_STRIDE", run.eval_stride),
+                            ("artifact", "TTT_CHUNK_TOKENS", run.ttt_chunk_tokens),
+                            ("model_params", "model_params", run.parameters)):
+        if got != int(settings[name]):
+            run.refuse(line, f"{name} is {got}, but the settings of the run make it {settings[name]}")
+    if ("ttt" in run.scores) != (epochs > 0):
+        run.refuse("total_eval_time", f"the stage legal_ttt is {'there' if 'ttt' in run.scores else 'missing'} before "
+                   f"this line, but TTT_EPOCHS={epochs}")
+    if 0 < most < run.targets:
+        run.refuse("val_loader", f"{run.targets} targets, but VAL_MAX_TOKENS={most}")
+
+
+def check_steps(run: RunLog, settings: dict[str, str]) -> None:
+    """Every step that these settings let the script log has its line, and no other."""
+    every, validate = int(settings["TRAIN_LOG_EVERY"]), int(settings["VAL_LOSS_EVERY"])
+    trained = {step for step in range(1, run.steps + 1) if step <= 10 or step % every == 0}
+    validated = {*range(validate, run.steps, validate)} if validate else {*()}
+    for kind, got, due in (("train_loss", run.train_lines, trained), ("val_loss", run.val_lines, validated)):
+        if wrong := sorted({*got} ^ due):
+            run.refuse("training ended", f"before this line step {wrong[0]} has {'no' if wrong[0] in due else 'a'} "
+                       f"{kind} line, against TRAIN_LOG_EVERY={every} VAL_LOSS_EVERY={validate}; is the log cut?")
+
+
+def check_signature(run: RunLog, is_whole: bool) -> None:
+    """On the contest's data, targets and bytes must be those of its validation split."""
+    split, ratio = SPLITS.get(run.dataset), run.bytes / run.targets
+    if split and is_whole and abs(ratio - split.bytes_per_token) > split.slack:
+        run.refuse("bytes_per_token", f"{ratio:.6f} bytes a token, but {run.dataset} has {split.bytes_per_token:.6f}; "
+                   "bytes are miscounted, or it is another text")
+    if split and is_whole and not split.fewest <= run.targets <= split.most:
+        run.refuse("bytes_per_token", f"{run.targets} targets, but the validation split of {run.dataset} has "
+                   f"{split.fewest} to {split.most}")
+
+
+def check_limits(entry: Entry) -> None:
+    """The contest's caps, on every seed; with --non-record that on bytes alone."""
+    free = entry.options.non_record
+    for run in entry.runs:
+        if (excess := entry.total_bytes(run) - CAP_BYTES) > 0:
+            run.refuse("Total submission size", f"code + model = {len(entry.shipped)} + {run.model_bytes} bytes, "
+                       f"{excess} over {CAP_BYTES}")
+        for line, what, seconds in (("training ended", "training", run.train_seconds),
+                                    ("total_eval_time", "evaluation", run.eval_seconds)):
+            if seconds > CAP_SECONDS and not free:
+                run.refuse(line, f"{what} took {seconds:.3f} s, over {CAP_SECONDS:.0f} s (--non-record: no limit)")
+    if len(entry.runs) < FEWEST_SEEDS and not free:
+        entry.runs[-1].refuse("variant", f"with this one {len(entry.runs)} seed(s), but a record needs {FEWEST_SEEDS} "
+                              "(--non-record: one will do)")
+
+
+def gather(options: argparse.Namespace) -> Entry:
+    """Read and check everything. Raises Refused at the first thing that is wrong."""
+    if not options.logs:
+        raise Refused("give the logs, one for each seed")
+    source = read_bytes(options.script)
+    runs = tuple(sorted(map(read_log, options.logs), key=lambda run: run.seed))
+    for run in runs:
+        check_script(run, options.script, source)
+    check_same(runs)
+    settings, shipped = resolve(options.script, runs[0]), source
+    if options.pack:
+        shipped = pack_source(source)
+    entry = Entry(runs, settings, source, shipped, options)
+    for run in runs:
+        check_settings(run, settings)
+        check_steps(run, settings)
+        check_signature(run, entry.is_whole)
+    check_limits(entry)
+    return entry
