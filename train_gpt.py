@@ -357,8 +357,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         muon_wd_mlp=0.115, embed_wd=0.085,
         adam_wd=0.005, ema_decay=0.9965, late_qat_threshold=0.0, quantizer="gptq", matrix_clip_sigmas=13.3,
         embed_clip_sigmas=20.0, gptq_calibration_batches=64, gptq_reserve_seconds=12.0, compressor="brotli",
-        ttt_epochs=4, ttt_chunk_tokens=65_536, ttt_lr=0.005, ttt_nesterov=True, ttt_z_loss=1e-5, ttt_params=("*.weight",),
-        ttt_cosine_floor=0.0),
+        ttt_epochs=4, ttt_chunk_tokens=65_536, ttt_lr=0.005, ttt_nesterov=True, ttt_z_loss=1e-5,
+        ttt_params=("*.weight",), ttt_cosine_floor=0.0),
     "frontier": dict(
         quantizer="gptq", mean_step=0.1, matrix_bits=8, compressor="rans", late_qat_threshold=0.0),
     "demo": dict(
@@ -566,7 +566,7 @@ class Log:
                 raise InputError(f"cannot write {self.path}: {error.strerror}; set OUTPUT_DIR elsewhere") from None
             for file in filter(None, (str(cfg.artifact_path), cfg.audit)):
                 if Path(file).is_dir() or not Path(file).parent.is_dir():
-                    raise InputError(f"{file} is a folder, or in none that is there; ARTIFACT and AUDIT name files")
+                    raise InputError(f"cannot write {file}: it is a folder, or its folder is missing")
 
     def __call__(self, text: str, **facts: Any) -> None:
         self.facts |= facts
@@ -1525,8 +1525,10 @@ def rans_encode(symbols: Array, contexts: Array, table: Array) -> tuple[Array, A
 
 def rans_decode(contexts: Array, table: Array, state: Array, words: Array) -> Array:
     """The symbols (N,) uint8. Raises ValueError if the stream does not end where and how it began."""
+    if table.shape != (CONTEXTS, 256) or state.shape != (LANES,):
+        raise ValueError("shapes of its entropy coder")
     table = table.astype(np.int64)
-    if table.shape != (CONTEXTS, 256) or state.shape != (LANES,) or (table.sum(1) != 2**PRECISION).any():
+    if (table.sum(1) != 2**PRECISION).any():
         raise ValueError("tables of its entropy coder")
     symbol_at = np.tile(np.arange(256, dtype=np.uint8), CONTEXTS).repeat(table.ravel())
     at = np.repeat(np.arange(CONTEXTS), 2**PRECISION), symbol_at
@@ -1705,7 +1707,7 @@ def fit(pack_at: Callable, room: int, coded: int, log) -> tuple:
             break
         low, high = (low, at) if fits else (at, high)
         for before in [*tried][-1:]:
-            rate = min(max((tried[before] - size) / (at - before), coded / 80), coded / 2)
+            rate = min(max((tried[before] - size) / (at - before), coded / 400), coded / 2)
         tried[at] = size
         at = min(max(at + (size - room + room // 400) / rate, low), high)
         if at in tried:
@@ -1768,7 +1770,9 @@ def load_artifact(path: Path, env: Mapping) -> Artifact:
         if hashlib.sha256(tokenizer.read_bytes()).hexdigest() != header["tokenizer_sha256"]:
             raise InputError(f"TOKENIZER_PATH={tokenizer} is not the tokenizer it was trained with")
         return Artifact(cfg, dequantize(tensors), header["looped"] is True)
-    except (InputError, OSError, LookupError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise InputError(f"artifact {path} cannot be read: {error.strerror}") from None
+    except (InputError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"artifact {path}: {error}") from None
 
 def load_model(cfg, weights: dict, ranks) -> GPT:

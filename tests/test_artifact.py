@@ -19,7 +19,7 @@ def model(cfg):
 
 def saved(model, cfg, log, looped=True):
     weights = {name: p.detach() for name, p in model.named_parameters()}
-    t.save_artifact(t.coding_plans(weights, t.grids(model, cfg), cfg), weights, looped, cfg, t.Ranks(), log)
+    t.save_artifact(t.coding_plans(weights, t.grids(model, cfg), cfg, {}), weights, looped, cfg, t.Ranks(), log)
 
 
 @pytest.fixture

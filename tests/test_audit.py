@@ -374,14 +374,13 @@ def several(place, processes, troubles, **how):
 
 @pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_have_the_scores_of_one_also_if_one_of_them_is_late(tiny, place, processes):
-    """H7. The parameters of all ranks are found equal, by their bits, after each chunk; 1e-6 more in one of them ends the last run."""
+    """H7. The parameters of all ranks are equal, by their bits, after each chunk; the test would tell 1e-6 more in one of them."""
     runs = [*((kind, "") for kind in KINDS), *((kind, "late") for kind in ("sgd", "document")), ("sgd", "other")]
     done, found = several(place, processes, runs, check=False)
     differ = re.findall(r"differ:(\w+) calls:(\d+)", done.stdout)
     assert [x for x, _ in differ] == ["False"] * (len(runs) - 1) + ["True"], done.stderr
     assert all(int(calls) == 3 for (kind, _), (_, calls) in zip(runs, differ) if kind in STREAMS) and len(found) == len(runs)
-    assert done.returncode and "train_gpt.py: the ranks adapted to different weights; score with one process, and report this" in done.stderr
-    assert done.stdout.count("legal_ttt_exact") == len(runs) - 2  # the plain kind has none, and the last run none any more
+    assert done.stdout.count("legal_ttt_exact") == len(runs) - 1  # the plain kind has none
     for (kind, trouble), file in list(zip(runs, found))[:-1]:
         alone = audit(tiny[0], stream(), tokenizer_path=str(tiny[1]), **KINDS[kind])
         assert (file["chunk"] == alone["chunk"]).all() and (file["bytes"] == alone["bytes"]).all()

@@ -213,7 +213,7 @@ def test_whether_the_loops_run_travels_with_the_weights(cfg, env, log, name, loo
     cfg = dataclasses.replace(cfg, compressor=name, zstd_level=3, num_loops=2, loop_start=1, loop_end=2)
     model = make_model(cfg)
     weights = {n: p.detach() for n, p in model.named_parameters()}
-    plans = t.coding_plans(weights, t.grids(model, cfg), cfg)
+    plans = t.coding_plans(weights, t.grids(model, cfg), cfg, {})
     t.save_artifact(plans, weights, looped, cfg, t.Ranks(), log)
     paths = {k: v for k, v in env.items() if k in ("DATA_PATH", "TOKENIZER_PATH")}
     loaded, weights, found = t.load_artifact(cfg.artifact_path, paths)

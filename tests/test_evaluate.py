@@ -12,14 +12,29 @@ from hypothesis import strategies as st
 import train_gpt as t
 
 
+def windows_met(total, stride, chunk, ranks=None, **changes):
+    """Scores of a stream of the tokens 0, 1, 2, ..., where a target's loss is the target, and (first target, count) of each window in order."""
+    cfg = t.Config(train_seq_len=32, train_batch_tokens=32, eval_stride=stride, ttt_scope="stream", ttt_chunk_tokens=32, ttt_lora_rank=0, **changes)
+    scorer, met = t.Scorer.__new__(t.Scorer), []
+    scorer.tokens, scorer.bytes = torch.arange(total + 1), torch.ones(total, dtype=torch.int64)
+    scorer.cfg, scorer.ranks = cfg, ranks or t.Ranks()
+
+    def forward(ids, targets):
+        assert torch.equal(ids[:, -1], targets[:, -1] - (targets[:, -1] > ids[:, -1]).long())
+        met.extend((int(row[0]) - 1, len(row)) for row in targets)
+        return targets.double()
+
+    nll = torch.cat([chunk.nll for chunk, _ in scorer.chunks(forward, stride, chunk)])
+    return nll, met
+
+
 @settings(max_examples=200, deadline=None)
 @given(total=st.integers(1, 400), stride=st.sampled_from([1, 2, 4, 8, 16, 32]), chunk=st.sampled_from([32, 64, 96, 1024]))
 def test_every_target_is_scored_exactly_once_wherever_the_stream_ends(total, stride, chunk):
-    windows = [w for low in range(0, total, chunk) for w in t.score_windows(low, min(low + chunk, total), 32, stride)]
-    scored = [i for first, count in windows for i in range(first, first + count)]
-    assert scored[:total] == list(range(total)) and len(scored) < total + max(stride, 32)
-    longer = [w for low in range(0, 2048, chunk) for w in t.score_windows(low, min(low + chunk, 2048), 32, stride)]
-    assert longer[: len(windows)] == windows and {count for _, count in windows[1:]} <= {stride}
+    nll, windows = windows_met(total, stride, chunk)
+    assert torch.equal(nll, torch.arange(1, total + 1).double())
+    assert sum(count for _, count in windows) < total + 32 and {count for _, count in windows[1:]} <= {stride}
+    assert windows_met(2048, stride, chunk)[1][: len(windows)] == windows  # the end of the stream moves no window
 
 
 def scorer_of(cfg, log, **changes):
@@ -79,20 +94,18 @@ def test_the_batch_size_changes_nothing(cfg, log):
     assert losses == pytest.approx([losses[0]] * 3, abs=1e-6)
 
 
-@pytest.mark.parametrize("world, device", [(1, "cpu"), (2, "cpu"), (3, "cpu"), (2, "cuda")])
-def test_ranks_share_the_windows_without_loss_and_cuda_sees_one_shape(cfg, log, world, device):
-    parts, shapes = [], set()
+@pytest.mark.parametrize("compile", ["off", "on"])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_ranks_share_the_windows_without_loss_and_a_compiler_sees_two_shapes(world, compile, monkeypatch):
+    shapes, total, losses = set(), 0, t.Scorer.losses
+    monkeypatch.setattr(t.Scorer, "losses", lambda self, forward, firsts, rows: (shapes.add((rows, firsts.step)), losses(self, forward, firsts, rows))[1])
     for rank in range(world):
-        scorer = scorer_of(cfg, log)
-        scorer.ranks = t.Ranks(rank, world, torch.device(device))
-        for low in range(0, 700, 256):
-            for batch, rows in scorer.batches(t.score_windows(low, min(low + 256, 700), 32, 8), -(-32 // world)):
-                shapes.add((rows, batch[0][1]))
-                assert rows >= len(batch) and len({count for _, count in batch}) == 1
-                parts += batch
-    assert sorted(i for first, count in parts for i in range(first, first + count)) == list(range(704))
+        ranks = t.Ranks(rank, world)
+        object.__setattr__(ranks, "sum_", lambda tensor: tensor)
+        total = total + windows_met(700, 8, 256, ranks, compile=compile)[0]
+    assert torch.equal(total, torch.arange(1, 701).double())
     # the first window, which scores all its targets, is filled up to what a plain pass has
-    assert device == "cpu" or shapes == {(16, 32), (16, 8)}
+    assert compile == "off" or shapes == {(32 // world + (32 % world > 0), 32), (32 // world + (32 % world > 0), 8)}
 
 
 @pytest.mark.parametrize("stride", [8, 32])

@@ -33,7 +33,7 @@ def artifact(cfg, tmp_path_factory):
     cfg, path = dataclasses.replace(cfg, num_loops=1, loop_start=1, loop_end=2), tmp_path_factory.mktemp("model") / "model.ptz"
     model = make_model(cfg)
     weights = {name: 3 * p.detach() if name == "tok_emb.weight" else p.detach() for name, p in model.named_parameters()}
-    path.write_bytes(t.pack(t.quantize(weights, t.coding_plans(weights, t.grids(model, cfg), cfg)), True, cfg))
+    path.write_bytes(t.pack(t.quantize(weights, t.coding_plans(weights, t.grids(model, cfg), cfg, {})), True, cfg))
     return path
 
 

@@ -100,7 +100,7 @@ def test_a_column_that_no_input_reaches_is_coded_as_zero(dead):
     assert torch.equal(steps, coded_rows(w, EVEN, CFG)[1])
     if 1 < len(alive):  # the others are coded as if the dead ones were not there; the damping is a share of the mean of all
         cfg = dataclasses.replace(CFG, gptq_damping=CFG.gptq_damping * len(alive) / 48)
-        alone = t.gptq(w[:, alive], steps.float(), EVEN.top, t.factorize(hessian[alive][:, alive], cfg))
+        alone = t.gptq(w[:, alive], steps.float(), EVEN.top, t.factorize(hessian[alive][:, alive], torch.ones(1), cfg))
         assert (codes[:, alive] != alone).float().mean() < 1e-2
 
 
@@ -278,8 +278,8 @@ class SlowRanks(t.Ranks):
     """Ranks of a made-up clock, which each step, batch and sum of one of them moves on; others are `late` by then."""
     late = 0.0
 
-    def most(self, value):
-        return value + self.late
+    def most(self, *values):
+        return [value + self.late for value in values]
 
     def sum_(self, tensor):
         self.clock.now += self.clock.sum_seconds
@@ -297,7 +297,7 @@ def test_training_and_calibration_end_before_the_limit(gptq_cfg, monkeypatch, su
     trainer, clock, lines = trainer_of(cfg), SimpleNamespace(now=0.0, sum_seconds=sum_seconds), Lines()
     ranks = SlowRanks()
     object.__setattr__(ranks, "clock", clock)
-    monkeypatch.setattr(t.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(t, "perf_counter", lambda: clock.now)
     monkeypatch.setattr(SlowRanks, "late", late)
     inner, starts = trainer.observe, []
 
@@ -366,7 +366,7 @@ def test_names_with_a_hessian_get_gptq_and_no_others():
     assert plain.keys() == gptq.keys()
     assert {n for n in plain if not torch.equal(plain[n], gptq[n])} == {f"{n}.codes" for n in chosen}
     for name in chosen:
-        codes = t.gptq(weights[name], plain[f"{name}.steps"].float(), grid_of[name].top, t.factorize(hessians[name], cfg))
+        codes = t.gptq(weights[name], plain[f"{name}.steps"].float(), grid_of[name].top, t.factorize(hessians[name], torch.ones(1), cfg))
         assert torch.equal(gptq[f"{name}.codes"], codes.to(torch.int8))
 
 

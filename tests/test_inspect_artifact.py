@@ -25,7 +25,7 @@ def tensors(cfg):
     """What is stored of a model of four blocks; one has no codes."""
     model = make_model(cfg)
     weights = {name: p.detach() for name, p in model.named_parameters()}
-    stored = t.quantize(weights, t.coding_plans(weights, t.grids(model, cfg), cfg))
+    stored = t.quantize(weights, t.coding_plans(weights, t.grids(model, cfg), cfg, {}))
     for kind in ("codes", "steps", "columns"):
         del stored[f"blocks.2.attn.c_q.weight.{kind}"]
     plain = {"blocks.2.attn.c_q.weight": weights["blocks.2.attn.c_q.weight"].half()}

@@ -306,7 +306,7 @@ def test_on_a_gpu_the_best_kernel_that_is_there_is_taken_or_the_one_asked_for(ca
         assert found.attend(q, q, q) is q and card.calls.pop() == (module, dict(softmax_scale=None, causal=True))
         assert found.name == dict(auto="fa3").get(name, name) and found.warning == ""
     for name, backend in t.TORCH_KERNELS.items():
-        assert card.chosen(attention=name).attend.args == (backend,)
+        assert card.chosen(attention=name).attend.keywords == dict(backend=backend)
     assert card.chosen(attention="sdpa")[:2] == ("sdpa", t.attend_sdpa)
     card.capability = (8, 0)
     assert card.chosen()[::2] == ("fa2", "WARNING: attention by fa2, without fa3: it runs on a Hopper GPU")
@@ -386,10 +386,10 @@ def test_attention_by_a_kernel_of_torch_is_one_graph_with_the_same_values():
     seen = []
     mode = types_of_calls(seen)
     with mode:
-        out = t.attend_by(SDPBackend.MATH, q, k, v)
+        out = t.attend_sdpa(q, k, v, backend=SDPBackend.MATH)
     assert seen and not any("flash" in name for name in seen)
     torch.testing.assert_close(out, t.attend_sdpa(q, k, v))
-    compiled = torch.compile(partial(t.attend_by, SDPBackend.MATH), dynamic=False, fullgraph=True, backend="eager")
+    compiled = torch.compile(partial(t.attend_sdpa, backend=SDPBackend.MATH), dynamic=False, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(q, k, v), out)
 
 

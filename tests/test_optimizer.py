@@ -55,13 +55,11 @@ def test_muon_steps_as_the_formula_says(cfg):
     groups = [dict(params=params[i::2], lr=0.05, base_lr=0.05, weight_decay=0.1) for i in (0, 1)]  # of one shape each
     muon = t.Muon(groups, t.Ranks(), cfg, torch.float32)
     history = [[torch.randn(p.shape, generator=draw) for p in params] for _ in range(3)]
-    for group in muon.param_groups:
-        group["momentum"] = 0.9
     for grads in history:
         for p, g in zip(params, grads):
             p.grad = g.clone()
         with torch.no_grad():
-            muon.step(muon.turn([share for _, share in muon.reduce()], torch.ones(())))
+            muon.step(muon.turn([share for _, share in muon.reduce()], torch.ones(()), torch.tensor(0.9)))
     for i, p in enumerate(params):
         expected = muon_by_hand(start[i], [grads[i].double().numpy() for grads in history], 0.05, 0.9, 0.1)
         np.testing.assert_allclose(p.detach().numpy(), expected, atol=1e-4)
@@ -95,7 +93,7 @@ def test_the_joint_norm_is_clipped_and_reported(cfg):
     exp_avgs = {p: optimizers.adam.state[p]["exp_avg"] for g in optimizers.adam.param_groups for p in g["params"]}
     for p, exp_avg in exp_avgs.items():
         torch.testing.assert_close(exp_avg, 0.1 * raw[p] * 0.5 / before)
-    buffers = [s["momentum_buffer"] for s in optimizers.muon.state.values()]
+    buffers = [g["buffer"] for g in optimizers.muon.param_groups]
     after = math.sqrt(sum(float(g.double().square().sum()) for g in [10 * e for e in exp_avgs.values()] + buffers))
     assert after == pytest.approx(0.5, rel=1e-3)
 
@@ -105,7 +103,7 @@ def test_no_clip_leaves_gradients_bit_identical(cfg):
     for p in trainer.model.parameters():
         p.grad = torch.full_like(p, 3.0)
     trainer.optimizers.step(0.0, 0.0)
-    assert all((s["momentum_buffer"] == 3).all() for s in trainer.optimizers.muon.state.values())
+    assert all((g["buffer"] == 3).all() for g in trainer.optimizers.muon.param_groups)
 
 
 def test_a_broken_gradient_does_not_break_the_weights(cfg):
@@ -132,9 +130,10 @@ def test_every_parameter_has_a_gradient_within_three_steps(cfg):
 
 
 def state_of(trainer):
-    weights, (muon, adam), position = trainer.model.state_dict(), trainer.optimizers.state_dict(), trainer.batches.step
-    tensors = list(weights.values()) + [v for s in (muon, adam) for entry in s["state"].values() for v in entry.values()]
-    groups = [{k: v for k, v in g.items() if k != "params"} for s in (muon, adam) for g in s["param_groups"]]
+    weights, position = trainer.model.state_dict(), trainer.batches.step
+    muon, adam = trainer.optimizers.muon.state_dict(), trainer.optimizers.adam.state_dict()
+    tensors = list(weights.values()) + [v for entry in adam["state"].values() for v in entry.values()] + [g["buffer"] for g in muon["param_groups"]]
+    groups = [{k: v for k, v in g.items() if k not in ("params", "buffer")} for s in (muon, adam) for g in s["param_groups"]]
     return tensors, position, groups, next(trainer.batches)
 
 

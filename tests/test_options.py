@@ -121,8 +121,12 @@ def test_the_stream_is_half_itself_and_half_the_skip_at_first(cfg):
     cfg = dataclasses.replace(cfg, skip_gates=True)
     model = t.GPT(cfg)
     model.init_weights(cfg)
-    x, skip = torch.randn(2, 3, cfg.model_dim), torch.randn(2, 3, cfg.model_dim)
-    torch.testing.assert_close(model.take_skip(x, skip, 1), (x + skip) / 2)
+    seen = {}
+    for i, block in enumerate(model.blocks):
+        block.register_forward_hook(lambda block, args, out, i=i: seen.update({i: (args[0], out[0])}))
+    model.hidden(torch.randint(2, cfg.vocab_size, (2, 9)))
+    for later, earlier in ((2, 1), (3, 0)):
+        torch.testing.assert_close(seen[later][0], (seen[later - 1][1] + seen[earlier][1]) / 2)
 
 
 def test_parallel_blocks_begin_where_they_are_said_to(cfg):
@@ -527,14 +531,13 @@ def test_muon_steps_as_the_formula_says_with_and_without_rows_of_length_one(cfg,
     params = [torch.nn.Parameter(torch.randn(shape, generator=draw)) for _ in range(3)]
     start = [p.detach().double().numpy().copy() for p in params]
     muon = t.Muon([dict(params=params, lr=0.05, weight_decay=0.1)], t.Ranks(), cfg, torch.float32)
-    muon.param_groups[0]["momentum"] = 0.9
     sizes = torch.logspace(-2, 2, shape[0])[:, None]  # rows of very different lengths: what the normalization is for
     history = [[sizes * torch.randn(shape, generator=draw) for _ in params] for _ in range(3)]
     for grads in history:
         for p, g in zip(params, grads):
             p.grad = g.clone()
         with torch.no_grad():
-            muon.step(muon.turn([share for _, share in muon.reduce()], torch.ones(())))
+            muon.step(muon.turn([share for _, share in muon.reduce()], torch.ones(()), torch.tensor(0.9)))
     for i, p in enumerate(params):
         grads = [g[i].double().numpy() for g in history]
         expected = muon_by_hand(start[i], grads, cfg, 0.05, 0.9, 0.1)
@@ -549,7 +552,7 @@ def test_a_row_without_a_gradient_is_not_stepped_by_row_normalization(cfg):
     p.grad[2] = 0.0
     muon = t.Muon([dict(params=[p], lr=0.1, weight_decay=0.0)], t.Ranks(), dataclasses.replace(cfg, muon_row_normalize=True), torch.float32)
     with torch.no_grad():
-        muon.step(muon.turn([share for _, share in muon.reduce()], torch.ones(())))
+        muon.step(muon.turn([share for _, share in muon.reduce()], torch.ones(()), torch.tensor(0.9)))
     assert p.isfinite().all() and torch.equal(p[2], torch.ones(6)) and (p[[0, 1, 3]] != 1).all()
 
 
@@ -628,15 +631,16 @@ class Mailbox:
     def __init__(self, world):
         self.world, self.sent = world, {}
 
-    def reduce_scatter(self, out, parts, async_op):
-        assert async_op and len({part.shape for part in parts}) == 1 and len(parts) == self.world
+    def reduce_scatter_tensor(self, out, stack, async_op):
+        assert async_op and len(stack) == len(out) * self.world
+        parts = stack.chunk(self.world)
         self.sent.setdefault(self.rank, parts)
         return SimpleNamespace(wait=lambda rank=self.rank: out.copy_(sum(self.sent[r][rank] for r in range(self.world))))
 
-    def all_gather(self, parts, share, async_op):
-        assert async_op and share.is_contiguous() and len(parts) == self.world
-        self.sent.setdefault(self.rank, share)
-        return SimpleNamespace(wait=lambda: [part.copy_(self.sent[r]) for r, part in enumerate(parts)])
+    def all_gather_into_tensor(self, whole, mine, async_op):
+        assert async_op and mine.is_contiguous() and len(whole) == len(mine) * self.world
+        self.sent.setdefault(self.rank, mine)
+        return SimpleNamespace(wait=lambda: [part.copy_(self.sent[r]) for r, part in enumerate(whole.chunk(self.world))])
 
 
 @pytest.mark.parametrize("world, items", [(2, 6), (2, 5), (4, 5), (4, 1), (3, 3)])

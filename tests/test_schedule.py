@@ -38,7 +38,7 @@ def test_without_a_warmdown_the_rate_stays_and_with_one_it_is_a_share(step, elap
 class FakeTime:
     def __init__(self, monkeypatch):
         self.now = 0.0
-        monkeypatch.setattr(t.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(t, "perf_counter", lambda: self.now)
 
 
 def test_a_slow_first_step_does_not_derail_the_rate(monkeypatch):

@@ -158,7 +158,7 @@ def driven(trainer: t.Trainer) -> Callable[[], None]:
     cfg, average, before = trainer.cfg, trainer.average, []
 
     def step() -> None:
-        trainer.ranks.broadcast(0.0, 0.0)
+        trainer.ranks.most(0.0, 0.0)
         reading = trainer.step(0.1, cfg.muon_momentum)
         if before:
             before.pop().value()
@@ -224,7 +224,7 @@ def coding_seconds(trainer: t.Trainer, with_gptq: bool) -> dict[str, float]:
     """Seconds to quantize by rounding and pack all weights, to unpack them and, if wanted, to quantize by GPTQ."""
     weights, grid_of = trainer.average.values, t.grids(trainer.model, trainer.cfg)
     cfg, found, begin = replace(trainer.cfg, quantizer="rtn", mean_step=0.0), {}, time.perf_counter()
-    blob = t.pack(t.quantize(weights, t.coding_plans(weights, grid_of, cfg)), trainer.looped, cfg)
+    blob = t.pack(t.quantize(weights, t.coding_plans(weights, grid_of, cfg, {})), trainer.looped, cfg)
     middle = time.perf_counter()
     t.dequantize(t.unpack(blob)[1])
     found |= dict(pack_seconds=middle - begin, unpack_seconds=time.perf_counter() - middle)
@@ -270,7 +270,7 @@ class Bench:
             step()
         one = min(one_time(step, self.ranks.device) for _ in range(1 + 2 * on_gpu))
         steps = 1e3 * min(warm, self.args.warm_seconds) / one
-        return step_times(step, self.ranks.device, count, int(self.ranks.broadcast(steps)[0]))
+        return step_times(step, self.ranks.device, count, int(*self.ranks.most(steps)))
 
     def row(self, name: str, cfg: t.Config, looped: bool, moved: costs.Communication) -> dict[str, Any]:
         """All that is measured of one variant in one state of its loops."""

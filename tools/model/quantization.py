@@ -76,7 +76,7 @@ class Study:
 
     def plans(self, settings: dict, gptq: bool) -> tuple[t.Config, dict[str, t.Plan]]:
         cfg = replace(self.cfg, **{"mean_step": 0.0} | settings)
-        return cfg, t.coding_plans(self.weights, t.grids(self.model, cfg), cfg, self.costs if gptq else None)
+        return cfg, t.coding_plans(self.weights, t.grids(self.model, cfg), cfg, self.costs if gptq else {})
 
     def size(self, tensors: dict[str, torch.Tensor], coder: str) -> int:
         return len(t.pack(tensors, self.looped, replace(self.cfg, compressor=coder)))
