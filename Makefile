@@ -20,6 +20,7 @@ demo: .venv/ready
 
 test: .venv/ready
 	.venv/bin/python -m ruff check .
+	.venv/bin/python -m ruff format --check --line-length 120 train_gpt.py
 	.venv/bin/python -m pytest
 
 test-all: test
@@ -48,6 +49,7 @@ bench: .venv/ready
 
 lint: .venv/ready
 	.venv/bin/python -m ruff check .
+	.venv/bin/python -m ruff format --check --line-length 120 train_gpt.py
 
 clean:
 	rm -rf .venv .venv-cuda demo

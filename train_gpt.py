@@ -53,31 +53,39 @@ PACKAGES = ("numpy", "sentencepiece", "tqdm", "zstandard")
 
 # ---- Configuration: every option, its default, its meaning. SEED=42 in the environment sets `seed`.
 
+
 class InputError(ValueError):
     """A mistake of the user's, told in one line: what, where, what to do."""
 
+
 class Unusable(InputError):
     """What all ranks find together after work that is worth keeping: a loss that is no number, a file over the cap."""
+
 
 def knob(default: Any, help: str, low: float = 0, high: float = math.inf, choices: tuple = (), group: str = "") -> Any:
     """A Config field: its help, the closed range or the choices of each value; `group` opens a section of --help."""
     return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices, group=group))
 
+
 def count(default: int, help: str, group: str = "") -> Any:
     """A knob of 1 or more."""
     return knob(default, help, low=1, group=group)
 
+
 def choice(default: str, help: str, *choices: str) -> Any:
     """A knob that takes one of the choices."""
-    return knob(default, help, choices=choices)
+    return knob(default, f"{help} ({' | '.join(choices)})", choices=choices)
+
 
 def fraction(default: float, help: str) -> Any:
     """A knob of 0 to 1."""
     return knob(default, help, high=1)
 
+
 @dataclass(frozen=True)
 class Config:
     """Every setting of a run, frozen. Raises InputError that names the variable when a value is out of its range."""
+
     variant: str = knob("card", "row of settings to start from; see VARIANTS", group="run")
     seed: int = knob(1337, "seeds the weights and the order of a shuffled loader", high=2**63)
     run_id: str = knob("", "names the log; empty: variant, seed and time")
@@ -87,8 +95,16 @@ class Config:
     audit: str = knob("", "file.npz for each target's nll, bytes and chunk (of its document) in the last evaluation")
     max_artifact_bytes: int = count(16_000_000, "cap on code + model bytes; more is an error")
     checkpoint_every: int = knob(0, "steps between saves of the averaged weights; 0 saves none")
-    attention: str = choice("auto", "kernel; auto: fa3, else fa2, else sdpa, which leaves the choice to torch",
-                            "auto", "fa3", "fa2", "cudnn", "flash", "sdpa")
+    attention: str = choice(
+        "auto",
+        "kernel; auto: fa3, else fa2, else sdpa, which leaves the choice to torch",
+        "auto",
+        "fa3",
+        "fa2",
+        "cudnn",
+        "flash",
+        "sdpa",
+    )
     dtype: str = choice("auto", "activations; auto: bf16 on CUDA or AMX", "auto", "bf16", "fp32")
     compile: str = choice("auto", "torch.compile, which takes minutes; auto: on CUDA", "auto", "on", "off")
 
@@ -96,9 +112,9 @@ class Config:
     tokenizer_path: str = knob("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model of the shards")
     vocab_size: int = knob(1024, "pieces of the tokenizer", 8, 65536)
     loader: str = choice("stream", "training rows: one after the other, or shuffled", "stream", "shuffled")
-    train_batch_tokens: int = count(786_432, "tokens a step over all ranks")
-    train_seq_len: int = knob(2048, "tokens a training sequence", 2, 2**20)
-    micro_batch_tokens: int = count(98_304, "most tokens a forward pass of one rank; the rest accumulates")
+    train_batch_tokens: int = count(786_432, "tokens per step, over all ranks")
+    train_seq_len: int = knob(2048, "tokens per training sequence", 2, 2**20)
+    micro_batch_tokens: int = count(98_304, "most tokens per forward pass of one rank; the rest accumulates")
 
     num_layers: int = knob(11, "blocks; the first half feeds skips to the second", 2, 1000, group="model")
     model_dim: int = knob(512, "width of the residual stream", 8, 65536)
@@ -111,7 +127,7 @@ class Config:
     rope_base: float = knob(10_000.0, "base of the rotary wavelengths", 1)
     rope_dims: int = knob(16, "head dims that rotate; 0 rotates all")
     qk_gain_init: float = knob(1.5, "initial gain of each query head after QK-norm")
-    qk_gains: int = knob(1, "gains a query head; 2: one for the dims that rotate, one for the rest", 1, 2)
+    qk_gains: int = knob(1, "gains per query head; 2: one for the dims that rotate, one for the rest", 1, 2)
     xsa_last_n: int = knob(4, "last blocks whose heads exclude their own value; 0 is none")
     value_residual: bool = knob(False, "mix each layer's values with the first layer's")
     gated_attention: bool = knob(False, "gate each head by a sigmoid of its layer's whole input")
@@ -122,12 +138,13 @@ class Config:
     num_loops: int = knob(0, "more passes over the looped blocks; 0 is no recurrence", high=100)
     loop_start: int = knob(3, "first looped block")
     loop_end: int = knob(5, "last looped block")
-    enable_looping_at: float = fraction(0.35, "share of the run after which they loop")
+    enable_looping_at: float = fraction(0.35, "fraction of the run after which they loop")
     smear_gate: bool = knob(True, "blend each token's embedding with the one before")
     bigram_vocab_size: int = knob(2048, "buckets of the hashed bigram table; 0 is no table")
     bigram_dim: int = count(128, "width of the bigram table")
-    bigram_hash: str = choice("reserved", "xor hash with or without a bucket for 'no bigram', or linear",
-                              "reserved", "xor", "linear")
+    bigram_hash: str = choice(
+        "reserved", "xor hash with or without a bucket for 'no bigram', or linear", "reserved", "xor", "linear"
+    )
     bigram_scale_init: float = knob(0.05, "initial gain of the bigram embedding; 0 is no gain")
     ve_dim: int = count(128, "width of the shared value embedding")
     ve_layers: tuple[int, ...] = knob((9, 10), "layers whose values get a token embedding; none is off")
@@ -138,9 +155,9 @@ class Config:
 
     iterations: int = count(20_000, "most optimizer steps", group="training")
     max_wallclock_seconds: float = knob(600.0, "training ends before this time; 0 is no limit")
-    warmup_steps: int = knob(20, "steps a graph that compile and are then undone")
+    warmup_steps: int = knob(20, "steps per graph that compile and are then undone")
     warmdown_iters: int = knob(3500, "last steps over which the rate falls to 0; 0 is none")
-    warmdown_frac: float = fraction(0.0, "last share of the run over which it falls; 0 is none")
+    warmdown_frac: float = fraction(0.0, "last fraction of the run over which it falls; 0 is none")
     matrix_lr: float = knob(0.025, "Muon: spectral norm of a step on a matrix")
     scalar_lr: float = knob(0.025, "AdamW: gains, gates and mixes")
     tied_embed_lr: float = knob(0.035, "AdamW: embedding tables")
@@ -148,8 +165,8 @@ class Config:
     muon_momentum: float = fraction(0.99, "Muon momentum after its warm-up")
     muon_momentum_warmup_start: float = fraction(0.92, "Muon momentum at step 0")
     muon_momentum_warmup_steps: int = knob(1500, "steps of that warm-up")
-    muon_momentum_warmup_frac: float = fraction(0.0, "share of the run that it takes instead; 0: steps")
-    muon_momentum_cooldown: float = fraction(1.0, "it falls back with the rate, until this share is left; 1: stays")
+    muon_momentum_warmup_frac: float = fraction(0.0, "fraction of the run that it takes instead; 0: steps")
+    muon_momentum_cooldown: float = fraction(1.0, "it falls back with the rate, down to this fraction; 1: stays")
     muon_backend_steps: int = count(5, "Newton-Schulz iterations")
     muon_row_normalize: bool = knob(False, "scale each row of a step to length 1 before (MuonEq-R)")
     muon_wd: float = knob(0.04, "decoupled weight decay of matrices")
@@ -161,18 +178,20 @@ class Config:
     adam_eps: float = knob(1e-8, "AdamW")
     grad_clip_norm: float = knob(0.3, "cap on the norm of the averaged gradient; 0 is none")
     averaging: str = choice("ema", "weights that are exported", "ema", "swa", "last")
-    ema_decay: float = fraction(0.997, "share of the average that a step keeps")
+    ema_decay: float = fraction(0.997, "fraction of the average that a step keeps")
     swa_every: int = count(50, "steps between SWA snapshots")
-    swa_start_scale: float = knob(0.2, "SWA starts when the rate falls below this share", high=2)
-    late_qat_threshold: float = knob(0.15, "fake-quantize below this share of the rate; 2 always", high=2)
+    swa_start_scale: float = knob(0.2, "SWA starts when the rate falls below this fraction", high=2)
+    late_qat_threshold: float = knob(0.15, "fake-quantize below this fraction of the rate; 2 always", high=2)
     train_log_every: int = count(500, "steps between train_loss lines")
     val_loss_every: int = knob(0, "steps between validations, off the clock; 0 is none before the end")
 
     matrix_bits: int = knob(6, "code width of matrices", 2, 8, group="quantization")
     embed_bits: int = knob(8, "code width of the token table; 16 keeps fp16", 2, 16)
     table_bits: int = knob(0, "code width of hash and value tables; 0 is EMBED_BITS", high=16)
-    clip_shares: tuple[float, ...] = knob((1.0, 0.95, 0.9, 0.85, 0.8, 0.7), "clips tried, as shares of a row's maximum")
-    step_floor: float = knob(1.0, "least step, as a share of 1/(highest code); 0 is none")
+    clip_shares: tuple[float, ...] = knob(
+        (1.0, 0.95, 0.9, 0.85, 0.8, 0.7), "clips tried, as fractions of a row's maximum"
+    )
+    step_floor: float = knob(1.0, "least step, as a fraction of 1/(highest code); 0 is none")
     matrix_clip_sigmas: float = knob(0.0, "clip of matrices in standard deviations of a row; 0: CLIP_SHARES")
     embed_clip_sigmas: float = knob(0.0, "the same for tables")
     quantizer: str = choice("rtn", "round to nearest, or GPTQ", "rtn", "gptq")
@@ -181,37 +200,41 @@ class Config:
     gptq_calibration_batches: int = count(8, "most training batches whose inputs GPTQ measures, on the clock")
     gptq_reserve_seconds: float = knob(4.0, "of MAX_WALLCLOCK_SECONDS, kept back for those batches")
     gptq_damping: float = knob(0.01, "of their mean, added to the Hessian's diagonal and to row costs", 1e-6)
-    prune_share: float = knob(0.0, "share of each matrix, the smallest weights, set to 0", high=0.99)
+    prune_share: float = knob(0.0, "fraction of each matrix, the smallest weights, set to 0", high=0.99)
     fit: bool = knob(True, "scale all steps by one factor, so that code + model fill MAX_ARTIFACT_BYTES")
-    compressor: str = choice("zstd", "of the artifact; rans codes by scale", "zstd", "lzma", "brotli", "rans")
+    compressor: str = choice("zstd", "of the artifact; rans codes by scale", "zstd", "brotli", "rans")
     zstd_level: int = knob(22, "zstd effort", 1, 22)
 
     eval_seq_len: int = knob(0, "tokens a scoring window; 0 is TRAIN_SEQ_LEN", high=2**20, group="evaluation")
     eval_stride: int = count(64, "targets that a window scores after the first")
-    eval_batch_seqs: int = count(32, "windows a forward pass of one rank")
+    eval_batch_seqs: int = count(32, "windows per forward pass of one rank")
     val_max_tokens: int = knob(0, "score only the first N targets; 0 is all, as a record must")
     ttt_epochs: int = knob(1, "passes of test-time training over each scored chunk; 0 is none")
-    ttt_scope: str = choice("document", "what adapts: the model, to all before, or to each document a LoRA of its own",
-                            "stream", "document")
-    ttt_chunk_tokens: int = count(128, "targets a chunk: scored first, trained on after")
+    ttt_scope: str = choice(
+        "document", "what adapts: the model, to all before, or to each document a LoRA of its own", "stream", "document"
+    )
+    ttt_chunk_tokens: int = count(128, "targets per chunk: scored first, trained on after")
     ttt_params: tuple[str, ...] = knob(("*",), "parameters that adapt, by shell patterns; !pattern takes some out")
     ttt_lora_rank: int = knob(8, "adapt q, v and the head by terms of this rank, and nothing else; 0: the weights")
     ttt_optimizer: str = choice("adamw", "of test-time training", "sgd", "adamw")
     ttt_lr: float = knob(0.02, "rate of the first chunk")
-    ttt_cosine_floor: float = fraction(1.0, "the rate falls over the chunks to this share; 1: constant")
+    ttt_cosine_floor: float = fraction(1.0, "the rate falls over the chunks to this fraction; 1: constant")
     ttt_momentum: float = knob(0.9, "SGD's momentum, AdamW's first beta", high=0.99999)
     ttt_nesterov: bool = knob(False, "SGD looks ahead")
     ttt_beta2: float = knob(0.95, "AdamW's second beta", high=0.99999)
     ttt_z_loss: float = knob(0.0, "weight of the squared log-partition in its loss")
     ttt_temperature: float = knob(1.0, "divides the logits that are scored", 0.1, 10)
-    ttt_batch_seqs: int = count(64, "sequences a step over all ranks, or documents a step of one")
+    ttt_batch_seqs: int = count(64, "sequences per step over all ranks, or documents per step of one")
     ttt_grad_clip: float = knob(0.0, "cap on the gradient norm; 0 is none")
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            value = vars(self)[f.name]
+            name, value, m = f.name.upper(), vars(self)[f.name], f.metadata
+            if m["choices"] and value not in m["choices"]:
+                raise InputError(f"{name}={value} must be one of {', '.join(m['choices'])}")
             for v in value if isinstance(value, tuple) else (value,):
-                check_value(f, v)
+                if not isinstance(v, str) and not m["low"] <= v <= m["high"]:
+                    raise InputError(f"{name}={v} must lie in [{m['low']:g}, {m['high']:g}]: {m['help']}")
         for holds, text in model_rules(self) + run_rules(self):
             if not holds:
                 raise InputError(text.format(**vars(self), window=self.window))
@@ -231,9 +254,9 @@ class Config:
         return cls(**VARIANTS[variant] | given)
 
     def group(self, *groups: str) -> dict[str, Any]:
-        """The values of the options of these groups, by name; of all groups without an argument."""
+        """The values of the options of these groups, by name."""
         members = option_groups()
-        return {f.name: vars(self)[f.name] for name in groups or members for f in members[name]}
+        return {f.name: vars(self)[f.name] for name in groups for f in members[name]}
 
     @property
     def head_dim(self) -> int:
@@ -253,12 +276,6 @@ class Config:
     def artifact_path(self) -> Path:
         return Path(self.artifact) if self.artifact else Path(self.output_dir) / "final_model.int6.ptz"
 
-def check_value(f: Field, value: Any) -> None:
-    low, high, choices = map(f.metadata.get, ("low", "high", "choices"))
-    if choices and value not in choices:
-        raise InputError(f"{f.name.upper()}={value} must be one of {', '.join(choices)}")
-    if not isinstance(value, str) and not low <= value <= high:
-        raise InputError(f"{f.name.upper()}={value} must lie in [{low:g}, {high:g}]: {f.metadata['help']}")
 
 def model_rules(c: Config) -> list[tuple[bool, str]]:
     """Rules that bind several options of the model and its coding: whether each holds, and what to say if not."""
@@ -268,53 +285,86 @@ def model_rules(c: Config) -> list[tuple[bool, str]]:
         (c.model_dim % c.num_heads == 0, "MODEL_DIM={model_dim} must be a multiple of NUM_HEADS={num_heads}"),
         (c.num_heads % c.num_kv_heads == 0, "NUM_HEADS={num_heads} must be a multiple of NUM_KV_HEADS={num_kv_heads}"),
         (c.head_dim % 2 == 0, "MODEL_DIM={model_dim} / NUM_HEADS={num_heads} must be even"),
-        (c.rope_dims in range(0, c.head_dim + 1, 2),
-         "ROPE_DIMS={rope_dims} must be even, at most MODEL_DIM={model_dim} / NUM_HEADS={num_heads}"),
-        (c.qk_gains == 1 or two_gains,
-         "QK_GAINS={qk_gains} needs ROPE_DIMS={rope_dims} above 0, below MODEL_DIM / NUM_HEADS"),
+        (
+            c.rope_dims in range(0, c.head_dim + 1, 2),
+            "ROPE_DIMS={rope_dims} must be even, at most MODEL_DIM={model_dim} / NUM_HEADS={num_heads}",
+        ),
+        (
+            c.qk_gains == 1 or two_gains,
+            "QK_GAINS={qk_gains} needs ROPE_DIMS={rope_dims} above 0, below MODEL_DIM / NUM_HEADS",
+        ),
         (c.attn_gate_dims <= c.model_dim, "ATTN_GATE_DIMS={attn_gate_dims} must be at most MODEL_DIM={model_dim}"),
         (all(i < c.num_layers for i in c.ve_layers), "VE_LAYERS={ve_layers} must lie below NUM_LAYERS={num_layers}"),
         (c.xsa_last_n <= c.num_layers, "XSA_LAST_N={xsa_last_n} must be at most NUM_LAYERS={num_layers}"),
-        (c.num_loops == 0 or looped,
-         "NUM_LOOPS={num_loops} needs LOOP_START={loop_start} <= LOOP_END={loop_end} < NUM_LAYERS={num_layers}"),
+        (
+            c.num_loops == 0 or looped,
+            "NUM_LOOPS={num_loops} needs LOOP_START={loop_start} <= LOOP_END={loop_end} < NUM_LAYERS={num_layers}",
+        ),
         (c.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE={bigram_vocab_size} must not be 1"),
-        (max(c.train_seq_len, c.window) * c.head_dim <= 2**26,
-         "TRAIN_SEQ_LEN={train_seq_len} or the window of {window}, times MODEL_DIM / NUM_HEADS, is above 2**26"),
+        (
+            max(c.train_seq_len, c.window) * c.head_dim <= 2**26,
+            "TRAIN_SEQ_LEN={train_seq_len} or the window of {window}, times MODEL_DIM / NUM_HEADS, is above 2**26",
+        ),
         (c.embed_bits in (*range(2, 9), 16), "EMBED_BITS={embed_bits} must be 2 to 8, or 16"),
         (c.table_bits in (0, *range(2, 9), 16), "TABLE_BITS={table_bits} must be 0, 2 to 8, or 16"),
-        (all(0 < share <= 1 for share in c.clip_shares or (0,)),
-         "CLIP_SHARES={clip_shares} must lie in (0, 1], one or more"),
+        (
+            all(0 < clip <= 1 for clip in c.clip_shares or (0,)),
+            "CLIP_SHARES={clip_shares} must lie in (0, 1], one or more",
+        ),
         (not c.mean_step or c.quantizer == "gptq", "MEAN_STEP={mean_step} needs QUANTIZER=gptq, not {quantizer}"),
     ]
+
 
 def run_rules(c: Config) -> list[tuple[bool, str]]:
     """The same for training and evaluation."""
     document = c.ttt_scope == "document"
     return [
-        (c.train_batch_tokens % c.train_seq_len == 0,
-         "TRAIN_BATCH_TOKENS={train_batch_tokens} must be a multiple of TRAIN_SEQ_LEN={train_seq_len}"),
-        (c.micro_batch_tokens >= c.train_seq_len,
-         "MICRO_BATCH_TOKENS={micro_batch_tokens} must be at least TRAIN_SEQ_LEN={train_seq_len}"),
-        (not c.warmdown_frac or not c.warmdown_iters,
-         "WARMDOWN_FRAC={warmdown_frac} and WARMDOWN_ITERS={warmdown_iters} both set the warmdown; set one to 0"),
-        (not c.muon_momentum_warmup_frac or not c.muon_momentum_warmup_steps,
-         "MUON_MOMENTUM_WARMUP_FRAC={muon_momentum_warmup_frac} and MUON_MOMENTUM_WARMUP_STEPS="
-         "{muon_momentum_warmup_steps} both say how long momentum warms up; set one to 0"),
-        (c.time_limit > 0, "GPTQ_RESERVE_SECONDS={gptq_reserve_seconds} leaves no time to train of "
-         "MAX_WALLCLOCK_SECONDS={max_wallclock_seconds}; lower it"),
+        (
+            c.train_batch_tokens % c.train_seq_len == 0,
+            "TRAIN_BATCH_TOKENS={train_batch_tokens} must be a multiple of TRAIN_SEQ_LEN={train_seq_len}",
+        ),
+        (
+            c.micro_batch_tokens >= c.train_seq_len,
+            "MICRO_BATCH_TOKENS={micro_batch_tokens} must be at least TRAIN_SEQ_LEN={train_seq_len}",
+        ),
+        (
+            not c.warmdown_frac or not c.warmdown_iters,
+            "WARMDOWN_FRAC={warmdown_frac} and WARMDOWN_ITERS={warmdown_iters} both set the warmdown; set one to 0",
+        ),
+        (
+            not c.muon_momentum_warmup_frac or not c.muon_momentum_warmup_steps,
+            "MUON_MOMENTUM_WARMUP_FRAC={muon_momentum_warmup_frac} and MUON_MOMENTUM_WARMUP_STEPS="
+            "{muon_momentum_warmup_steps} both say how long momentum warms up; set one to 0",
+        ),
+        (
+            c.time_limit > 0,
+            "GPTQ_RESERVE_SECONDS={gptq_reserve_seconds} leaves no time to train of "
+            "MAX_WALLCLOCK_SECONDS={max_wallclock_seconds}; lower it",
+        ),
         (c.window % c.eval_stride == 0, "EVAL_STRIDE={eval_stride} must divide the window of {window}"),
-        (document or c.ttt_chunk_tokens % c.window == 0,
-         "TTT_CHUNK_TOKENS={ttt_chunk_tokens} must be a multiple of the window of {window}, or TTT_SCOPE=document"),
-        (not document or not c.ttt_epochs or c.ttt_chunk_tokens <= c.window,
-         "TTT_SCOPE=document needs TTT_CHUNK_TOKENS={ttt_chunk_tokens} to be at most the window of {window}"),
+        (
+            document or c.ttt_chunk_tokens % c.window == 0,
+            "TTT_CHUNK_TOKENS={ttt_chunk_tokens} must be a multiple of the window of {window}, or TTT_SCOPE=document",
+        ),
+        (
+            not document or not c.ttt_epochs or c.ttt_chunk_tokens <= c.window,
+            "TTT_SCOPE=document needs TTT_CHUNK_TOKENS={ttt_chunk_tokens} to be at most the window of {window}",
+        ),
         (not document or c.ttt_lora_rank > 0, "TTT_SCOPE=document needs TTT_LORA_RANK={ttt_lora_rank} above 0"),
-        (not c.ttt_lora_rank or c.ttt_params == ("*",),
-         "TTT_LORA_RANK={ttt_lora_rank} adapts no weights, so leave TTT_PARAMS={ttt_params} at *"),
-        (not document or c.ttt_grad_clip == 0,
-         "TTT_SCOPE=document needs TTT_GRAD_CLIP={ttt_grad_clip} to be 0: it would bind documents"),
-        (not c.ttt_nesterov or c.ttt_optimizer == "sgd" and c.ttt_momentum > 0,
-         "TTT_NESTEROV=1 needs TTT_OPTIMIZER={ttt_optimizer} to be sgd and TTT_MOMENTUM={ttt_momentum} above 0"),
+        (
+            not c.ttt_lora_rank or c.ttt_params == ("*",),
+            "TTT_LORA_RANK={ttt_lora_rank} adapts no weights, so leave TTT_PARAMS={ttt_params} at *",
+        ),
+        (
+            not document or c.ttt_grad_clip == 0,
+            "TTT_SCOPE=document needs TTT_GRAD_CLIP={ttt_grad_clip} to be 0: it would bind documents",
+        ),
+        (
+            not c.ttt_nesterov or c.ttt_optimizer == "sgd" and c.ttt_momentum > 0,
+            "TTT_NESTEROV=1 needs TTT_OPTIMIZER={ttt_optimizer} to be sgd and TTT_MOMENTUM={ttt_momentum} above 0",
+        ),
     ]
+
 
 def option_groups() -> dict[str, list[Field]]:
     name, groups = "", {}
@@ -323,59 +373,215 @@ def option_groups() -> dict[str, list[Field]]:
         groups.setdefault(name, []).append(f)
     return groups
 
-SGD_OVER_STREAM = dict(ttt_epochs=3, ttt_scope="stream", ttt_chunk_tokens=32_768, ttt_lora_rank=0, ttt_optimizer="sgd",
-                       ttt_lr=0.002, ttt_beta2=0.999, ttt_batch_seqs=32, ttt_grad_clip=1.0)  # PR #549
-VARIANTS: dict[str, dict[str, Any]] = {
+
+SGD_OVER_STREAM = dict(
+    ttt_epochs=3,
+    ttt_scope="stream",
+    ttt_chunk_tokens=32_768,
+    ttt_lora_rank=0,
+    ttt_optimizer="sgd",
+    ttt_lr=0.002,
+    ttt_beta2=0.999,
+    ttt_batch_seqs=32,
+    ttt_grad_clip=1.0,
+)  # PR #549
+VARIANTS: dict[str, dict] = {
     "card": {},
-    "pr150": SGD_OVER_STREAM | dict(
-        rope_base=50_000.0, rope_dims=0, xsa_last_n=0, ln_scale_power=0.0, ve_layers=(), mlp_negative_slope=0.0,
-        bigram_hash="xor", warmdown_iters=3000, embed_wd=0.0, averaging="swa", swa_every=200, swa_start_scale=0.5,
-        late_qat_threshold=2.0, embed_bits=16, table_bits=6, clip_shares=(1.0,),
-        ttt_params=("*", "!blocks.0.*", "!blocks.1.*")),
-    "pr455": SGD_OVER_STREAM | dict(
-        rope_base=10_000.0 * 2 ** (16 / 14), mlp_negative_slope=0.0, warmdown_iters=3000, adam_wd=0.04, averaging="swa",
-        late_qat_threshold=0.1, clip_shares=(1.0,), ttt_params=("*", "!blocks.0.*", "!blocks.1.*")),
-    "pr490": SGD_OVER_STREAM | dict(
-        value_residual=True, gated_attention=True, bigram_vocab_size=4096, ve_layers=(), iterations=9000,
-        warmdown_iters=1200, muon_momentum=0.95, muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=500,
-        adam_wd=0.04, embed_bits=16, table_bits=8, quantizer="gptq", clip_shares=(1.0,), prune_share=0.02,
-        ttt_optimizer="adamw", ttt_lr=1e-4, ttt_batch_seqs=64, ttt_chunk_tokens=131_072, ttt_cosine_floor=0.1,
+    "pr150": dict(
+        SGD_OVER_STREAM,
+        rope_base=50_000.0,
+        rope_dims=0,
+        xsa_last_n=0,
+        ln_scale_power=0.0,
+        ve_layers=(),
+        mlp_negative_slope=0.0,
+        bigram_hash="xor",
+        warmdown_iters=3000,
+        embed_wd=0.0,
+        averaging="swa",
+        swa_every=200,
+        swa_start_scale=0.5,
+        late_qat_threshold=2.0,
+        embed_bits=16,
+        table_bits=6,
+        clip_shares=(1.0,),
+        ttt_params=("*", "!blocks.0.*", "!blocks.1.*"),
+    ),
+    "pr455": dict(
+        SGD_OVER_STREAM,
+        rope_base=10_000.0 * 2 ** (16 / 14),
+        mlp_negative_slope=0.0,
+        warmdown_iters=3000,
+        adam_wd=0.04,
+        averaging="swa",
+        late_qat_threshold=0.1,
+        clip_shares=(1.0,),
+        ttt_params=("*", "!blocks.0.*", "!blocks.1.*"),
+    ),
+    "pr490": dict(
+        SGD_OVER_STREAM,
+        value_residual=True,
+        gated_attention=True,
+        bigram_vocab_size=4096,
+        ve_layers=(),
+        iterations=9000,
+        warmdown_iters=1200,
+        muon_momentum=0.95,
+        muon_momentum_warmup_start=0.85,
+        muon_momentum_warmup_steps=500,
+        adam_wd=0.04,
+        embed_bits=16,
+        table_bits=8,
+        quantizer="gptq",
+        clip_shares=(1.0,),
+        prune_share=0.02,
+        ttt_optimizer="adamw",
+        ttt_lr=1e-4,
+        ttt_batch_seqs=64,
+        ttt_chunk_tokens=131_072,
+        ttt_cosine_floor=0.1,
         ttt_temperature=0.98,
-        ttt_params=("blocks.9.*", "blocks.10.*", "*.attn_scale", "*.mlp_scale", "bigram.scale", "tok_emb.*")),
-    "pr1127": SGD_OVER_STREAM | dict(
-        model_dim=480, mlp_mult=3.2, mlp_negative_slope=0.0, mlp_affine=True, skip_gates=True, bigram_vocab_size=8192,
-        bigram_hash="linear", bigram_scale_init=0.0, ve_layers=(), init="default", train_batch_tokens=524_288,
-        micro_batch_tokens=65_536, adam_wd=0.04, decoder_lr_mult=2.0, grad_clip_norm=0.0, ema_decay=0.9985,
-        embed_bits=16, table_bits=6, ttt_epochs=1, ttt_lora_rank=8, ttt_optimizer="adamw", ttt_lr=0.01, ttt_beta2=0.95),
-    "pr1812": SGD_OVER_STREAM | dict(
-        data_path="./data/datasets/fineweb10B_sp8192", tokenizer_path="./data/tokenizers/fineweb_8192_bpe.model",
-        vocab_size=8192, loader="shuffled", mlp_mult=4.0, activation="silu", qk_gain_init=5.25, qk_gains=2,
-        xsa_last_n=11, attn_gate_dims=12, parallel_residual_start=7, skip_gates=True, num_loops=2, smear_gate=False,
-        bigram_vocab_size=0, ve_layers=(), embed_scale=True, iterations=50_000, warmdown_iters=0, warmdown_frac=0.72,
-        matrix_lr=0.022, scalar_lr=0.02, tied_embed_lr=0.03, muon_momentum_warmup_steps=0,
-        muon_momentum_warmup_frac=0.22, muon_momentum_cooldown=0.25, muon_row_normalize=True, muon_wd=0.095,
-        muon_wd_mlp=0.115, embed_wd=0.085,
-        adam_wd=0.005, ema_decay=0.9965, late_qat_threshold=0.0, quantizer="gptq", matrix_clip_sigmas=13.3,
-        embed_clip_sigmas=20.0, gptq_calibration_batches=64, gptq_reserve_seconds=12.0, compressor="brotli",
-        ttt_epochs=4, ttt_chunk_tokens=65_536, ttt_lr=0.005, ttt_nesterov=True, ttt_z_loss=1e-5,
-        ttt_params=("*.weight",), ttt_cosine_floor=0.0),
-    "frontier": dict(
-        quantizer="gptq", mean_step=0.1, matrix_bits=8, compressor="rans", late_qat_threshold=0.0),
+        ttt_params=("blocks.9.*", "blocks.10.*", "*.attn_scale", "*.mlp_scale", "bigram.scale", "tok_emb.*"),
+    ),
+    "pr1127": dict(
+        SGD_OVER_STREAM,
+        model_dim=480,
+        mlp_mult=3.2,
+        mlp_negative_slope=0.0,
+        mlp_affine=True,
+        skip_gates=True,
+        bigram_vocab_size=8192,
+        bigram_hash="linear",
+        bigram_scale_init=0.0,
+        ve_layers=(),
+        init="default",
+        train_batch_tokens=524_288,
+        micro_batch_tokens=65_536,
+        adam_wd=0.04,
+        decoder_lr_mult=2.0,
+        grad_clip_norm=0.0,
+        ema_decay=0.9985,
+        embed_bits=16,
+        table_bits=6,
+        ttt_epochs=1,
+        ttt_lora_rank=8,
+        ttt_optimizer="adamw",
+        ttt_lr=0.01,
+        ttt_beta2=0.95,
+    ),
+    "pr1812": dict(
+        SGD_OVER_STREAM,
+        data_path="./data/datasets/fineweb10B_sp8192",
+        tokenizer_path="./data/tokenizers/fineweb_8192_bpe.model",
+        vocab_size=8192,
+        loader="shuffled",
+        mlp_mult=4.0,
+        activation="silu",
+        qk_gain_init=5.25,
+        qk_gains=2,
+        xsa_last_n=11,
+        attn_gate_dims=12,
+        parallel_residual_start=7,
+        skip_gates=True,
+        num_loops=2,
+        smear_gate=False,
+        bigram_vocab_size=0,
+        ve_layers=(),
+        embed_scale=True,
+        iterations=50_000,
+        warmdown_iters=0,
+        warmdown_frac=0.72,
+        matrix_lr=0.022,
+        scalar_lr=0.02,
+        tied_embed_lr=0.03,
+        muon_momentum_warmup_steps=0,
+        muon_momentum_warmup_frac=0.22,
+        muon_momentum_cooldown=0.25,
+        muon_row_normalize=True,
+        muon_wd=0.095,
+        muon_wd_mlp=0.115,
+        embed_wd=0.085,
+        adam_wd=0.005,
+        ema_decay=0.9965,
+        late_qat_threshold=0.0,
+        quantizer="gptq",
+        matrix_clip_sigmas=13.3,
+        embed_clip_sigmas=20.0,
+        gptq_calibration_batches=64,
+        gptq_reserve_seconds=12.0,
+        compressor="brotli",
+        ttt_epochs=4,
+        ttt_chunk_tokens=65_536,
+        ttt_lr=0.005,
+        ttt_nesterov=True,
+        ttt_z_loss=1e-5,
+        ttt_params=("*.weight",),
+        ttt_cosine_floor=0.0,
+    ),
+    "frontier": dict(quantizer="gptq", mean_step=0.1, matrix_bits=8, compressor="rans", late_qat_threshold=0.0),
     "demo": dict(
-        data_path="./data/datasets/demo_sp1024", tokenizer_path="./data/tokenizers/demo_1024_bpe.model",
-        num_layers=6, model_dim=128, num_heads=4, num_kv_heads=2, ve_layers=(4, 5), ve_dim=64, bigram_dim=64,
-        train_seq_len=256, train_batch_tokens=2048, micro_batch_tokens=2048, warmup_steps=1, max_wallclock_seconds=120,
-        warmdown_iters=0, warmdown_frac=0.5, matrix_lr=0.03, scalar_lr=0.02, tied_embed_lr=0.03, muon_momentum=0.95,
-        muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=100, ema_decay=0.97, train_log_every=20,
-        step_floor=0.0, fit=False, eval_stride=128),
-    "smoke": SGD_OVER_STREAM | dict(
-        data_path="./data/datasets/smoke", tokenizer_path="./data/tokenizers/smoke.model", dtype="fp32",
-        num_layers=4, model_dim=32, num_heads=4, num_kv_heads=2, rope_dims=4, xsa_last_n=2, ve_layers=(2, 3),
-        bigram_vocab_size=64, bigram_dim=8, ve_dim=8, train_seq_len=32, train_batch_tokens=256, micro_batch_tokens=128,
-        iterations=20, max_wallclock_seconds=60, warmup_steps=1, warmdown_iters=10, muon_momentum_warmup_steps=10,
-        ema_decay=0.8, train_log_every=5, val_loss_every=10, step_floor=0.0, fit=False, eval_stride=8,
-        ttt_chunk_tokens=256, ttt_lr=0.02),
+        data_path="./data/datasets/demo_sp1024",
+        tokenizer_path="./data/tokenizers/demo_1024_bpe.model",
+        num_layers=6,
+        model_dim=128,
+        num_heads=4,
+        num_kv_heads=2,
+        ve_layers=(4, 5),
+        ve_dim=64,
+        bigram_dim=64,
+        train_seq_len=256,
+        train_batch_tokens=2048,
+        micro_batch_tokens=2048,
+        warmup_steps=1,
+        max_wallclock_seconds=120,
+        warmdown_iters=0,
+        warmdown_frac=0.5,
+        matrix_lr=0.03,
+        scalar_lr=0.02,
+        tied_embed_lr=0.03,
+        muon_momentum=0.95,
+        muon_momentum_warmup_start=0.85,
+        muon_momentum_warmup_steps=100,
+        ema_decay=0.97,
+        train_log_every=20,
+        step_floor=0.0,
+        fit=False,
+        eval_stride=128,
+    ),
+    "smoke": dict(
+        SGD_OVER_STREAM,
+        data_path="./data/datasets/smoke",
+        tokenizer_path="./data/tokenizers/smoke.model",
+        dtype="fp32",
+        num_layers=4,
+        model_dim=32,
+        num_heads=4,
+        num_kv_heads=2,
+        rope_dims=4,
+        xsa_last_n=2,
+        ve_layers=(2, 3),
+        bigram_vocab_size=64,
+        bigram_dim=8,
+        ve_dim=8,
+        train_seq_len=32,
+        train_batch_tokens=256,
+        micro_batch_tokens=128,
+        iterations=20,
+        max_wallclock_seconds=60,
+        warmup_steps=1,
+        warmdown_iters=10,
+        muon_momentum_warmup_steps=10,
+        ema_decay=0.8,
+        train_log_every=5,
+        val_loss_every=10,
+        step_floor=0.0,
+        fit=False,
+        eval_stride=8,
+        ttt_chunk_tokens=256,
+        ttt_lr=0.02,
+    ),
 }
+
 
 def parse(kind: Any, name: str, text: str) -> Any:
     """`text` as `kind`: int, float, bool (0 or 1), str, or a comma-separated tuple of one of them."""
@@ -389,23 +595,28 @@ def parse(kind: Any, name: str, text: str) -> Any:
             raise ValueError
         return value
     except (ValueError, KeyError):
-        wanted = "0 or 1" if kind is bool else getattr(kind, "__name__", str(kind))
+        wanted = "0 or 1" if kind is bool else kind.__name__
         raise InputError(f"{name}={text!r} is not valid; it takes {wanted}") from None
+
 
 def usage() -> str:
     """What --help prints."""
-    lines = ["usage: [NAME=value ...] [torchrun ... | python] train_gpt.py [--help | --describe]", "",
-             f"VARIANT is one of {', '.join(VARIANTS)}. Precedence: default < variant < environment."]
+    lines = [
+        "usage: [NAME=value ...] [torchrun ... | python] train_gpt.py [--help | --describe]",
+        "",
+        f"VARIANT is one of {', '.join(VARIANTS)}. Precedence: default < variant < environment.",
+    ]
     for group, members in option_groups().items():
         defaults = as_env({f.name: f.default for f in members})
         lines += ["", f"{group}:"]
         for f in members:
-            choices = f" ({' | '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
-            lines.append(f"  {f.name.upper() + '=' + defaults[f.name.upper()]:56s} {f.metadata['help']}{choices}")
+            lines.append(f"  {f.name.upper() + '=' + defaults[f.name.upper()]:56s} {f.metadata['help']}")
     return "\n".join(lines)
+
 
 def as_env(values: Mapping[str, Any]) -> dict[str, str]:
     """Settings as the environment would give them; `Config.from_env` reads them back exactly."""
+
     def text(value):
         if isinstance(value, tuple):
             return ",".join(map(str, value))
@@ -413,11 +624,14 @@ def as_env(values: Mapping[str, Any]) -> dict[str, str]:
 
     return {name.upper(): text(value) for name, value in values.items()}
 
+
 # ---- Ranks, clock, log: the only places that know of processes, devices and time.
+
 
 @dataclass(frozen=True)
 class Ranks:
     """The processes of a run. Every collective is the identity on one rank, so callers never ask how many there are."""
+
     rank: int = 0
     world: int = 1
     device: torch.device = torch.device("cpu")
@@ -435,9 +649,8 @@ class Ranks:
     def mean_(self, tensors: list[Tensor]) -> None:
         """Average each tensor over all ranks, in place, in one collective."""
         if self.world > 1:
-            flat = self.sum_(torch.cat([t.flatten() for t in tensors])).div_(self.world)
-            for t, part in zip(tensors, flat.split([t.numel() for t in tensors])):
-                t.copy_(part.view_as(t))
+            flat = self.sum_(nn.utils.parameters_to_vector(tensors)) / self.world
+            nn.utils.vector_to_parameters(flat, tensors)
 
     def scatter(self, stack: Tensor, dtype: torch.dtype) -> tuple:
         """Begin to add up a stack (N, ...) over ranks, sent as `dtype`: (wait for it, this rank's items of the sum).
@@ -477,8 +690,10 @@ class Ranks:
         """The peak of device memory so far, as a log line; empty on a CPU."""
         if self.device.type != "cuda":
             return ""
-        used, held = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-        return f"\npeak memory allocated: {used >> 20} MiB reserved: {held >> 20} MiB"
+        return (
+            f"\npeak memory allocated: {torch.cuda.max_memory_allocated() >> 20} MiB "
+            f"reserved: {torch.cuda.max_memory_reserved() >> 20} MiB"
+        )
 
     def compiles(self, cfg) -> bool:
         return cfg.compile == "on" or (cfg.compile == "auto" and self.device.type == "cuda")
@@ -490,10 +705,12 @@ class Ranks:
         torch._dynamo.config.recompile_limit = 64  # training, scoring and adapting share one forward, in several shapes
         return torch.compile(fn, dynamic=False, fullgraph=True)
 
+
 @contextmanager
 def launch(env: Mapping) -> Iterator[Ranks]:
     """The ranks that torchrun's variables in `env` describe (one without them): nccl and CUDA, or gloo and CPU."""
-    rank, world, local = (int(env.get(k, v)) for k, v in dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0).items())
+    rank, world = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
+    local = int(env.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -506,8 +723,10 @@ def launch(env: Mapping) -> Iterator[Ranks]:
     if world > 1:  # after a failure `run` ends the process instead: this would wait for ranks that wait for this one
         dist.destroy_process_group()
 
+
 class Clock:
     """Training time in seconds: runs from creation, stands still inside `paused()`, which waits for the device."""
+
     def __init__(self, device: torch.device, first_step_seconds: float):
         self.synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
         self.laps = deque([first_step_seconds], maxlen=65)
@@ -535,8 +754,10 @@ class Clock:
         self.last = perf_counter()
         self.start += self.last - begin
 
+
 class Reading:
     """A scalar on its way to the host: `value` waits for it alone, not for what the device was given to do after it."""
+
     def __init__(self, scalar: Tensor):
         self.host = torch.empty((), pin_memory=scalar.is_cuda).copy_(scalar, non_blocking=True)
         self.arrived = torch.cuda.current_stream().record_event() if scalar.is_cuda else None
@@ -546,11 +767,13 @@ class Reading:
             self.arrived.synchronize()
         return float(self.host)
 
+
 class Log:
     """One line per event, to the terminal and to OUTPUT_DIR/logs/RUN_ID.txt; silent on all ranks but the main one.
 
     What a line tells as keywords, too, stands in `facts`: the closing RESULT line has all of them, for programs.
     """
+
     def __init__(self, cfg, ranks):
         self.facts: dict[str, Any] = {}
         stamp = time.strftime("%Y%m%d-%H%M%S")
@@ -593,8 +816,13 @@ class Log:
             query = ["nvidia-smi", "--query-gpu=name,driver_version,power.limit,clocks.max.sm", "--format=csv,noheader"]
             self(f"nvidia-smi: {subprocess.run(query, capture_output=True, text=True).stdout.strip().splitlines()}")
         given = " ".join(f"{name}={value}" for name, value in overrides.items())
-        self(f"variant:{cfg.variant} seed:{cfg.seed} overrides: {given or 'none'}",
-             variant=cfg.variant, seed=cfg.seed, overrides=overrides)
+        self(
+            f"variant:{cfg.variant} seed:{cfg.seed} overrides: {given or 'none'}",
+            variant=cfg.variant,
+            seed=cfg.seed,
+            overrides=overrides,
+        )
+
 
 def progress_bar(label: str, total: float, log) -> Any:
     """A progress bar with the time left when a person watches; silent otherwise."""
@@ -604,9 +832,11 @@ def progress_bar(label: str, total: float, log) -> Any:
     hidden = not (log.active and sys.stderr.isatty())
     return tqdm(desc=label, total=total, bar_format=shape, leave=False, disable=hidden)
 
+
 # ---- Data: shards -> one endless stream -> batches that do not depend on the number of ranks; bytes of each token.
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
+
 
 def read_shard(path: Path) -> Array:
     """The tokens of a shard, mapped uint16 (N,). Little-endian: 256 int32 (magic, version, N, 0...), N tokens."""
@@ -616,17 +846,23 @@ def read_shard(path: Path) -> Array:
         raise InputError(f"{path} is not a token shard of version {SHARD_VERSION}; make it with data/prepare.py")
     count = int(header[2])
     if count < 1 or size != SHARD_HEADER_BYTES + 2 * count:
-        raise InputError(f"{path} is cut or empty: its header names {count} tokens, its {size} bytes hold "
-                         f"{max(size - SHARD_HEADER_BYTES, 0) // 2}; get it again")
+        raise InputError(
+            f"{path} is cut or empty: its header names {count} tokens, its {size} bytes hold "
+            f"{max(size - SHARD_HEADER_BYTES, 0) // 2}; get it again"
+        )
     return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
+
 
 def find_shards(cfg, split: str) -> list[Path]:
     """The shards of a split in order. A `fineweb_val_bytes_*.bin` sidecar holds byte counts, not tokens."""
     paths = sorted(p for p in Path(cfg.data_path).glob(f"fineweb_{split}_*.bin") if "_bytes_" not in p.name)
     if not paths:
-        raise InputError(f"no fineweb_{split}_*.bin in DATA_PATH={cfg.data_path}; `python data/prepare.py demo` "
-                         "makes a small set, `python data/prepare.py tokenize` one of your text")
+        raise InputError(
+            f"no fineweb_{split}_*.bin in DATA_PATH={cfg.data_path}; `python data/prepare.py demo` "
+            "makes a small set, `python data/prepare.py tokenize` one of your text"
+        )
     return paths
+
 
 def check_tokens(tokens: Array, vocab_size: int, where: object) -> Array:
     """`tokens` as they are, or InputError if one of them is no id of the vocabulary."""
@@ -634,8 +870,10 @@ def check_tokens(tokens: Array, vocab_size: int, where: object) -> Array:
         raise InputError(f"{where} holds token {tokens.max()}, but VOCAB_SIZE={vocab_size}: it is another tokenizer's")
     return tokens
 
+
 class TokenStream:
     """Shards as one endless stream of tokens: after the last shard comes the first."""
+
     def __init__(self, paths: list[Path], vocab_size: int):
         self.paths, self.vocab_size = paths, vocab_size
         self.shards = [read_shard(p) for p in paths]
@@ -653,8 +891,10 @@ class TokenStream:
             start, count = start + len(part), count - len(part)
         return np.concatenate(parts).astype(np.int64)
 
+
 class RowOrder:
     """Where each training row starts in the stream: one after the other, or all in a new random order every epoch."""
+
     def __init__(self, stream: TokenStream, cfg):
         sizes = np.array([len(s) for s in stream.shards])
         self.seq_len, self.seed = cfg.train_seq_len, cfg.seed if cfg.loader == "shuffled" else None
@@ -671,22 +911,28 @@ class RowOrder:
         if epoch != self.epoch:
             # each shard is cut into rows from a random offset on; PR #1493 so permutes the rows that a process owns
             draw = np.random.default_rng((self.seed, epoch))
-            rows = [first + draw.integers(self.seq_len) + self.seq_len * np.arange(count)
-                    for first, count in zip(self.firsts, self.counts.clip(0))]
+            rows = [
+                first + draw.integers(self.seq_len) + self.seq_len * np.arange(count)
+                for first, count in zip(self.firsts, self.counts.clip(0))
+            ]
             self.epoch, self.starts = epoch, draw.permutation(np.concatenate(rows))
         return int(self.starts[i])
 
+
 class Batches:
     """Batches whose row i is the same for any number of ranks. A thread fetches the next while one is computed."""
+
     def __init__(self, stream: TokenStream, cfg, ranks):
         self.total, self.seq_len = cfg.train_batch_tokens // cfg.train_seq_len, cfg.train_seq_len
         if self.total % ranks.world:
-            raise InputError(f"TRAIN_BATCH_TOKENS / TRAIN_SEQ_LEN = {self.total} rows do not divide by {ranks.world} "
-                             "ranks")
+            raise InputError(
+                f"TRAIN_BATCH_TOKENS / TRAIN_SEQ_LEN = {self.total} rows do not divide by {ranks.world} ranks"
+            )
         self.stream, self.order, self.ranks = stream, RowOrder(stream, cfg), ranks
         rows = self.total // ranks.world
-        self.micro_steps = next(n for n in range(1, rows + 1)
-                                if rows % n == 0 and rows // n * self.seq_len <= cfg.micro_batch_tokens)
+        self.micro_steps = next(
+            n for n in range(1, rows + 1) if rows % n == 0 and rows // n * self.seq_len <= cfg.micro_batch_tokens
+        )
         self.reader = ThreadPoolExecutor(1)
         self.seek(0)
 
@@ -697,10 +943,10 @@ class Batches:
     def load(self, step: int) -> tuple[Tensor, Tensor]:
         """This rank's inputs and targets of a step, (micro_steps, rows, seq_len) int64 on the device."""
         rows = self.ranks.part(range(step * self.total, (step + 1) * self.total))
-        tokens = torch.from_numpy(np.stack([self.stream.read(self.order(r), self.seq_len + 1) for r in rows]))
+        tokens = [self.stream.read(self.order(row), self.seq_len + 1) for row in rows]
+        tokens = torch.from_numpy(np.stack(tokens)).view(self.micro_steps, -1, self.seq_len + 1)
         if self.ranks.device.type == "cuda":
             tokens = tokens.pin_memory().to(self.ranks.device, non_blocking=True)
-        tokens = tokens.view(self.micro_steps, -1, self.seq_len + 1)
         return tokens[..., :-1].contiguous(), tokens[..., 1:].contiguous()
 
     def __next__(self) -> tuple[Tensor, Tensor]:
@@ -708,8 +954,10 @@ class Batches:
         self.seek(self.step + 1)
         return batch
 
+
 class ByteTable(NamedTuple):
     """UTF-8 bytes of each token: `base`, one more for `space` pieces unless the token before is a `boundary`."""
+
     base: Tensor
     space: Tensor
     boundary: Tensor
@@ -717,6 +965,7 @@ class ByteTable(NamedTuple):
     def count(self, previous: Tensor, targets: Tensor) -> Tensor:
         """Bytes of each target after its previous token, int64, by the contest's rule."""
         return self.base[targets] + (self.space[targets] & ~self.boundary[previous])
+
 
 def load_byte_table(cfg, device: torch.device) -> ByteTable:
     """The contest's byte rule, read off the tokenizer: control, unknown and unused pieces are boundaries of 0 bytes."""
@@ -729,6 +978,7 @@ def load_byte_table(cfg, device: torch.device) -> ByteTable:
         space[i] = piece.startswith("\u2581") and not sp.is_byte(i)
         base[i] = 1 if sp.is_byte(i) else len(piece[int(space[i]) :].encode())
     return ByteTable(*(torch.from_numpy(a).to(device) for a in (base, space, boundary)))
+
 
 def load_tokenizer(cfg) -> Any:
     """The SentencePiece model at TOKENIZER_PATH, checked against VOCAB_SIZE."""
@@ -745,9 +995,11 @@ def load_tokenizer(cfg) -> Any:
         raise InputError(f"TOKENIZER_PATH={path} has {sp.vocab_size()} pieces, but VOCAB_SIZE={cfg.vocab_size}")
     return sp
 
+
 # ---- Model: token ids -> loss of each target.
-# B sequences, T tokens, D model width, H query heads, K key/value heads, C head width, V vocabulary. What a module's
-# forward and an attention take and return are tensors.
+# B sequences, T tokens, D model width, H query heads, K key/value heads, C head width, V vocabulary. What modules,
+# their hooks and attentions take and return are tensors.
+
 
 def norm(x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
     """scale * x / rms(x) over the last dim, in fp32; a scale of whole rows joins their factor and costs no pass."""
@@ -756,16 +1008,20 @@ def norm(x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
     # the epsilon is fp32's, pinned: embeddings start with a mean square of 2.5e-5
     return (wide * (scale * torch.rsqrt(length.square() / x.size(-1) + 1.1920929e-07))).type_as(x)
 
+
 def rotary_tables(seq_len: int, dims: int, base: float) -> tuple[Tensor, Tensor]:
     """cos and sin of position * base**(-2j/dims), fp32 (T, 1, dims/2). In bf16 positions above 256 would coincide."""
-    angles = torch.outer(torch.arange(seq_len).double(), base ** (-torch.arange(0, dims, 2).double() / dims))[:, None]
+    rates = base ** (-torch.arange(0, dims, 2).double() / dims)
+    angles = torch.outer(torch.arange(seq_len).double(), rates)[:, None]
     return angles.cos().float(), angles.sin().float()
+
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of the leading dims of x (B, T, H, C); the rest passes through (arXiv:2104.09864)."""
     r = cos.size(-1)
     x1, x2, rest = x.split((r, r, x.size(-1) - 2 * r), dim=-1)
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest), dim=-1).type_as(x)
+
 
 def attend_sdpa(q, k, v, scale=None, backend=None):
     """Causal attention by torch, by its own choice or by an SDPBackend; RuntimeError if that can't.
@@ -780,10 +1036,12 @@ def attend_sdpa(q, k, v, scale=None, backend=None):
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
     return y.transpose(1, 2)
 
+
 def attend_flash(kernel, q, k, v, scale=None):
     """The same by flash_attn_func of a FlashAttention package; old ones return more than the output."""
     y = kernel(q, k, v, softmax_scale=scale, causal=True)
     return y[0] if isinstance(y, tuple) else y
+
 
 def attend_padded(attend, q, k, v):
     """The same by a kernel that takes heads of a multiple of 8 channels: 60 (PR #1127) run as 64, at their scale."""
@@ -791,19 +1049,24 @@ def attend_padded(attend, q, k, v):
     q, k, v = (F.pad(t, (0, -channels % 8)) for t in (q, k, v))
     return attend(q, k, v, scale=channels**-0.5)[..., :channels]
 
+
 def compute_dtype(cfg, device: torch.device) -> torch.dtype:
     """The dtype of activations: bf16 where matrix units are made for it, fp32 elsewhere, unless DTYPE says."""
     fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if cfg.dtype == "bf16" or (cfg.dtype == "auto" and fast) else torch.float32
 
+
 class Attention(NamedTuple):
     """The causal attention of a run, and what the log says of a faster one that is missing."""
+
     name: str
     attend: Callable
     warning: str = ""
 
+
 TORCH_KERNELS = dict(cudnn=SDPBackend.CUDNN_ATTENTION, flash=SDPBackend.FLASH_ATTENTION)
 FLASH_PACKAGES = dict(fa3=("flash_attn_interface", "flash_attn_3"), fa2=("flash_attn", "flash_attn"))
+
 
 def load_attention(name: str, cfg, ranks) -> Callable:
     """The attention of that name. ImportError if it is not for this device, or its package missing or broken."""
@@ -824,6 +1087,7 @@ def load_attention(name: str, cfg, ranks) -> Callable:
         raise ImportError(f"this {module} registers no operator that torch.compile could trace; take a newer one")
     return partial(attend_flash, kernel)
 
+
 def choose_attention(cfg, ranks) -> Attention:
     """A kernel that is asked for by name must be there; `auto` takes the best that is."""
     missing = []
@@ -839,17 +1103,21 @@ def choose_attention(cfg, ranks) -> Attention:
         return Attention(name, attend, f"WARNING: attention by {name}, without {'; '.join(missing)}" if slow else "")
     raise InputError(f"ATTENTION={cfg.attention} cannot run: {missing[0]}; auto takes what is there")
 
-def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
+
+def exclude_own_value(y, v):
     """Remove from each head's output y (B, T, H, C) what lies along the token's own value v (B, T, K, C) (PR #265)."""
     grouped, direction = y.unflatten(2, (v.size(2), -1)), F.normalize(v, dim=-1).unsqueeze(3)
     return torch.addcmul(grouped, (grouped * direction).sum(-1, keepdim=True), direction, value=-1).flatten(2, 3)
+
 
 def filled(start: float, *shape: int) -> nn.Parameter:
     """A parameter, fp32, of the value from which it is learnt."""
     return nn.Parameter(torch.full(shape, start))
 
+
 class Linear(nn.Module):
     """y = x W^T without bias; the fp32 weight is cast to the dtype of x. An `adapter` makes adapter(x, y) of it."""
+
     def __init__(self, fan_in: int, fan_out: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(fan_out, fan_in))  # until `init_weights`
@@ -862,19 +1130,23 @@ class Linear(nn.Module):
         # folded into W: products of (D, D) instead of (B, T, D), forward and backward
         return F.linear(x, (self.weight if scale is None else scale[:, None] * self.weight).type_as(x))
 
+
 class Table(Linear):
     """An embedding table, fp32 (rows, dim); `project` is the tied head, a Linear of the same weight."""
+
     def __init__(self, rows: int, dim: int):
         super().__init__(dim, rows)
 
     def forward(self, ids):
         return F.embedding(ids, self.weight)
 
-    def project(self, x: Tensor) -> Tensor:
+    def project(self, x):
         return super().forward(x)
 
+
 class SmearGate(nn.Module):
-    """Blends each token with the one before, by a learned share a channel (PR #65); a document's first stays pure."""
+    """Blends each token with the one before, learned per channel (PR #65); a document's first stays pure."""
+
     def __init__(self, dim: int):
         super().__init__()
         self.gate = filled(0.0, dim)
@@ -884,15 +1156,17 @@ class SmearGate(nn.Module):
         inside = F.pad(ids[:, 1:] != BOS, (1, 0))[..., None]
         return x + inside * self.gate.sigmoid().type_as(x) * (before - x)
 
+
 class BigramHashEmbedding(nn.Module):
     """A hashed embedding of (previous token, token) to add to the token's own (PR #65; linear hash: PR #1127)."""
+
     def __init__(self, cfg):
         super().__init__()
         self.buckets, self.hash = cfg.bigram_vocab_size, cfg.bigram_hash
         self.embed, self.proj = Table(self.buckets, cfg.bigram_dim), Linear(cfg.bigram_dim, cfg.model_dim)
         self.scale = filled(cfg.bigram_scale_init) if cfg.bigram_scale_init else None
 
-    def bucket(self, ids: Tensor) -> Tensor:
+    def bucket(self, ids):
         """Bucket of each token (B, T). First tokens of a row or of a document have no bigram: the last bucket, or 0."""
         first = F.pad(ids[:, 1:] == BOS, (1, 0), value=True)
         before = F.pad(ids[:, :-1], (1, 0)).masked_fill(first, 0)
@@ -905,8 +1179,10 @@ class BigramHashEmbedding(nn.Module):
         y = self.proj(self.embed(self.bucket(ids)))
         return y if self.scale is None else self.scale * y
 
+
 class ValueEmbedding(nn.Module):
     """A token embedding that several layers share and add to their values, each with a weight of its own (PR #374)."""
+
     def __init__(self, cfg):
         super().__init__()
         self.embed = Table(cfg.vocab_size, cfg.ve_dim)
@@ -918,8 +1194,10 @@ class ValueEmbedding(nn.Module):
         shared = self.scale * self.proj(self.embed(ids))
         return {int(i): (weight * shared).to(dtype) for i, weight in self.layer_scales.items()}
 
+
 class HeadGate(nn.Module):
-    """A sigmoid gate a head, from 0 to `peak`, of the first channels of the attention's input (arXiv:2505.06708)."""
+    """A sigmoid gate per head, from 0 to `peak`, of the first channels of the attention's input (arXiv:2505.06708)."""
+
     def __init__(self, channels: int, heads: int, peak: float, bias: bool):
         super().__init__()
         self.peak = peak
@@ -931,8 +1209,10 @@ class HeadGate(nn.Module):
         raw = F.linear(x[..., : self.slope.size(1)], self.slope.type_as(x), bias)
         return self.peak * raw.sigmoid()[..., None]
 
+
 class CausalSelfAttention(nn.Module):
-    """Grouped queries: QK-norm, gains a head, partial RoPE (PR #315), XSA, gates, value residual (arXiv:2410.17897)."""
+    """Grouped queries: QK-norm, head gains, partial RoPE (PR #315), XSA, gates, value residual (arXiv:2410.17897)."""
+
     def __init__(self, cfg, layer: int, attend: Callable):
         super().__init__()
         self.head_dim, self.attend = cfg.head_dim, attend
@@ -968,8 +1248,10 @@ class CausalSelfAttention(nn.Module):
             y = y * gate(x)
         return self.proj(y.flatten(2), scale), own
 
+
 class MLP(nn.Module):
     """Two matrices around a squared activation (arXiv:2109.08668; leaky: PR #549; Star-ReLU: arXiv:2210.13452)."""
+
     def __init__(self, cfg):
         super().__init__()
         hidden = round(cfg.mlp_mult * cfg.model_dim)
@@ -983,8 +1265,10 @@ class MLP(nn.Module):
         h = self.activation(self.fc(x), inplace=True).square()
         return self.proj(h if self.scale is None else self.scale.type_as(x) * h + self.bias.type_as(x), scale)
 
+
 class Block(nn.Module):
     """Mixes the stream with the embedding x0, then adds attention and MLP; inputs scaled by depth (PR #315)."""
+
     def __init__(self, cfg, layer: int, attend: Callable):
         super().__init__()
         self.attn, self.mlp = CausalSelfAttention(cfg, layer, attend), MLP(cfg)
@@ -1003,14 +1287,17 @@ class Block(nn.Module):
         after = x + update
         return after + self.mlp(norm(x if self.parallel else after, self.input_scale), self.mlp_scale), own
 
+
 def layer_order(cfg, looped: bool) -> list[int]:
     """The blocks in the order in which they run. Looped, LOOP_START..LOOP_END run NUM_LOOPS times more (PR #1493)."""
     layers, stop = list(range(cfg.num_layers)), cfg.loop_end + 1
     again = layers[cfg.loop_start : stop] * cfg.num_loops if looped else []
     return layers[:stop] + again + layers[stop:]
 
+
 class GPT(nn.Module):
     """U-Net GPT, tied head: what the first half of passes through blocks pushes the second takes, the latest first."""
+
     def __init__(self, cfg, attend: Callable = attend_sdpa, dtype: torch.dtype = torch.float32):
         super().__init__()
         dim, skips = cfg.model_dim, len(layer_order(cfg, True)) // 2
@@ -1035,8 +1322,11 @@ class GPT(nn.Module):
         uniform, and no bigram at first (PR #1127). Gains, gates and mixes start as they were made.
         """
         draw, orthogonal = torch.Generator().manual_seed(cfg.seed), cfg.init == "orthogonal"
-        stds = {"tok_emb": cfg.tied_embed_init_std, "value_embed.embed": 0.01,
-                "bigram.embed": 0.0 if orthogonal else 0.01}
+        stds = {
+            "tok_emb": cfg.tied_embed_init_std,
+            "value_embed.embed": 0.01,
+            "bigram.embed": 0.0 if orthogonal else 0.01,
+        }
         zeros = ("attn.proj", "mlp.proj") if orthogonal else ("attn.proj", "mlp.proj", "bigram.proj")
         for name, module in self.named_modules():
             if not isinstance(module, Linear):
@@ -1049,9 +1339,10 @@ class GPT(nn.Module):
             elif orthogonal:
                 nn.init.orthogonal_(p, 1.0 if "blocks" in name else (2 * cfg.num_layers) ** -0.5, generator=draw)
             else:
-                nn.init.uniform_(p, -(p.size(1) ** -0.5), p.size(1) ** -0.5, generator=draw)
+                bound = p.size(1) ** -0.5
+                nn.init.uniform_(p, -bound, bound, generator=draw)
 
-    def hidden(self, ids: Tensor, looped: bool = False) -> Tensor:
+    def hidden(self, ids, looped=False):
         """Final normalized states (B, T, D) of token ids (B, T): the one path for training, scoring and adapting."""
         x = self.tok_emb(ids) if self.embed_scale is None else self.tok_emb(ids) * self.embed_scale
         x = norm(x if self.bigram is None else x + self.bigram(ids)).to(self.dtype)
@@ -1074,7 +1365,7 @@ class GPT(nn.Module):
                 skips.append(x)
         return norm(x)
 
-    def logits(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
+    def logits(self, hidden, temperature=1.0):
         """Soft-capped fp32 logits (..., V) of final states (..., D), by the tied embedding."""
         return self.softcap / temperature * torch.tanh(self.tok_emb.project(hidden).float() / self.softcap)
 
@@ -1084,13 +1375,16 @@ class GPT(nn.Module):
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
         return losses + z_loss * logits.logsumexp(-1).square() if z_loss else losses  # arXiv:2204.02311
 
+
 def parameter_roles(model: nn.Module) -> dict[str, str]:
     """The role of every parameter by name: `matrix` of a Linear, `table` of embeddings, `scalar` for the rest."""
     kinds = {Linear: "matrix", Table: "table"}
     owners = {name: model.get_submodule(name.rpartition(".")[0]) for name, _ in model.named_parameters()}
     return {name: kinds.get(type(owner), "scalar") for name, owner in owners.items()}
 
+
 # ---- Optimizer: gradients -> weights. Muon for matrices, sharded over ranks; AdamW for tables and scalars.
+
 
 def orthogonalize(g: Tensor, steps: int) -> Tensor:
     """Push the singular values of each matrix in g (N, R, C) towards 1 by a quintic Newton-Schulz iteration.
@@ -1106,12 +1400,14 @@ def orthogonalize(g: Tensor, steps: int) -> Tensor:
         x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
 
+
 class Muon(torch.optim.Optimizer):
     """Momentum SGD with orthogonalized steps, for matrices. A group holds matrices of one shape, stepped as one stack.
 
     `lr` is the spectral norm of a step, times sqrt(rows / cols) for tall matrices. Rows first: MuonEq-R (PR #1493).
-    Each rank has the momentum of its share of a stack, and all have the steps (PR #399).
+    Each rank has the momentum of its part of a stack, and all have the steps (PR #399).
     """
+
     def __init__(self, groups: list[dict], ranks, cfg, dtype: torch.dtype):
         for group in groups:
             first, count = group["params"][0], len(group["params"])
@@ -1130,7 +1426,11 @@ class Muon(torch.optim.Optimizer):
 
     def reduce(self) -> list[tuple]:
         """Begin to sum each group's gradients over ranks, of which each one gets a part of the stack."""
-        return [self.ranks.scatter(torch.stack([p.grad for p in g["params"]]), self.dtype) for g in self.param_groups]
+        begun = []
+        for group in self.param_groups:
+            stack = torch.stack([p.grad for p in group["params"]])
+            begun.append(self.ranks.scatter(stack, self.dtype))
+        return begun
 
     def turn(self, sums: list[Tensor], factor: Tensor, momentum: Tensor) -> list[tuple]:
         """Nesterov momentum of `factor` times the gradient, then rows of length 1 if asked for, then orthogonal: each
@@ -1148,10 +1448,14 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
             torch._foreach_add_(params, list(update.float())[: len(params)], alpha=-lr * scale)
 
+
 def peak_rate_and_decay(name: str, role: str, cfg) -> tuple[float, float]:
     """Peak learning rate and weight decay of a parameter; the decoder's rate has a factor of its own (PR #1127)."""
-    rates = dict(matrix=(cfg.matrix_lr, cfg.muon_wd), table=(cfg.tied_embed_lr, cfg.embed_wd),
-                 scalar=(cfg.scalar_lr, cfg.adam_wd))
+    rates = dict(
+        matrix=(cfg.matrix_lr, cfg.muon_wd),
+        table=(cfg.tied_embed_lr, cfg.embed_wd),
+        scalar=(cfg.scalar_lr, cfg.adam_wd),
+    )
     rate, decay = rates[role]
     if role == "matrix" and ".mlp." in name and cfg.muon_wd_mlp >= 0:
         decay = cfg.muon_wd_mlp
@@ -1159,8 +1463,10 @@ def peak_rate_and_decay(name: str, role: str, cfg) -> tuple[float, float]:
         rate *= cfg.decoder_lr_mult
     return rate, decay
 
+
 class Optimizers:
     """Muon and AdamW as one: averages the gradients over ranks, clips their joint norm, steps both."""
+
     def __init__(self, model: GPT, ranks, cfg):
         groups: dict[tuple, dict] = {}
         for (name, p), role in zip(model.named_parameters(), parameter_roles(model).values(), strict=True):
@@ -1168,7 +1474,8 @@ class Optimizers:
             key = (role == "matrix", p.shape if role == "matrix" else role, rate, decay)
             group = groups.setdefault(key, dict(params=[], lr=rate, base_lr=rate, weight_decay=decay))
             group["params"].append(p)
-        muon, rest = ([g for key, g in groups.items() if key[0] == on] for on in (True, False))
+        muon = [group for key, group in groups.items() if key[0]]
+        rest = [group for key, group in groups.items() if not key[0]]
         muon.sort(key=lambda g: -sum(p.numel() for p in g["params"]))  # the longest way first
         self.muon = Muon(muon, ranks, cfg, model.dtype)
         self.adam = torch.optim.AdamW(rest, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)
@@ -1184,7 +1491,8 @@ class Optimizers:
         for group in self.muon.param_groups + self.adam.param_groups:
             group["lr"] = group["base_lr"] * scale
         begun = self.muon.reduce()
-        flat = self.ranks.sum_(torch.cat([p.grad.flatten() for p in self.others]))
+        others = [p.grad for p in self.others]
+        flat = self.ranks.sum_(nn.utils.parameters_to_vector(others))
         for wait, _ in begun:
             wait()
         sums = [part for _, part in begun]
@@ -1192,38 +1500,42 @@ class Optimizers:
         norm_before = (self.ranks.sum_(squares) + flat.square().sum()).sqrt() / self.ranks.world
         factor = (self.clip / (norm_before + 1e-6)).clamp(max=1.0) / self.ranks.world
         steps = self.muon.turn(sums, factor, factor.new_full((), momentum))
-        flat = (factor * flat).nan_to_num_(0.0, 0.0, 0.0)
-        for p, part in zip(self.others, flat.split([p.numel() for p in self.others])):
-            p.grad = part.view_as(p)
+        nn.utils.vector_to_parameters((factor * flat).nan_to_num_(0.0, 0.0, 0.0), others)
         self.adam.step()
         self.muon.step(steps)
         return norm_before
 
+
 # ---- Schedules: pure functions of progress.
 
-def share_done(step: int, elapsed: float, cfg) -> float:
+
+def fraction_done(step: int, elapsed: float, cfg) -> float:
     """How much of the run is behind, by steps or by the clock, whichever is further."""
     return max(step / cfg.iterations, elapsed / cfg.time_limit)
 
+
 def lr_scale(step: int, elapsed: float, step_seconds: float, cfg) -> float:
-    """Share of the peak rate: 1, then linear to 0 at ITERATIONS or the time limit, what comes first at this speed."""
+    """Factor of the peak rate: 1, then linear to 0 at ITERATIONS or the time limit, what comes first at this speed."""
     steps_left = min(cfg.iterations - step, (cfg.time_limit - elapsed) / max(step_seconds, 1e-9))
     by_steps = steps_left / cfg.warmdown_iters if cfg.warmdown_iters else 1.0
-    by_share = (1 - share_done(step, elapsed, cfg)) / cfg.warmdown_frac if cfg.warmdown_frac else 1.0
-    return min(1.0, max(0.0, min(by_steps, by_share)))
+    by_fraction = (1 - fraction_done(step, elapsed, cfg)) / cfg.warmdown_frac if cfg.warmdown_frac else 1.0
+    return min(1.0, max(0.0, min(by_steps, by_fraction)))
+
 
 def out_of_time(elapsed: float, step_seconds: float, cfg) -> bool:
     """Whether another step might end after the limit. The device may still be busy with the one before."""
     return cfg.time_limit < elapsed + 2 * step_seconds
 
+
 def muon_momentum(step: int, elapsed: float, scale: float, cfg) -> float:
-    """Momentum that warms up linearly, by steps or by a share of the run, and cools down with the rate (PR #1812)."""
-    share = step / cfg.muon_momentum_warmup_steps if cfg.muon_momentum_warmup_steps else 1.0
+    """Momentum that warms up linearly, by steps or by the run's progress, and cools down with the rate (PR #1812)."""
+    warmth = step / cfg.muon_momentum_warmup_steps if cfg.muon_momentum_warmup_steps else 1.0
     if cfg.muon_momentum_warmup_frac:
-        share = share_done(step, elapsed, cfg) / cfg.muon_momentum_warmup_frac
-    share, keep = min(1.0, share), max(scale, cfg.muon_momentum_cooldown)
-    warm = (1 - share) * cfg.muon_momentum_warmup_start + share * cfg.muon_momentum
+        warmth = fraction_done(step, elapsed, cfg) / cfg.muon_momentum_warmup_frac
+    warmth, keep = min(1.0, warmth), max(scale, cfg.muon_momentum_cooldown)
+    warm = (1 - warmth) * cfg.muon_momentum_warmup_start + warmth * cfg.muon_momentum
     return keep * warm + (1 - keep) * cfg.muon_momentum_warmup_start
+
 
 def average_weight(step: int, scale: float, averaged: int, cfg) -> float:
     """How far the average moves to the weights after `step`: EMA 1 - decay, SWA 1/n at its n-th snapshot, last 1."""
@@ -1231,7 +1543,9 @@ def average_weight(step: int, scale: float, averaged: int, cfg) -> float:
         return 1 / (averaged + 1) if scale < cfg.swa_start_scale and step % cfg.swa_every == 0 else 0.0
     return 1 - cfg.ema_decay if cfg.averaging == "ema" else 1.0
 
+
 # ---- Averaging: EMA and SWA are one recurrence, in fp32. Its weights are tried on and taken off.
+
 
 @contextmanager
 @torch.no_grad()
@@ -1244,8 +1558,10 @@ def swapped(params: list[Tensor], values: list[Tensor]) -> Iterator[None]:
     finally:
         torch._foreach_copy_(params, before)
 
+
 class Average:
     """average += weight * (model - average); `count` says how many times the weights went in."""
+
     def __init__(self, model: nn.Module):
         self.source = list(model.parameters())
         self.values = {name: p.detach().float().clone() for name, p in model.named_parameters()}
@@ -1261,10 +1577,13 @@ class Average:
         """Inside, the model has the averaged weights."""
         return swapped(self.source, list(self.values.values()))
 
-# ---- Quantization: weights -> integer codes and a step a row. Late QAT and the export share one function: one grid.
+
+# ---- Quantization: weights -> integer codes and a step per row. Late QAT and the export share one function: one grid.
+
 
 class Grid(NamedTuple):
     """The codes that a weight may have: of `bits` bits, 16 for fp16; clipped at `sigmas` deviations, 0 for a search."""
+
     bits: int
     sigmas: float
 
@@ -1272,39 +1591,44 @@ class Grid(NamedTuple):
     def top(self) -> int:
         return 2 ** (self.bits - 1) - 1
 
+
 def nearest(multiples: Tensor, top: Tensor | int) -> Tensor:
     """The closest codes within +-top, as floats, of weights in units of their step."""
     return multiples.round().clamp(-top, top)
 
+
 def row_steps(w: Tensor, grid: Grid, cfg) -> Tensor:
     """Steps (R,), exact in fp16, for rows of w (R, C): a number of standard deviations (SDClip, PR #1493), or else
-    of the clips CLIP_SHARES the one with the least squared error in its row (GPTQ-lite; PR #414 chose one a tensor).
+    of the clips CLIP_SHARES the one with the least squared error in its row (GPTQ-lite; PR #414 chose one per tensor).
     """
     if grid.sigmas:
         return (w.std(1) * (grid.sigmas / grid.top)).clamp_min(1e-7).half().float()
     peak, floor = w.abs().amax(1), max(cfg.step_floor / grid.top, 1e-7)
     least, steps = torch.full_like(peak, math.inf), torch.zeros_like(peak)
-    for share in cfg.clip_shares:
-        step = (peak * (share / grid.top)).clamp_min(floor).half().float()
+    for clip in cfg.clip_shares:
+        step = (peak * (clip / grid.top)).clamp_min(floor).half().float()
         error = (nearest(w / step[:, None], grid.top) * step[:, None] - w).square().sum(1)
         steps, least = torch.where(error < least, step, steps), torch.minimum(error, least)
     return steps
+
 
 class Observer:
     """Rides on a Linear or a Table and sums over tokens what tells the cost of an error in its weight (R, C): x x^T of
     its inputs, the squares of its outputs' gradients, and their mean square for each row that an id looked up.
     """
+
     def __init__(self, module: Linear):
         rows, cols = module.weight.shape
         self.inputs, self.outputs, self.lookups, self.count = (
-            module.weight.new_zeros(shape) for shape in ((cols, cols), rows, rows, ()))
+            module.weight.new_zeros(shape) for shape in ((cols, cols), rows, rows, ())
+        )
         self.module, self.hook, module.adapter = module, module.register_forward_hook(self.look_up), self
 
     def leave(self) -> None:
         self.module.adapter = None
         self.hook.remove()
 
-    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+    def __call__(self, x, y):
         flat = x.detach().flatten(0, -2).float()
         self.inputs += flat.T @ flat
         self.count += len(flat)
@@ -1312,21 +1636,24 @@ class Observer:
             y.register_hook(self.add_gradient)
         return y
 
-    def add_gradient(self, gradient: Tensor) -> None:
+    def add_gradient(self, gradient):
         self.outputs += gradient.flatten(0, -2).float().square().sum(0)
 
-    def look_up(self, module: nn.Module, args: tuple[Tensor], y: Tensor) -> None:
+    def look_up(self, module, args, y):
         """A forward hook: counts an id's row, if it was ids that came in."""
         if y.requires_grad and not args[0].is_floating_point():
             y.register_hook(partial(self.add_lookup, args[0].flatten()))
 
-    def add_lookup(self, ids: Tensor, gradient: Tensor) -> None:
+    def add_lookup(self, ids, gradient):
         self.lookups.index_add_(0, ids, gradient.flatten(0, -2).float().square().mean(-1))
+
 
 class Curvature(NamedTuple):
     """An error e (R, C) in a weight costs about the sum over rows r of rows[r] * e[r] @ inputs @ e[r]."""
+
     inputs: Tensor  # (C, C), mean of x x^T; the identity for a table that is only looked up
     rows: Tensor  # (R,), sum of squared gradients; 0 where none flowed
+
 
 def curvature(seen: Observer, ranks) -> Curvature:
     """What the observers of all ranks saw of one weight: Fisher's matrix as a Kronecker product (arXiv:1503.05671)."""
@@ -1334,11 +1661,14 @@ def curvature(seen: Observer, ranks) -> Curvature:
     mean = inputs / count if count else torch.eye(len(inputs), device=inputs.device)
     return Curvature(mean, outputs + lookups / mean.diagonal().mean().clamp_min(1e-30))
 
+
 class Factor(NamedTuple):
     """A damped Hessian, ready for GPTQ."""
+
     order: Tensor  # (C,) columns by falling diagonal
     upper: Tensor  # (C, C) Cholesky factor of the inverse, in that order
     dead: Tensor  # (C,) whether no input ever reached the column
+
 
 def factorize(hessian: Tensor, columns: Tensor, cfg) -> Factor:
     """The factor of a Hessian (C, C) whose columns and rows are scaled by `columns` after it was damped."""
@@ -1354,7 +1684,9 @@ def factorize(hessian: Tensor, columns: Tensor, cfg) -> Factor:
         raise Unusable("GPTQ met a Hessian that cannot be inverted; raise GPTQ_DAMPING, or QUANTIZER=rtn") from None
     return Factor(order, upper, dead)
 
+
 GPTQ_BLOCK = 128  # columns rounded between two updates of the rest, which changes nothing but the time
+
 
 def gptq(w: Tensor, steps: Tensor, top: Tensor, factor: Factor) -> Tensor:
     """Codes (R, C) that keep the outputs w x for inputs x of the factor's second moment (arXiv:2210.17323)."""
@@ -1371,19 +1703,23 @@ def gptq(w: Tensor, steps: Tensor, top: Tensor, factor: Factor) -> Tensor:
         left[end:] -= upper[begin:end, end:].T @ errors
     return codes[order.argsort()].T
 
+
 class Plan(NamedTuple):
     """How one weight is coded: codes * steps[:, None] * columns, nothing beyond the clip; by GPTQ with a factor."""
+
     weight: Tensor  # (R, C)
     steps: Tensor  # (R,)
     clip: Tensor  # (R,), of weight / columns
     columns: Tensor  # (C,), exact in fp16
     factor: Factor | None
 
+
 def row_plan(w: Tensor, grid: Grid, cfg, hessian: Tensor | None = None) -> Plan:
     """Steps from each row's own weights."""
     steps, columns = row_steps(w, grid, cfg), torch.ones_like(w[0])
     factor = None if hessian is None else factorize(hessian, columns, cfg)
     return Plan(w, steps, grid.top * steps, columns, factor)
+
 
 def loss_plan(w: Tensor, cost: Curvature, cfg) -> Plan:
     """Steps, up to one factor for all weights, by what an error costs in each row and, after GPTQ, in each column. For
@@ -1392,15 +1728,16 @@ def loss_plan(w: Tensor, cost: Curvature, cfg) -> Plan:
     """
     factor, half = factorize(cost.inputs, torch.ones_like(w[0]), cfg), cfg.step_power / 2
     column_cost = factor.upper.diagonal()[factor.order.argsort()] ** -2
-    rows = cost.rows.double() + cfg.gptq_damping * cost.rows.double().mean().clamp_min(1e-30)
+    rows = cost.rows.double()
+    rows = rows + cfg.gptq_damping * rows.mean().clamp_min(1e-30)
     typical = column_cost.log().mean().exp()
     columns = ((column_cost / typical) ** -half).half().float()
     steps, clip = (rows * typical) ** -half, (w / columns).abs().amax(1)
     return Plan(w, steps, clip, columns, factorize(cost.inputs, columns, cfg))
 
-def coding_plans(weights: dict, grid_of: Mapping[str, Grid], cfg,
-                 costs: Mapping[str, Curvature]) -> dict[str, Plan]:
-    """How each weight that is not kept in fp16 is coded. With MEAN_STEP `costs` must name them all."""
+
+def coding_plans(weights: dict, grid_of: dict, cfg, costs: dict) -> dict[str, Plan]:
+    """How each weight that its Grid does not keep in fp16 is coded. With MEAN_STEP `costs` must name them all."""
     plans = {}
     for name, grid in grid_of.items():
         if grid.bits == 16:
@@ -1419,6 +1756,7 @@ def coding_plans(weights: dict, grid_of: Mapping[str, Grid], cfg,
     scale = cfg.mean_step / mean_log.exp()  # which makes it the geometric mean of the steps of all weights
     return {name: p._replace(steps=p.steps * scale) for name, p in plans.items()}
 
+
 def quantize_rows(p: Plan, factor: float = 1.0) -> tuple[Tensor, Tensor]:
     """Codes int8 (R, C) and steps fp16 (R,), `factor` times the plan's, but so wide that 127 of them reach the clip."""
     steps = torch.maximum(p.steps * factor, p.clip / 127).half().clamp_min(2**-24)  # fp16's smallest
@@ -1427,12 +1765,15 @@ def quantize_rows(p: Plan, factor: float = 1.0) -> tuple[Tensor, Tensor]:
     codes = nearest(w / step[:, None], top[:, None]) if p.factor is None else gptq(w, step, top, p.factor)
     return codes.to(torch.int8), steps
 
+
 def dequantize_rows(codes: Tensor, steps: Tensor, columns: Tensor) -> Tensor:
     """fp32 weights (R, C) of codes int8 (R, C), steps fp16 (R,) and columns fp16 (C,)."""
     return codes.float() * steps.float()[:, None] * columns.float()
 
+
 def grids(model: nn.Module, cfg) -> dict[str, Grid]:
     """The grid of every parameter by name; gains and the small projections of hash and value tables stay fp16."""
+
     def grid(name, role):
         if role == "matrix" and name.startswith("blocks."):
             return Grid(cfg.matrix_bits, cfg.matrix_clip_sigmas)
@@ -1441,11 +1782,13 @@ def grids(model: nn.Module, cfg) -> dict[str, Grid]:
 
     return {name: grid(name, role) for name, role in parameter_roles(model).items()}
 
+
 @torch.no_grad()
 def on_export_grid(model: GPT, cfg) -> AbstractContextManager[None]:
     """Inside, the blocks' matrices stand on their export grid; gradients pass straight through (arXiv:1308.3432)."""
     grid, rounded = Grid(cfg.matrix_bits, cfg.matrix_clip_sigmas), []
-    matrices = sorted((m.weight for m in model.blocks.modules() if type(m) is Linear), key=lambda w: w.size(1))
+    matrices = [m.weight for m in model.blocks.modules() if type(m) is Linear]
+    matrices.sort(key=lambda w: w.size(1))
     for _, alike in groupby(matrices, key=lambda w: w.size(1)):  # rows are rounded one by one, so many go together
         together = list(alike)
         plan = row_plan(torch.cat(together), grid, cfg)
@@ -1453,10 +1796,12 @@ def on_export_grid(model: GPT, cfg) -> AbstractContextManager[None]:
         rounded += values.split([len(w) for w in together])
     return swapped(matrices, rounded)  # the graph stays: this compiles nothing, and no compiler can fold it away
 
-def prune(w: Tensor, share: float) -> Tensor:
-    """`w` with the `share` of its entries that are smallest in magnitude set to 0."""
-    count = int(share * w.numel())
+
+def prune(w: Tensor, fraction: float) -> Tensor:
+    """`w` with the `fraction` of its entries that are smallest in magnitude set to 0."""
+    count = int(fraction * w.numel())
     return w.masked_fill(w.abs() <= w.abs().flatten().kthvalue(count).values, 0.0) if count else w
+
 
 def quantize(weights: dict, plans: dict[str, Plan], factor: float = 1.0) -> dict:
     """The tensors of an artifact: `name.codes`, `.steps` and `.columns` of what is coded, fp16 of the rest."""
@@ -1466,6 +1811,7 @@ def quantize(weights: dict, plans: dict[str, Plan], factor: float = 1.0) -> dict
         tensors[f"{name}.columns"] = p.columns.half()
     return {name: t.cpu().contiguous() for name, t in tensors.items()}
 
+
 def dequantize(tensors: dict) -> dict:
     """fp32 weights of an artifact's tensors. Raises InputError if codes, steps and columns do not match."""
     weights = {}
@@ -1474,19 +1820,22 @@ def dequantize(tensors: dict) -> dict:
         if kind == "codes":
             steps, columns = tensors[f"{base}.steps"], tensors[f"{base}.columns"]
             if t.ndim != 2 or (steps.shape, columns.shape) != (t.shape[:1], t.shape[1:]):
-                raise InputError(f"{base} has codes {list(t.shape)}, steps {list(steps.shape)} and columns "
-                                 f"{list(columns.shape)}")
+                raise InputError(
+                    f"{base} has codes {list(t.shape)}, steps {list(steps.shape)} and columns {list(columns.shape)}"
+                )
             weights[base] = dequantize_rows(t, steps, columns)
         elif kind not in ("steps", "columns"):
             weights[name] = t.float()
     return weights
 
+
 # ---- Entropy coding: codes -> words of 16 bits, near the entropy of each code's own scale. Decoding is integers alone.
 
 LANES, PRECISION, CONTEXTS = 1024, 12, 48  # states side by side, bits of a probability, scales in quarters of an octave
 
+
 def scale_classes(codes: Array) -> tuple[Array, Array]:
-    """A class a row and a class a column of codes (R, C), uint8; their sum stands for the scale of a code."""
+    """A class per row and a class per column of codes (R, C), uint8; their sum stands for the scale of a code."""
     energy, columns = codes.astype(np.float64) ** 2 + 1e-3, np.ones(codes.shape[1])
     for _ in range(2):
         rows = (energy / columns).mean(1)
@@ -1496,9 +1845,11 @@ def scale_classes(codes: Array) -> tuple[Array, Array]:
     rows, columns = rows + lowest + 20, columns - lowest  # 20: the 1e-3 above makes -20 of a row of zeros
     return tuple(v.clip(0, CONTEXTS - 1).astype(np.uint8) for v in (rows, columns))
 
+
 def context_of(rows: Array, columns: Array) -> Array:
     """The context of every code (R, C), flat: the sum of its two classes."""
     return np.minimum(rows[:, None] + columns, CONTEXTS - 1).astype(np.uint8).ravel()
+
 
 def frequencies(symbols: Array, contexts: Array) -> Array:
     """How often each symbol comes in each context, uint16 (CONTEXTS, 256), of 2**PRECISION; not 0 if it does. Where no
@@ -1510,18 +1861,21 @@ def frequencies(symbols: Array, contexts: Array) -> Array:
     ends = counts.cumsum(1) * (2**PRECISION - seen.sum(1, keepdims=True)) // counts.sum(1, keepdims=True)
     return (np.diff(ends, axis=1, prepend=0) + seen).astype(np.uint16)
 
+
 def rans_encode(symbols: Array, contexts: Array, table: Array) -> tuple[Array, Array]:
     """States uint32 (LANES,) and words uint16 of `symbols` (N,) uint8, the last first (rANS, arXiv:1311.2540)."""
-    share, base = table.astype(np.uint64), table.cumsum(1, dtype=np.uint64) - table
-    state, words = np.full(LANES, 2**16, np.uint64), []
+    table = table.astype(np.int64)
+    starts = table.cumsum(1) - table
+    state, words = np.full(LANES, 2**16), []
     for first in range((len(symbols) - 1) // LANES * LANES, -1, -LANES):
         s, k = symbols[first : first + LANES], contexts[first : first + LANES]
-        x, f = state[: len(s)], share[k, s]
-        full = x >= f << np.uint64(32 - PRECISION)
+        x, f = state[: len(s)], table[k, s]
+        full = x >= f << (32 - PRECISION)
         words.append(x[full].astype(np.uint16))
-        x = np.where(full, x >> np.uint64(16), x)
-        state[: len(s)] = (x // f << np.uint64(PRECISION)) + x % f + base[k, s]
-    return state.astype(np.uint32), np.concatenate([*words[::-1], np.zeros(0, np.uint16)])
+        x = np.where(full, x >> 16, x)
+        state[: len(s)] = (x // f << PRECISION) + x % f + starts[k, s]
+    return state.astype(np.uint32), np.concatenate(words[::-1])
+
 
 def rans_decode(contexts: Array, table: Array, state: Array, words: Array) -> Array:
     """The symbols (N,) uint8. Raises ValueError if the stream does not end where and how it began."""
@@ -1530,17 +1884,17 @@ def rans_decode(contexts: Array, table: Array, state: Array, words: Array) -> Ar
     table = table.astype(np.int64)
     if (table.sum(1) != 2**PRECISION).any():
         raise ValueError("tables of its entropy coder")
-    symbol_at = np.tile(np.arange(256, dtype=np.uint8), CONTEXTS).repeat(table.ravel())
-    at = np.repeat(np.arange(CONTEXTS), 2**PRECISION), symbol_at
-    share, base = table[at].astype(np.uint32), (table.cumsum(1) - table)[at]
-    offset = (np.arange(len(symbol_at)) % 2**PRECISION - base).astype(np.uint32)
+    counts = table.ravel()
+    symbol_at = np.tile(np.arange(256, dtype=np.uint8), CONTEXTS).repeat(counts)
+    often = counts.repeat(counts).astype(np.uint32)
+    offset = (np.arange(len(symbol_at)) - (counts.cumsum() - counts).repeat(counts)).astype(np.uint32)
     symbols, position, state = np.empty(len(contexts), np.uint8), 0, state.copy()
     for first in range(0, len(symbols), LANES):
         k = contexts[first : first + LANES]
         x = state[: len(k)]
         slot = (k.astype(np.uint32) << PRECISION) + (x & (2**PRECISION - 1))
         symbols[first : first + LANES] = symbol_at[slot]
-        x = share[slot] * (x >> PRECISION) + offset[slot]
+        x = often[slot] * (x >> PRECISION) + offset[slot]
         low = np.flatnonzero(x < 2**16)
         x[low] = (x[low] << 16) | words[position : position + len(low)]
         state[: len(k)], position = x, position + len(low)
@@ -1548,9 +1902,11 @@ def rans_decode(contexts: Array, table: Array, state: Array, words: Array) -> Ar
         raise ValueError("words of its entropy coder")
     return symbols
 
+
 def code_stream(tensors: dict) -> dict:
     """`tensors` with all codes as one rANS stream; `name.codes.rows` and `.columns` have the classes of each weight."""
-    coded = {name: tensors[name].numpy() for name in sorted(tensors) if name.endswith(".codes")}
+    names = [name for name in sorted(tensors) if name.endswith(".codes") and tensors[name].numel()]
+    coded = {name: tensors[name].numpy() for name in names}
     streams = {name: t for name, t in tensors.items() if name not in coded}
     if not coded:
         return streams
@@ -1566,12 +1922,15 @@ def code_stream(tensors: dict) -> dict:
     coder = {"rans.table": table.T, "rans.state": state, "rans.words": words}
     return streams | {name: torch.from_numpy(array) for name, array in coder.items()}
 
+
 def decode_stream(tensors: dict) -> dict:
     """The inverse of `code_stream`. A stream that lies raises what it will; it claims ARTIFACT_MOST_CODES at most."""
     table, state, words = (tensors.pop(f"rans.{name}").numpy() for name in ("table", "state", "words"))
     names = [name.removesuffix(".rows") for name in sorted(tensors) if name.endswith(".codes.rows")]
-    classes = [[tensors.pop(f"{name}.{kind}").numpy().astype(np.uint8).ravel() for kind in ("rows", "columns")]
-               for name in names]
+    classes = [
+        [tensors.pop(f"{name}.{kind}").numpy().astype(np.uint8).ravel() for kind in ("rows", "columns")]
+        for name in names
+    ]
     shapes = [(len(rows), len(columns)) for rows, columns in classes]
     sizes = [math.prod(shape) for shape in shapes]
     if sum(sizes) > ARTIFACT_MOST_CODES:
@@ -1582,52 +1941,59 @@ def decode_stream(tensors: dict) -> dict:
         tensors[name] = torch.from_numpy(codes.reshape(shape))
     return tensors
 
+
 # ---- Artifact: tensors and settings <-> one checked file that cannot run code.
 # magic, format (uint32), sha256 of the rest | compressor (8 bytes), compressed: length (uint32), JSON header, tensors
 
 ARTIFACT_MAGIC, ARTIFACT_FORMAT, ARTIFACT_MOST_UNPACKED, ARTIFACT_MOST_CODES = b"PGLF", 5, 2**30, 2**27
-COMPRESSORS = dict(zstd="zstandard", rans="zstandard", lzma="lzma", brotli="brotli")  # and their packages
+COMPRESSORS = dict(zstd="zstandard", rans="zstandard", brotli="brotli")  # and their packages
+
 
 def compressor_module(name: str) -> Any:
     """The module behind a compressor. Raises InputError if it cannot be imported: nothing stands in for it."""
     try:
         return importlib.import_module(COMPRESSORS[name])
     except ImportError:
-        raise InputError(f"COMPRESSOR={name} needs the package {COMPRESSORS[name]}; "
-                         "pip install -r requirements.txt") from None
+        raise InputError(
+            f"COMPRESSOR={name} needs the package {COMPRESSORS[name]}; pip install -r requirements.txt"
+        ) from None
+
 
 def compress(body: bytes, name: str, level: int) -> bytes:
-    """`body` at the highest effort of the compressor, except for zstd, which takes `level` (and packs rANS streams)."""
+    """`body` by Brotli at its highest effort, or by zstd at this level, which packs rANS streams, too."""
     module = compressor_module(name)
-    if name in ("zstd", "rans"):
-        return module.ZstdCompressor(level=level).compress(body)
-    return module.compress(body, preset=9 | module.PRESET_EXTREME) if name == "lzma" else module.compress(body)
+    return module.compress(body) if name == "brotli" else module.ZstdCompressor(level=level).compress(body)
+
 
 def decompress(data: bytes, name: str) -> bytes:
     """The inverse of `compress`, cut off behind ARTIFACT_MOST_UNPACKED bytes. Damaged data raise what they will."""
     module = compressor_module(name)
-    if name == "lzma":
-        return module.LZMADecompressor(memlimit=2**30).decompress(data, ARTIFACT_MOST_UNPACKED)
     if name == "brotli":
         most = ARTIFACT_MOST_UNPACKED  # its own limit is a rough one
         return module.Decompressor().process(data, output_buffer_limit=most)[:most]
     reader = module.ZstdDecompressor().stream_reader(data)  # in pieces, since it allocates what it is asked for
     return b"".join(islice(iter(partial(reader.read, 2**20), b""), ARTIFACT_MOST_UNPACKED >> 20))
 
+
 def artifact_settings(cfg) -> dict[str, str]:
     """The settings that travel with the weights: what the model is and how it is scored, no path and nothing else."""
     others = "variant", "seed", "vocab_size", "matrix_bits", "train_seq_len", "train_batch_tokens", "micro_batch_tokens"
     return as_env(cfg.group("model", "evaluation") | {k: vars(cfg)[k] for k in others})
 
+
 def pack(tensors: dict, looped: bool, cfg) -> bytes:
     """The file that holds `tensors`, and the settings and the tokenizer's hash that an evaluator needs."""
     tensors = code_stream(tensors) if cfg.compressor == "rans" else tensors
-    arrays = {name: tensors[name].numpy() for name in sorted(tensors, key=lambda n: (tensors[n].element_size(), n))}
-    header = json.dumps({
-        "settings": artifact_settings(cfg), "looped": looped,
-        "tokenizer_sha256": hashlib.sha256(Path(cfg.tokenizer_path).read_bytes()).hexdigest(),
-        "tensors": [[name, str(a.dtype), list(a.shape)] for name, a in arrays.items()],
-    }, separators=(",", ":")).encode()
+    order = sorted(tensors, key=lambda name: (tensors[name].element_size(), name))
+    arrays = {name: tensors[name].numpy() for name in order}
+    header = json.dumps(
+        {
+            "settings": artifact_settings(cfg),
+            "looped": looped,
+            "tokenizer_sha256": hashlib.sha256(Path(cfg.tokenizer_path).read_bytes()).hexdigest(),
+            "tensors": [[name, str(a.dtype), list(a.shape)] for name, a in arrays.items()],
+        }
+    ).encode()
     # bytes of equal weight stand together: first all low bytes of a tensor, then all high ones
     planes = []
     for a in arrays.values():
@@ -1636,6 +2002,7 @@ def pack(tensors: dict, looped: bool, cfg) -> bytes:
     body = b"".join([len(header).to_bytes(4, "little"), header, *planes])
     packed = cfg.compressor.encode().ljust(8) + compress(body, cfg.compressor, cfg.zstd_level)
     return b"".join([ARTIFACT_MAGIC, ARTIFACT_FORMAT.to_bytes(4, "little"), hashlib.sha256(packed).digest(), packed])
+
 
 def read_tensors(header: dict, body: bytes, start: int) -> dict:
     """The tensors that the header lists, from body[start:]. A header that lies raises what it will."""
@@ -1651,6 +2018,7 @@ def read_tensors(header: dict, body: bytes, start: int) -> dict:
     if start != len(body):
         raise ValueError("length")
     return decode_stream(tensors) if "rans.words" in tensors else tensors
+
 
 def unpack(blob: bytes) -> tuple[dict, dict]:
     """(header, tensors) of a packed file. Raises InputError when it is foreign, newer, cut or damaged."""
@@ -1671,6 +2039,7 @@ def unpack(blob: bytes) -> tuple[dict, dict]:
     except Exception as error:  # its checksum is right, so it was forged, and may fail anywhere
         raise InputError(f"its contents do not fit its header ({' '.join(str(error).split())})") from None
 
+
 def write_file(path: Path, blob: bytes) -> None:
     """Write all of `blob` or nothing: an interrupted write leaves the old file."""
     part = path.with_name(f"{path.name}.part")
@@ -1681,6 +2050,7 @@ def write_file(path: Path, blob: bytes) -> None:
         part.unlink(missing_ok=True)
         raise InputError(f"cannot write {path}: {error.strerror}") from None
 
+
 def save_average(average: Average, looped: bool, cfg, log) -> None:
     """Write the averaged weights, fp32, beside the artifact; EVAL_ONLY=1 and a higher MAX_ARTIFACT_BYTES score them."""
     path = Path(cfg.output_dir) / "final_model.average.ptz"
@@ -1689,6 +2059,7 @@ def save_average(average: Average, looped: bool, cfg, log) -> None:
         write_file(path, pack({name: v.cpu() for name, v in average.values.items()}, looped, quick))
         log(f"checkpoint:{path} averaging:{cfg.averaging} updates:{average.count}")
 
+
 def fit(pack_at: Callable, room: int, coded: int, log) -> tuple:
     """What pack_at(factor) -> (bytes, ...) makes of a factor that leaves at most 0.5 % of `room` bytes unused, by a
     secant in octaves of [1/4, 8]; at first one is taken to save a bit of each of the `coded` weights. If none fits, the
@@ -1696,26 +2067,28 @@ def fit(pack_at: Callable, room: int, coded: int, log) -> tuple:
     """
     low, high, at, best = -2.0, 3.0, 0.0, None
     rate, tried = coded / 8, {}  # bytes that an octave saves; bytes by octaves
-    for _ in range(12):
+    for left in range(11, -1, -1):
         result = pack_at(2.0**at)
         size = result[0]
         log(f"fit:factor {2.0**at:.4f} bytes:{size} of {room}")
         fits = size <= room
         if fits or best is None:
             best = result
-        if fits and room - size <= room // 200 or at == (-2.0 if fits else 3.0):
+        if 0 <= room - size <= room // 200 or at == (-2.0 if fits else 3.0):
             break
         low, high = (low, at) if fits else (at, high)
         for before in [*tried][-1:]:
-            rate = min(max((tried[before] - size) / (at - before), coded / 400), coded / 2)
+            rate = min(max((tried[before] - size) / (at - before), coded / 80), coded / 2)
         tried[at] = size
         at = min(max(at + (size - room + room // 400) / rate, low), high)
         if at in tried:
             at = (low + high) / 2
+        if left == 1 and high == 3.0:
+            at = high  # nothing below it has fitted
     return best
 
-def save_artifact(plans: Mapping[str, Plan], weights: dict, looped: bool, cfg, ranks,
-                  log) -> None:
+
+def save_artifact(plans: Mapping[str, Plan], weights: dict, looped: bool, cfg, ranks, log) -> None:
     """Code and pack the weights, by FIT as large as the cap allows, and write them; refuses a file that is over it."""
     begin, code = perf_counter(), Path(__file__).stat().st_size
 
@@ -1732,22 +2105,31 @@ def save_artifact(plans: Mapping[str, Plan], weights: dict, looped: bool, cfg, r
     kind, total = f"int{cfg.matrix_bits}+{cfg.compressor}", size + code
     seconds = perf_counter() - begin
     log(f"quantize_and_pack:{seconds:.1f}s, off the training clock", pack_seconds=seconds)
-    log(f"Serialized model {kind}: {size} bytes (payload:{payload} payload_ratio:{4 * count / payload:.2f}x)",
-        kind=kind, model_bytes=size, payload_bytes=payload)
+    log(
+        f"Serialized model {kind}: {size} bytes (payload:{payload} payload_ratio:{4 * count / payload:.2f}x)",
+        kind=kind,
+        model_bytes=size,
+        payload_bytes=payload,
+    )
     log(f"Code size: {code} bytes", code_bytes=code)
     log(f"Total submission size {kind}: {total} bytes")
     if (excess := total - cfg.max_artifact_bytes) > 0:
-        raise Unusable(f"code + model = {total} bytes, {excess} over MAX_ARTIFACT_BYTES={cfg.max_artifact_bytes}, so "
-                       f"{cfg.artifact_path} was not written; at {8 * size / count:.2f} bits a weight it fits with "
-                       f"{excess * count // size} weights less" + (", or set FIT=1" if not cfg.fit else ""))
+        raise Unusable(
+            f"code + model = {total} bytes, {excess} over MAX_ARTIFACT_BYTES={cfg.max_artifact_bytes}, so "
+            f"{cfg.artifact_path} was not written; at {8 * size / count:.2f} bits per weight it fits with "
+            f"{excess * count // size} weights less" + (", or set FIT=1" if not cfg.fit else "")
+        )
     if ranks.is_main:
         write_file(cfg.artifact_path, blob)
 
+
 class Artifact(NamedTuple):
     """All that an evaluation knows of a training."""
+
     cfg: Config
     weights: dict  # fp32
     looped: bool
+
 
 def load_artifact(path: Path, env: Mapping) -> Artifact:
     """What the file at `path` holds. `env` may change how it is scored, not what it is. Nothing of a file that is
@@ -1775,6 +2157,7 @@ def load_artifact(path: Path, env: Mapping) -> Artifact:
     except (InputError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"artifact {path}: {error}") from None
 
+
 def load_model(cfg, weights: dict, ranks) -> GPT:
     """A model with these weights, on the device; built without memory, so that no header can make it allocate."""
     try:
@@ -1785,10 +2168,13 @@ def load_model(cfg, weights: dict, ranks) -> GPT:
         raise InputError(f"the artifact's tensors do not fit its settings: {' '.join(str(error).split())}") from None
     return model.to(ranks.device).requires_grad_()
 
+
 # ---- Training: batches -> averaged weights and what GPTQ must know of the data, inside the wallclock budget.
+
 
 class Trainer:
     """What an optimizer step reads and writes. Warm-up, training and tests call the same `step`."""
+
     def __init__(self, model: GPT, batches: Batches, cfg, ranks):
         self.model, self.batches, self.cfg, self.ranks = model, batches, cfg, ranks
         self.optimizers, self.average = Optimizers(model, ranks, cfg), Average(model)
@@ -1816,7 +2202,8 @@ class Trainer:
     def observers(self) -> Iterator[dict[str, Observer]]:
         """Inside, an Observer by name rides on each module whose weight will be coded."""
         modules = {f"{n}.weight": m for n, m in self.model.named_modules() if isinstance(m, Linear)}
-        seen = {n: Observer(modules[n]) for n, grid in grids(self.model, self.cfg).items() if grid.bits < 16}
+        grid_of = grids(self.model, self.cfg)
+        seen = {name: Observer(modules[name]) for name, grid in grid_of.items() if grid.bits < 16}
         try:
             yield seen
         finally:
@@ -1824,8 +2211,9 @@ class Trainer:
                 observer.leave()
 
     def observe(self) -> None:
-        """Run this rank's share of a new batch, in pieces, for the observers; backward only if MEAN_STEP needs it."""
-        ids, targets = (t.flatten(0, 1).split(max(1, 16_384 // t.size(-1))) for t in next(self.batches))
+        """Run this rank's part of a new batch, in pieces, for the observers; backward only if MEAN_STEP needs it."""
+        rows = max(1, 16_384 // self.cfg.train_seq_len)
+        ids, targets = (t.flatten(0, 1).split(rows) for t in next(self.batches))
         with torch.set_grad_enabled(self.cfg.mean_step > 0):
             for x, y in zip(ids, targets):
                 loss = self.model(x, y, self.looped).sum()
@@ -1833,14 +2221,14 @@ class Trainer:
                     loss.backward()
         self.model.zero_grad(set_to_none=True)
 
-    def switch(self, step: int, share: float, scale: float, log) -> None:
+    def switch(self, step: int, done: float, scale: float, log) -> None:
         """Turn late QAT and the loops on when their time has come; both stay on."""
         if not self.qat and scale < self.cfg.late_qat_threshold:
             self.qat = True
             log(f"late_qat:enabled step:{step} scale:{scale:.4f}")
-        if not self.looped and self.cfg.num_loops and share >= self.cfg.enable_looping_at:
+        if not self.looped and self.cfg.num_loops and done >= self.cfg.enable_looping_at:
             self.looped = True
-            log(f"layer_loop:enabled step:{step} frac:{share:.3f} order:{self.model.looped_order}")
+            log(f"layer_loop:enabled step:{step} frac:{done:.3f} order:{self.model.looped_order}")
 
     def warm_up(self, log) -> float:
         """Run the steps that training will run, then undo them. Returns the seconds of the last, 0 if unknown."""
@@ -1859,8 +2247,10 @@ class Trainer:
         self.batches.seek(position)
         return seconds
 
+
 def timing(step: int, seconds: float) -> str:
     return f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / step:.2f}ms"
+
 
 def report_step(step: int, seconds: float, reading: Reading, cfg, log) -> None:
     """Log the first steps and every TRAIN_LOG_EVERY-th; raise Unusable when the loss is no number."""
@@ -1869,6 +2259,7 @@ def report_step(step: int, seconds: float, reading: Reading, cfg, log) -> None:
         raise Unusable(f"the loss is {loss} at step {step}; lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR")
     if step <= 10 or step % cfg.train_log_every == 0:
         log(f"step:{step}/{cfg.iterations} train_loss:{loss:.4f} {timing(step, seconds)}")
+
 
 def calibrate(trainer: Trainer, clock: Clock, log) -> dict[str, Curvature]:
     """What errors in the averaged weights cost, seen on the clock: in as many batches as end before the time limit."""
@@ -1886,6 +2277,7 @@ def calibrate(trainer: Trainer, clock: Clock, log) -> dict[str, Curvature]:
     log(f"gptq:collected {sum(o.count > 0 for o in seen.values())} Hessians from {used} of {count} batches")
     return {name: curvature(observer, ranks) for name, observer in seen.items()}
 
+
 def train(trainer: Trainer, validate: Callable, log) -> dict[str, Curvature]:
     """Train until ITERATIONS or just before the clock's limit; the average is in `trainer.average`. Returns what GPTQ
     must know of the data, met on further batches, on the clock. A step is reported while the next one runs.
@@ -1896,7 +2288,7 @@ def train(trainer: Trainer, validate: Callable, log) -> dict[str, Curvature]:
     bar = progress_bar("training", 1.0, log)
     for step in range(cfg.iterations):
         elapsed, step_seconds = ranks.most(clock.seconds(), clock.step_seconds)
-        bar.update(share_done(step, elapsed, cfg) - bar.n)
+        bar.update(fraction_done(step, elapsed, cfg) - bar.n)
         if step and out_of_time(elapsed, step_seconds, cfg):
             log(f"stopping_early: wallclock_cap {timing(step, elapsed)} step:{step}/{cfg.iterations}")
             break
@@ -1904,7 +2296,7 @@ def train(trainer: Trainer, validate: Callable, log) -> dict[str, Curvature]:
             with clock.paused():
                 log(f"step:{step}/{cfg.iterations} {validate()} {timing(step, elapsed)}")
         scale = lr_scale(step, elapsed, step_seconds, cfg)
-        trainer.switch(step, share_done(step, elapsed, cfg), scale, log)
+        trainer.switch(step, fraction_done(step, elapsed, cfg), scale, log)
         reading = trainer.step(scale, muon_momentum(step, elapsed, scale, cfg))
         if done:
             report_step(*done, cfg, log)
@@ -1922,14 +2314,21 @@ def train(trainer: Trainer, validate: Callable, log) -> dict[str, Curvature]:
     costs = calibrate(trainer, clock, log) if cfg.quantizer == "gptq" else {}
     clock.synchronize()
     steps, seconds = done[0], clock.seconds()
-    log(f"training ended: step:{steps}/{cfg.iterations} {timing(steps, seconds)}",
-        iterations=cfg.iterations, steps=steps, train_seconds=seconds)
+    log(
+        f"training ended: step:{steps}/{cfg.iterations} {timing(steps, seconds)}",
+        iterations=cfg.iterations,
+        steps=steps,
+        train_seconds=seconds,
+    )
     return costs
+
 
 # ---- Evaluation: stream and model -> chunks whose scores are final -> bits per byte. Only the Scorer holds the stream.
 
+
 class ScoredChunk(NamedTuple):
     """What was scored, after its score was committed: all that an adapter ever sees."""
+
     index: int
     progress: float  # 0 for the first chunk of the stream, 1 for the last
     last: bool  # nothing is left to score after it, so nothing is learnt from it
@@ -1938,29 +2337,32 @@ class ScoredChunk(NamedTuple):
     targets: Tensor  # (R, S), of the last S positions
     weight: Tensor  # (R,) of each row's loss
 
+
 class Score(NamedTuple):
     """The result of one pass over the stream."""
-    loss: float  # nats a token
-    bpb: float  # bits a byte
+
+    loss: float  # nats per token
+    bpb: float  # bits per byte
     seconds: float
 
     def __str__(self) -> str:
         return f"val_loss:{self.loss:.4f} val_bpb:{self.bpb:.4f} eval_time:{1000 * self.seconds:.0f}ms"
 
+
 def read_validation(cfg) -> Array:
     """The tokens of the validation split, one shard after the other (N,)."""
     return np.concatenate([read_shard(path) for path in find_shards(cfg, "val")])
+
 
 def document_spans(stream: Array) -> list:
     """(first target, end) of each document of a stream of tokens (N,): its last target is the BOS of the next."""
     firsts = [0, *(np.flatnonzero(stream[1:-1] == BOS) + 1).tolist()]
     return list(zip(firsts, [*firsts[1:], len(stream) - 1]))
 
-def learn_nothing(chunk: ScoredChunk) -> None:
-    """The adapter of a model that stays as it is."""
 
 class Scorer:
     """Scores a stream of tokens, or each of its documents, from left to right; a chunk is final before it leaves."""
+
     def __init__(self, stream: Array, cfg, ranks, log):
         if len(stream) < 2:
             raise InputError(f"the validation stream has {len(stream)} token; scoring needs 2")
@@ -1982,7 +2384,7 @@ class Scorer:
         tokens = self.tokens[(starts[:, None] + span).clamp(max=end)]
         return forward(tokens[:, :-1], tokens[:, -firsts.step :])
 
-    def chunks(self, forward: Callable, stride: int, chunk_tokens: int) -> Iterator[tuple[ScoredChunk, Tensor]]:
+    def chunks(self, forward: Callable, stride: int, chunk_tokens: int) -> Iterator[tuple]:
         """Score the stream chunk by chunk: each one, and the places of its targets. A window scores `stride` targets,
         but the first one all. The sum over ranks that commits the nll is the barrier before anyone trains on it.
         """
@@ -2003,14 +2405,22 @@ class Scorer:
                 nll[begin:end] = losses[: end - begin]
             end = high - (high - low) % window
             inputs, targets = self.tokens[low:end], self.tokens[low + 1 : end + 1]
-            yield ScoredChunk(
-                index, index / max(count - 1, 1), high == total, self.ranks.sum_(nll), inputs.view(-1, window),
-                targets.view(-1, window), torch.ones(len(inputs) // window, device=device),
-            ), torch.arange(low, high, device=device)
+            yield (
+                ScoredChunk(
+                    index,
+                    index / max(count - 1, 1),
+                    high == total,
+                    self.ranks.sum_(nll),
+                    inputs.view(-1, window),
+                    targets.view(-1, window),
+                    torch.ones(len(inputs) // window, device=device),
+                ),
+                torch.arange(low, high, device=device),
+            )
 
     def evaluate(self, parts: Iterable[tuple[Iterable, Callable]], apart: bool = False) -> Score:
-        """One pass over all targets. Each part is an iterable of (ScoredChunk, places) and the adapter that gets the
-        chunks, one after the other, after their score is final. `apart`: each rank has parts of its own.
+        """One pass over all targets. Each part is an iterable of (ScoredChunk, places) and the adapter, if any, that
+        gets the chunks, one after the other, after their score is final. `apart`: each rank has parts of its own.
         """
         begin, show = perf_counter(), Progress(self)
         # one place more, for what batches of documents compute beyond the end of one
@@ -2021,22 +2431,23 @@ class Scorer:
                 nll[places] = chunk.nll
                 index[places] = torch.full_like(chunk.nll, chunk.index)
                 show(chunk.nll, places)
-                if not chunk.last:
+                if adapt and not chunk.last:
                     adapt(chunk)
         show.bar.close()
         if apart:
             self.ranks.sum_(scored)
         self.audited = dict(nll=nll[:-1], bytes=self.bytes, chunk=index[:-1].long())
         if self.cfg.audit and self.ranks.is_main:
-            np.savez(self.cfg.audit, **{name: column.cpu().numpy() for name, column in self.audited.items()})
-        loss, targets, size = float(nll[:-1].mean()), len(self.bytes), int(self.bytes.sum())
-        return Score(loss, loss * targets / math.log(2) / max(size, 1), perf_counter() - begin)
+            columns = {name: column.cpu().numpy() for name, column in self.audited.items()}
+            np.savez(self.cfg.audit, **columns)
+        loss, size = float(nll[:-1].mean()), int(self.bytes.sum())
+        return Score(loss, loss * len(self.bytes) / math.log(2) / max(size, 1), perf_counter() - begin)
 
     def plain(self, forward: Callable) -> Score:
         """Windows side by side: the quick score of training logs and of the int6 round trip."""
-        return self.evaluate([(self.chunks(forward, self.cfg.window, self.cfg.window * 1024), learn_nothing)])
+        return self.evaluate([(self.chunks(forward, self.cfg.window, self.cfg.window * 1024), None)])
 
-    def sliding(self, forward: Callable, adapt: Callable = learn_nothing) -> Score:
+    def sliding(self, forward: Callable, adapt: Callable | None = None) -> Score:
         """Windows EVAL_STRIDE apart, so that almost every target sees a full context; the score that counts."""
         chunk_tokens = self.cfg.window * 1024 if self.cfg.ttt_scope == "document" else self.cfg.ttt_chunk_tokens
         return self.evaluate([(self.chunks(forward, self.cfg.eval_stride, chunk_tokens), adapt)])
@@ -2046,6 +2457,7 @@ class Scorer:
 
         Long ones are dealt out first, to the rank that has least to do; a pass is taken to cost as much as 8 documents.
         """
+
         def chunks(document):
             return -(-(document[1] - document[0]) // self.cfg.ttt_chunk_tokens)
 
@@ -2065,13 +2477,15 @@ class Scorer:
     def by_document(self, forward: Callable, adapter: Callable) -> Score:
         """Score each document alone, side by side (PR #77), each with one of the n adapters that adapter(n) makes."""
         batches = self.document_batches()
-        spans = torch.tensor([span for batch in batches for span in batch], device=self.tokens.device).view(-1, 2)
-        places = spans.split([len(batch) for batch in batches])
-        parts = ((self.document_chunks(forward, span, max(end - first for first, end in batch)), adapter(len(batch)))
-                 for batch, span in zip(batches, places))
+        spans = torch.tensor([span for batch in batches for span in batch], device=self.tokens.device)
+        split = spans.view(-1, 2).split([len(batch) for batch in batches])
+        parts = (
+            (self.document_chunks(forward, span, max(end - first for first, end in batch)), adapter(len(batch)))
+            for batch, span in zip(batches, split)
+        )
         return self.evaluate(parts, apart=True)
 
-    def document_chunks(self, forward: Callable, spans: Tensor, longest: int) -> Iterator[tuple[ScoredChunk, Tensor]]:
+    def document_chunks(self, forward: Callable, spans: Tensor, longest: int) -> Iterator[tuple]:
         """Chunk by chunk: the n-th one of all documents of these spans (B, 2), of which the longest is given, and the
         places (B, n) of its targets in the stream, or the one behind its end where a document has none left.
         """
@@ -2086,15 +2500,26 @@ class Scorer:
             places = first + torch.arange(high - size, high, device=device)
             ended = places >= end
             goes_on = (first + high < end).flatten()
-            yield ScoredChunk(
-                index, 0.0, high >= longest, losses.masked_fill(ended, 0.0), inputs, targets,
-                goes_on * float(len(spans)),
-            ), places.masked_fill(ended, len(self.bytes))
+            yield (
+                ScoredChunk(
+                    index,
+                    0.0,
+                    high >= longest,
+                    losses.masked_fill(ended, 0.0),
+                    inputs,
+                    targets,
+                    goes_on * float(len(spans)),
+                ),
+                places.masked_fill(ended, len(self.bytes)),
+            )
+
 
 class Progress:
-    """Bits per byte so far: on a bar for a person who watches, and a line a minute. Else it keeps nobody waiting."""
+    """Bits per byte so far: on a bar for a person who watches, and a line per minute. Else it keeps nobody waiting."""
+
     def __init__(self, scorer: Scorer):
-        self.bytes, self.total, self.log = F.pad(scorer.bytes, (0, 1)), len(scorer.bytes), scorer.log
+        self.bytes, self.total = F.pad(scorer.bytes, (0, 1)), len(scorer.bytes)
+        self.log = scorer.log
         self.nll = self.size = self.done = torch.zeros((), device=scorer.tokens.device)
         self.bar, self.spoken = progress_bar("scoring", self.total, scorer.log), perf_counter()
 
@@ -2112,10 +2537,13 @@ class Progress:
             self.spoken = perf_counter()
             self.log(f"scoring:{done}/{self.total} running_bpb:{bpb:.4f}")
 
+
 # ---- Test-time training: scored chunks -> better weights for the next ones.
+
 
 class LoRA(nn.Module):
     """A term of low rank that a Linear adds, zero at first (arXiv:2106.09685): one for all rows, or one for each."""
+
     def __init__(self, down: Tensor, fan_out: int, rows: int):
         super().__init__()
         self.down = nn.Parameter(down.repeat(rows, 1, 1))
@@ -2123,6 +2551,7 @@ class LoRA(nn.Module):
 
     def forward(self, x, y):
         return y + x @ self.down.mT.type_as(x) @ self.up.mT.type_as(x)
+
 
 def lora_starts(model: GPT, cfg) -> dict[Linear, Tensor]:
     """What LoRA adapts, q, v and the head, each with the `down` (rank, fan_in) that it starts from; SEED draws them."""
@@ -2133,12 +2562,14 @@ def lora_starts(model: GPT, cfg) -> dict[Linear, Tensor]:
         starts[linear] = down.to(linear.weight.device)
     return starts
 
+
 def attach_lora(model: GPT, starts: Mapping[Linear, Tensor], rows: int) -> list[Tensor]:
     """Freeze the model and give each Linear of `starts` a fresh adapter for so many rows; returns their parameters."""
     model.requires_grad_(False)
     for linear, down in starts.items():
         linear.adapter = LoRA(down, linear.weight.size(0), rows)
     return [p for linear in starts for p in linear.adapter.parameters()]
+
 
 def adapting_parameters(model: GPT, cfg) -> list[Tensor]:
     """What test-time training may change, a LoRA aside; all else is frozen. Raises InputError if that is nothing."""
@@ -2155,8 +2586,10 @@ def adapting_parameters(model: GPT, cfg) -> list[Tensor]:
         raise InputError("TTT_PARAMS leaves nothing to adapt; TTT_EPOCHS=0 if that is meant")
     return [every[name] for name in every if name in chosen]
 
+
 class Adaptation:
     """Trains `params` on each chunk that has been scored, TTT_EPOCHS times (PR #549; AdamW: PR #490)."""
+
     def __init__(self, params: list[Tensor], forward: Callable, cfg, ranks):
         self.params, self.forward, self.cfg, self.ranks = params, forward, cfg, ranks
         if cfg.ttt_optimizer == "adamw":
@@ -2186,6 +2619,7 @@ class Adaptation:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+
 def adaptive_score(scorer: Scorer, model: GPT, params: list[Tensor], forward: Callable) -> Score:
     """The score while `params`, or else a LoRA, learn from the stream, or each document's own LoRA from it alone."""
     cfg, ranks = scorer.cfg, scorer.ranks
@@ -2196,7 +2630,9 @@ def adaptive_score(scorer: Scorer, model: GPT, params: list[Tensor], forward: Ca
         return scorer.by_document(score, lambda n: Adaptation(attach_lora(model, starts, n), learn, cfg, alone))
     return scorer.sliding(score, Adaptation(params or attach_lora(model, starts, 1), learn, cfg, ranks))
 
+
 # ---- Report and main.
+
 
 def run_training(cfg, ranks, log) -> dict[str, Score]:
     """Train, average and write the artifact; returns the scores of the raw and of the averaged weights."""
@@ -2204,12 +2640,16 @@ def run_training(cfg, ranks, log) -> dict[str, Score]:
     attention, dtype = choose_attention(cfg, ranks), compute_dtype(cfg, ranks.device)
     model = GPT(cfg, attention.attend, dtype)
     model.init_weights(cfg)
-    trainer = Trainer(model.to(ranks.device), Batches(TokenStream(shards, cfg.vocab_size), cfg, ranks), cfg, ranks)
+    batches = Batches(TokenStream(shards, cfg.vocab_size), cfg, ranks)
+    trainer = Trainer(model.to(ranks.device), batches, cfg, ranks)
     dataset, count = Path(cfg.data_path).name, sum(p.numel() for p in model.parameters())
     log(f"train_loader:dataset:{dataset} train_shards:{len(shards)}", dataset=dataset, train_shards=len(shards))
     log(f"val_loader:tokens:{len(scorer.bytes)} bytes:{int(scorer.bytes.sum())}")
-    log(f"model_params:{count} attention:{attention.name} dtype:{dtype} grad_accum_steps:{trainer.batches.micro_steps}",
-        parameters=count, grad_accum_steps=trainer.batches.micro_steps)
+    log(
+        f"model_params:{count} attention:{attention.name} dtype:{dtype} grad_accum_steps:{batches.micro_steps}",
+        parameters=count,
+        grad_accum_steps=batches.micro_steps,
+    )
     if attention.warning:
         log(attention.warning)
     try:
@@ -2228,30 +2668,38 @@ def run_training(cfg, ranks, log) -> dict[str, Score]:
     log(f"DIAGNOSTIC post_{cfg.averaging} {averaged}")
     return {"raw": raw, "averaged": averaged}
 
+
 def evaluations(scorer: Scorer, model: GPT, looped: bool) -> dict[str, Callable]:
     """The passes over the stream, by their names in the log: plain, sliding and, with test-time training, adapting."""
     cfg = scorer.cfg
     forward = partial(scorer.ranks.compile(model, cfg), looped=looped)
     params = adapting_parameters(model, cfg) if cfg.ttt_epochs and not cfg.ttt_lora_rank else []
-    passes = {f"final_int{cfg.matrix_bits}_roundtrip": lambda: scorer.plain(forward),
-              f"final_int{cfg.matrix_bits}_sliding_window": lambda: scorer.sliding(forward)}
+    passes = {
+        f"final_int{cfg.matrix_bits}_roundtrip": lambda: scorer.plain(forward),
+        f"final_int{cfg.matrix_bits}_sliding_window": lambda: scorer.sliding(forward),
+    }
     if cfg.ttt_epochs:  # documents are not compiled: every length of context would be another graph
         run = partial(model, looped=looped) if cfg.ttt_scope == "document" else forward
         passes["legal_ttt"] = lambda: adaptive_score(scorer, model, params, run)
     return passes
 
-def run_evaluation(artifact: Artifact, begin: float, ranks,
-                   log) -> dict[str, Score]:
+
+def run_evaluation(artifact: Artifact, begin: float, ranks, log) -> dict[str, Score]:
     """Score an artifact, all that it knows of the training: plain, sliding, then adapting. It began at `begin`."""
     cfg, weights, looped = artifact
     model, scores = load_model(cfg, weights, ranks), {}
     scorer = Scorer(read_validation(cfg), cfg, ranks, log)
     passes, attention = evaluations(scorer, model, looped), choose_attention(cfg, ranks)
-    log(f"artifact:{cfg.artifact_path} variant:{cfg.variant} seed:{cfg.seed} "
+    log(
+        f"artifact:{cfg.artifact_path} variant:{cfg.variant} seed:{cfg.seed} "
         f"attention:{attention.name} dtype:{model.dtype} looped:{int(looped)} "
         f"stride:{cfg.eval_stride} eval_seq_len:{cfg.window} ttt_chunk:{cfg.ttt_chunk_tokens} "
-        f"load_time:{1000 * (perf_counter() - begin):.0f}ms", attention=attention.name, dtype=str(model.dtype),
-        eval_stride=cfg.eval_stride, ttt_chunk_tokens=cfg.ttt_chunk_tokens)
+        f"load_time:{1000 * (perf_counter() - begin):.0f}ms",
+        attention=attention.name,
+        dtype=str(model.dtype),
+        eval_stride=cfg.eval_stride,
+        ttt_chunk_tokens=cfg.ttt_chunk_tokens,
+    )
     if attention.warning:
         log(attention.warning)
     for name, evaluation in passes.items():
@@ -2263,20 +2711,29 @@ def run_evaluation(artifact: Artifact, begin: float, ranks,
     log(f"bytes_per_token:{size / count:.6f} targets:{count} bytes:{size}", targets=count, bytes=size)
     return scores
 
+
 def describe(cfg) -> str:
     """The resolved settings and the number of parameters; needs no data, no GPU and no memory for weights."""
     with torch.device("meta"):
         model = GPT(cfg)
-    return "\n".join([*(f"{k}={v}" for k, v in as_env(cfg.group()).items()),
-                      f"model_params:{sum(p.numel() for p in model.parameters())}"])
+    return "\n".join(
+        [
+            *(f"{k}={v}" for k, v in as_env(vars(cfg)).items()),
+            f"model_params:{sum(p.numel() for p in model.parameters())}",
+        ]
+    )
+
 
 def report(scores: Mapping[str, Score], path: Path) -> str:
-    """The closing table: stage, loss in nats a token, bits a byte, bytes of code + model, seconds."""
+    """The closing table: stage, loss in nats per token, bits per byte, bytes of code + model, seconds."""
     code, model = Path(__file__).stat().st_size, path.stat().st_size
     head = f"{'stage':28s} {'val_loss':>9s} {'val_bpb':>9s} {'bytes':>11s} {'seconds':>9s}"
-    rows = [f"{n:28s} {s.loss:9.4f} {s.bpb:9.4f} "
-            f"{'-' if n in ('raw', 'averaged') else code + model:>11} {s.seconds:9.1f}" for n, s in scores.items()]
+    rows = [
+        f"{n:28s} {s.loss:9.4f} {s.bpb:9.4f} {'-' if n in ('raw', 'averaged') else code + model:>11} {s.seconds:9.1f}"
+        for n, s in scores.items()
+    ]
     return "\n".join([head, *rows, f"code {code} + model {model} = {code + model} bytes"])
+
 
 def resolve(env: Mapping) -> tuple[Config, Artifact | None]:
     """The settings of a run and, for EVAL_ONLY, the artifact: it comes first, since what `env` says must fit it."""
@@ -2287,6 +2744,7 @@ def resolve(env: Mapping) -> tuple[Config, Artifact | None]:
         with torch.device("meta"):  # better an error now than after training
             adapting_parameters(GPT(cfg), cfg)
     return cfg, artifact
+
 
 def main(argv: list[str], env: Mapping) -> None:
     """Configuration, then training, then an evaluation that reads only what was written, then the table."""
@@ -2300,7 +2758,7 @@ def main(argv: list[str], env: Mapping) -> None:
         raise InputError(f"unknown argument {argv[0]}; options are environment variables (--help lists them)")
     with launch(env) as ranks:
         log, scores = Log(cfg, ranks), {}
-        log.header(cfg, ranks, {name: text for name, text in as_env(cfg.group()).items() if name in env})
+        log.header(cfg, ranks, {name: text for name, text in as_env(vars(cfg)).items() if name in env})
         if artifact is None:
             scores = run_training(cfg, ranks, log)
             begin, artifact = perf_counter(), load_artifact(cfg.artifact_path, env)
@@ -2308,6 +2766,7 @@ def main(argv: list[str], env: Mapping) -> None:
         log(report(scores, cfg.artifact_path), scores={stage: score._asdict() for stage, score in scores.items()})
         log(f"log:{log.path} artifact:{cfg.artifact_path}")
         log(f"RESULT {json.dumps(log.facts)}")
+
 
 def run(argv: list[str], env: Mapping) -> None:
     """`main`; after a mistake of the user's status 1 and one line, after Ctrl-C 130, after ours 1 and a traceback."""
@@ -2327,6 +2786,7 @@ def run(argv: list[str], env: Mapping) -> None:
     if dist.is_initialized():
         os._exit(status)  # an orderly end would wait for ranks that wait for this one, and torchrun would never know
     sys.exit(status)
+
 
 if __name__ == "__main__":
     run(sys.argv[1:], os.environ)

@@ -72,7 +72,7 @@ def frozen(cfg, tokens):
     """The same pass over the same windows with a model that never learns."""
     scorer, model = scorer_of(cfg, tokens), make_model(cfg)
     score = partial(model, temperature=cfg.ttt_temperature)
-    scorer.by_document(score, lambda n: t.learn_nothing) if cfg.ttt_scope == "document" else scorer.sliding(score)
+    scorer.by_document(score, lambda n: None) if cfg.ttt_scope == "document" else scorer.sliding(score)
     return found(scorer)
 
 
@@ -388,7 +388,7 @@ def test_ranks_share_the_documents_and_score_each_target_once(length, marks, siz
                 yield chunk, places
 
         scorer.document_chunks = counted
-        scorer.by_document(first_loss, lambda n: t.learn_nothing)
+        scorer.by_document(first_loss, lambda n: None)
         nll, index = found(scorer)
         total, chunks = total + nll, chunks + index
     longest = max(-(-(end - first) // size) for first, end in scorer.documents)

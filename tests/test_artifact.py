@@ -81,7 +81,7 @@ def test_packing_is_deterministic(model, cfg, artifact, log):
     (lambda b: b[: len(b) // 2], "cut or damaged"), (lambda b: b[:20], "cut or damaged"), (lambda b: b"", "not an artifact"),
     (lambda b: b[:-9] + bytes([b[-9] ^ 4]) + b[-8:], "cut or damaged"), (lambda b: b"PK\x03\x04" + b[4:], "not an artifact"),
     (lambda b: b[:4] + (1).to_bytes(4, "little") + b[8:], "format 1, not 5"),
-    (lambda b: b[:40] + b"lzma    " + b[48:], "cut or damaged"),
+    (lambda b: b[:40] + b"brotli  " + b[48:], "cut or damaged"),
 ])
 def test_a_damaged_file_is_told_in_one_line(artifact, env, damage, words):
     artifact.write_bytes(damage(artifact.read_bytes()))

@@ -299,12 +299,12 @@ def gated_by_the_target(monkeypatch):
 def two_passes(monkeypatch):
     """All is scored again with the weights of the end."""
     honest = t.Scorer.sliding
-    monkeypatch.setattr(t.Scorer, "sliding", lambda self, forward, adapt=t.learn_nothing: (honest(self, forward, adapt), honest(self, forward))[1])
+    monkeypatch.setattr(t.Scorer, "sliding", lambda self, forward, adapt=None: (honest(self, forward, adapt), honest(self, forward))[1])
 
 
 def adapted_before_the_score(monkeypatch):
     """Each chunk is learned before the score that counts is taken."""
-    def sliding(self, forward, adapt=t.learn_nothing):
+    def sliding(self, forward, adapt=None):
         def chunks():
             return self.chunks(forward, self.cfg.eval_stride, self.cfg.ttt_chunk_tokens)
 
@@ -313,7 +313,7 @@ def adapted_before_the_score(monkeypatch):
                 adapt(chunk)
                 yield next(again for again, _ in chunks() if again.index == chunk.index), places
 
-        return self.evaluate([(learned(), t.learn_nothing)])
+        return self.evaluate([(learned(), None)])
 
     monkeypatch.setattr(t.Scorer, "sliding", sliding)
 

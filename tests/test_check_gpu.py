@@ -117,4 +117,4 @@ def test_a_compressor_that_is_missing_is_replaced_and_named(tmp_path, monkeypatc
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     turn = check_gpu.Turn(tmp_path / "turn")
     found = check_gpu.timed_coding(trainer, turn)
-    assert found["compressor"] == "lzma, not the row's" and found["bytes"] > 1000 and found["pack"] > 0
+    assert found["compressor"] == "lzma, not brotli" and found["bytes"] > 1000 and found["pack"] > 0

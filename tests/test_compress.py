@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import lzma
 import math
 import sys
 
@@ -18,9 +17,9 @@ from hypothesis import strategies as st
 
 import train_gpt as t
 
-NAMES = ("zstd", "lzma", "brotli", "rans")
+NAMES = ("zstd", "brotli", "rans")
 CFG = t.Config.from_env({"VARIANT": "smoke", "TOKENIZER_PATH": __file__, "ZSTD_LEVEL": "3"})  # pack only hashes that file
-PACKERS = dict(zstd=lambda body: zstandard.ZstdCompressor(level=1).compress(body), lzma=lambda body: lzma.compress(body, preset=0),
+PACKERS = dict(zstd=lambda body: zstandard.ZstdCompressor(level=1).compress(body),
                brotli=lambda body: brotli.compress(body, quality=1))
 PACKERS["rans"] = PACKERS["zstd"]
 ON_WIRE = {torch.int8: "int8", torch.float16: "float16", torch.float32: "float32"}
@@ -189,7 +188,7 @@ def test_an_unknown_compressor_in_the_file_is_refused(name):
         t.unpack(t.ARTIFACT_MAGIC + t.ARTIFACT_FORMAT.to_bytes(4, "little") + hashlib.sha256(packed).digest() + packed)
 
 
-@pytest.mark.parametrize("name, package", [("brotli", "brotli"), ("zstd", "zstandard"), ("lzma", "lzma"), ("rans", "zstandard")])
+@pytest.mark.parametrize("name, package", [("brotli", "brotli"), ("zstd", "zstandard"), ("rans", "zstandard")])
 def test_a_missing_package_is_named(name, package, monkeypatch):
     cfg = dataclasses.replace(CFG, compressor=name)
     blob = t.pack({"a": torch.zeros(3)}, False, cfg)

@@ -46,20 +46,20 @@ def entropy(codes):
 
 # ---- exact
 
-PARTS = st.tuples(st.sampled_from(KINDS), st.integers(1, 60), st.integers(1, 60), st.integers(0, 999))
+PARTS = st.tuples(st.sampled_from(KINDS), st.integers(0, 60), st.integers(0, 60), st.integers(0, 999))
 
 
 @settings(max_examples=60, deadline=None)
 @example([("uniform", 1, 1024, 0)]).via("one full row of lanes")
 @example([("uniform", 1, 1023, 0), ("one", 1, 1, 1), ("ends", 1, 1, 2)]).via("and a code more")
-@example([("scaled", 300, 1, 0), ("scaled", 1, 300, 1), ("zero", 1, 5, 2)])
+@example([("scaled", 300, 1, 0), ("scaled", 1, 300, 1), ("zero", 0, 5, 2)])
 @given(st.lists(PARTS, min_size=1, max_size=4))
 def test_codes_come_back_bit_for_bit(parts):
     tensors = {f"{i}.codes": codes_of(*part) for i, part in enumerate(parts)} | {"x.steps": torch.arange(3).half(), "gain": torch.ones(2, 2)}
     streams = t.code_stream(tensors)
-    assert not any(name.endswith("codes") for name in streams)
+    assert not any(w.numel() for name, w in streams.items() if name.endswith("codes"))
     assert all(torch.equal(streams[n], tensors[n]) for n in ("x.steps", "gain"))
-    back = t.decode_stream(dict(streams))
+    back = t.decode_stream(dict(streams)) if "rans.words" in streams else streams
     assert back.keys() == tensors.keys() and all(torch.equal(w, back[n]) and w.dtype == back[n].dtype for n, w in tensors.items())
 
 
@@ -319,7 +319,7 @@ def edited_header(body, draw):
     return len(text).to_bytes(4, "little") + text + body[start:]
 
 
-@pytest.mark.parametrize("name, count", [("zstd", 6000), ("brotli", 1400), ("lzma", 1400), ("rans", 1200)])
+@pytest.mark.parametrize("name, count", [("zstd", 6000), ("brotli", 2000), ("rans", 1200)])
 def test_no_mutation_ends_in_anything_but_a_clean_error(name, count, monkeypatch):
     """The checksum is made anew, so that the change reaches the compressor; three of four are made below it and reach the parser."""
     monkeypatch.setattr(t, "ARTIFACT_MOST_UNPACKED", 2**27)

@@ -143,7 +143,7 @@ def test_a_row_of_one_value_has_finite_codes():
 
 
 @pytest.mark.parametrize("grid, bits", [(t.Grid(6, 12.85), 3.38), (t.Grid(8, 20.0), 4.74)])
-@pytest.mark.parametrize("compressor, slack", [("brotli", 1.02), ("zstd", 1.02), ("lzma", 1.06)])
+@pytest.mark.parametrize("compressor, slack", [("brotli", 1.02), ("zstd", 1.02)])
 def test_sigmas_set_the_size_of_the_file(grid, bits, compressor, slack):
     codes, _ = coded_rows(gaussian(256, 512), grid, CFG)
     packed = 8 * len(t.compress(codes.numpy().tobytes(), compressor, 22)) / codes.numel()

@@ -46,7 +46,7 @@ METHODS = {  # label: (settings, whether GPTQ, the coder that it was published w
 }
 RIVALS = ("row maximum, floor 1/31 (#455)", "clip search, floor 1/31 (#1233)", "SDClip 12.85, GPTQ (#1812)",
           "mean step, power 0", "mean step, power 0.75")
-CODERS = ("zstd", "lzma", "brotli", "rans")
+CODERS = ("zstd", "brotli", "rans")
 
 
 class Study:
@@ -158,7 +158,7 @@ def low_rank(study: Study, label: str, rank: int, top: int) -> tuple[int, float]
 
 
 def layouts(study: Study, label: str) -> list[str]:
-    """Bytes of all codes in one zstd-22, Brotli-11 or lzma stream, by the order in which they stand."""
+    """Bytes of all codes in one zstd-22 or Brotli-11 stream, by the order in which they stand."""
     settings, gptq, _ = METHODS[label]
     cfg, plans = study.plans(settings, gptq)
     tensors = {n: v.numpy() for n, v in t.quantize(study.weights, plans).items() if n.endswith(".codes")}
@@ -173,7 +173,7 @@ def layouts(study: Study, label: str) -> list[str]:
     lines = []
     for name, arrays in orders.items():
         body = b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)
-        sizes = " | ".join(f"{len(t.compress(body, coder, 22)):,}" for coder in ("zstd", "lzma", "brotli"))
+        sizes = " | ".join(f"{len(t.compress(body, coder, 22)):,}" for coder in CODERS[:2])
         lines.append(f"| {label} | {name} | {sizes} |")
     return lines
 
@@ -202,7 +202,7 @@ def main() -> None:
     for label, rank, top in ((name, r, k) for name in (RIVALS[2], RIVALS[4]) for r, k in ((0, 0), (4, 3), (8, 10))):
         more, gap = low_rank(study, label, rank, top)
         print(f"| {label} | {rank} | {top} | {more:,} | {1000 * gap:+.2f} |", flush=True)
-    print("\n| codes of | order | zstd | lzma | brotli |\n|---|---|---:|---:|---:|")
+    print("\n| codes of | order | zstd | brotli |\n|---|---|---:|---:|")
     for label in (RIVALS[2], RIVALS[4]):
         print("\n".join(layouts(study, label)), flush=True)
     print(f"\n{args.out}; {time.perf_counter() - begin:.0f} s in all")
