@@ -20,7 +20,7 @@ torch.set_num_threads(1)
 
 def pytest_collection_modifyitems(items):
     """Files that take longest come first (a file stays on one worker), so that no worker is left with one at the end."""
-    longest = ["test_variants", "test_audit", "test_run", "test_adapt", "test_options"]
+    longest = ["test_variants", "test_audit", "test_run", "test_adapt", "test_reference", "test_muon"]
     items.sort(key=lambda item: longest.index(item.path.stem) if item.path.stem in longest else len(longest))
 
 

@@ -1,10 +1,12 @@
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_variants import PUBLISHED
 
 import train_gpt as t
 
@@ -104,3 +106,62 @@ def test_last_and_a_decay_of_zero_follow_the_weights():
     assert averaged(dataclasses.replace(CARD, averaging="last"), [1.0] * 7)[0] == 7
     assert averaged(dataclasses.replace(CARD, ema_decay=0.0), [1.0] * 7)[0] == 7
     assert math.isclose(averaged(dataclasses.replace(CARD, ema_decay=1.0), [1.0] * 7)[0], 0)
+
+
+# ---------------------------------------- pr1812, and neutral values
+
+PR1812_ROW = dataclasses.replace(t.Config.from_env({"VARIANT": "pr1812"}), gptq_reserve_seconds=0.0)  # so that a second is a 600th of the steps
+
+
+def pr1812_momentum(elapsed, scale):
+    """components.md 5.6 (b)."""
+    phi, beta = min(elapsed / (0.22 * 600), 1), max(scale, 0.25)
+    return beta * (0.92 + phi * 0.07) + (1 - beta) * 0.92
+
+
+def test_the_momentum_of_pr1812_is_the_published_one():
+    for elapsed in (0.0, 33.0, 66.0, 131.9, 132.0, 168.0, 300.0, 599.0):
+        for scale in (1.0, 0.9, 0.5, 0.26, 0.25, 0.1, 0.0):
+            assert t.muon_momentum(0, elapsed, scale, PR1812_ROW) == pytest.approx(pr1812_momentum(elapsed, scale), abs=1e-12)
+    assert [t.muon_momentum(0, e, s, PR1812_ROW) for e, s in ((0, 1), (66, 1), (132, 1), (590, 0))] == pytest.approx([0.92, 0.955, 0.99, 0.9375])
+    assert t.muon_momentum(5500, 0.0, 1.0, PR1812_ROW) == pytest.approx(0.955)  # by steps where they are further than the clock
+
+
+def test_the_momentum_of_pr1812_rises_stays_and_falls_with_the_rate():
+    curve = [(e, t.lr_scale(0, e, 0.1, PR1812_ROW)) for e in range(601)]
+    momentum = [t.muon_momentum(0, e, scale, PR1812_ROW) for e, scale in curve]
+    assert all(a < b for a, b in zip(momentum[:132], momentum[1:133]))
+    assert momentum[132:169] == pytest.approx([0.99] * 37)
+    assert all(a > b for a, b in zip(momentum[168:492], momentum[169:493]))  # until the rate is below a quarter, at 492 s
+    assert momentum[492:] == pytest.approx([0.9375] * 109)
+
+
+def test_the_rate_of_pr1812_falls_from_28_percent_of_the_clock_on():
+    for elapsed in range(0, 601, 10):
+        expected = 1.0 if elapsed / 600 < 0.28 else (1 - elapsed / 600) / 0.72
+        assert t.lr_scale(0, elapsed, 0.1, PR1812_ROW) == pytest.approx(expected)
+
+
+def test_neutral_schedule_values_are_the_plain_warm_up_whatever_the_clock_and_the_rate():
+    cfg = t.Config(muon_momentum_warmup_frac=0.0, muon_momentum_cooldown=1.0)
+    for step in (0, 1, 750, 1499, 1500, 9000):
+        share = min(1.0, step / 1500)
+        for elapsed, scale in ((0, 1.0), (300, 0.5), (599, 0.0)):
+            assert t.muon_momentum(step, elapsed, scale, cfg) == (1 - share) * 0.92 + share * 0.99
+    cooling = dataclasses.replace(cfg, muon_momentum_cooldown=0.5)
+    assert [t.muon_momentum(9000, 0, s, cooling) for s in (1.0, 0.75, 0.5, 0.0)] == pytest.approx([0.99, 0.9725, 0.955, 0.955])
+
+
+@pytest.mark.parametrize("variant", PUBLISHED)
+def test_late_qat_and_the_loops_switch_on_once_at_their_time_and_stay(variant):
+    cfg, said = t.Config.from_env({"VARIANT": variant}), []
+    trainer = SimpleNamespace(cfg=cfg, qat=False, looped=False, model=SimpleNamespace(looped_order=[]))
+    shares = [(i + 0.5) / 1000 for i in range(1000)]
+    seen = []
+    for step, share in enumerate(shares):
+        t.Trainer.switch(trainer, step, share, 1 - share, said.append)
+        seen.append((trainer.qat, trainer.looped))
+    qat_from = dict(pr150=0.0, pr455=0.9, pr490=0.85, pr1127=0.85, pr1812=2.0)[variant]
+    loops_from = 0.35 if variant == "pr1812" else 2.0
+    assert seen == [(share >= qat_from, share >= loops_from) for share in shares]
+    assert len(said) == (qat_from < 2) + (loops_from < 2)
