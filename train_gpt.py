@@ -59,7 +59,7 @@ class InputError(ValueError):
 
 
 class Unusable(InputError):
-    """What all ranks find together after work that is worth keeping: a loss that is no number, a file over the cap."""
+    """Raised by all ranks at once, after work worth keeping: a loss that is no number, a file over the cap."""
 
 
 def knob(default: Any, help: str, low: float = 0, high: float = math.inf, choices: tuple = (), group: str = "") -> Any:
@@ -67,7 +67,7 @@ def knob(default: Any, help: str, low: float = 0, high: float = math.inf, choice
     return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices, group=group))
 
 
-def count(default: int, help: str, group: str = "") -> Any:
+def positive(default: int, help: str, group: str = "") -> Any:
     """A knob of 1 or more."""
     return knob(default, help, low=1, group=group)
 
@@ -82,6 +82,7 @@ def fraction(default: float, help: str) -> Any:
     return knob(default, help, high=1)
 
 
+# Options of the groups `model` and `evaluation` travel with an artifact: with a new one there, older files are refused.
 @dataclass(frozen=True)
 class Config:
     """Every setting of a run, frozen. Raises InputError that names the variable when a value is out of its range."""
@@ -93,7 +94,7 @@ class Config:
     eval_only: bool = knob(False, "score the file ARTIFACT and do nothing else")
     artifact: str = knob("", "packed model; empty: OUTPUT_DIR/final_model.int6.ptz")
     audit: str = knob("", "file.npz for each target's nll, bytes and chunk (of its document) in the last evaluation")
-    max_artifact_bytes: int = count(16_000_000, "cap on code + model bytes; more is an error")
+    max_artifact_bytes: int = positive(16_000_000, "cap on code + model bytes; more is an error")
     checkpoint_every: int = knob(0, "steps between saves of the averaged weights; 0 saves none")
     attention: str = choice(
         "auto",
@@ -112,14 +113,14 @@ class Config:
     tokenizer_path: str = knob("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model of the shards")
     vocab_size: int = knob(1024, "pieces of the tokenizer", 8, 65536)
     loader: str = choice("stream", "training rows: one after the other, or shuffled", "stream", "shuffled")
-    train_batch_tokens: int = count(786_432, "tokens per step, over all ranks")
+    train_batch_tokens: int = positive(786_432, "tokens per step, over all ranks")
     train_seq_len: int = knob(2048, "tokens per training sequence", 2, 2**20)
-    micro_batch_tokens: int = count(98_304, "most tokens per forward pass of one rank; the rest accumulates")
+    micro_batch_tokens: int = positive(98_304, "most tokens per forward pass of one rank; the rest accumulates")
 
     num_layers: int = knob(11, "blocks; the first half feeds skips to the second", 2, 1000, group="model")
     model_dim: int = knob(512, "width of the residual stream", 8, 65536)
-    num_heads: int = count(8, "query heads")
-    num_kv_heads: int = count(4, "key/value heads")
+    num_heads: int = positive(8, "query heads")
+    num_kv_heads: int = positive(4, "key/value heads")
     mlp_mult: float = knob(3.0, "MLP width / MODEL_DIM", 0.01)
     activation: str = choice("leaky_relu", "of the MLP, then squared", "leaky_relu", "silu")
     mlp_negative_slope: float = fraction(0.5, "slope of the leaky ReLU; 0 is ReLU squared")
@@ -141,19 +142,19 @@ class Config:
     enable_looping_at: float = fraction(0.35, "fraction of the run after which they loop")
     smear_gate: bool = knob(True, "blend each token's embedding with the one before")
     bigram_vocab_size: int = knob(2048, "buckets of the hashed bigram table; 0 is no table")
-    bigram_dim: int = count(128, "width of the bigram table")
+    bigram_dim: int = positive(128, "width of the bigram table")
     bigram_hash: str = choice(
         "reserved", "xor hash with or without a bucket for 'no bigram', or linear", "reserved", "xor", "linear"
     )
     bigram_scale_init: float = knob(0.05, "initial gain of the bigram embedding; 0 is no gain")
-    ve_dim: int = count(128, "width of the shared value embedding")
+    ve_dim: int = positive(128, "width of the shared value embedding")
     ve_layers: tuple[int, ...] = knob((9, 10), "layers whose values get a token embedding; none is off")
     embed_scale: bool = knob(False, "learn a gain for each channel of the embedding")
     logit_softcap: float = knob(30.0, "logits are squashed into +-cap", 1)
     tied_embed_init_std: float = knob(0.005, "initial spread of the token embedding")
     init: str = choice("orthogonal", "matrices; default: torch's uniform", "orthogonal", "default")
 
-    iterations: int = count(20_000, "most optimizer steps", group="training")
+    iterations: int = positive(20_000, "most optimizer steps", group="training")
     max_wallclock_seconds: float = knob(600.0, "training ends before this time; 0 is no limit")
     warmup_steps: int = knob(20, "steps per graph that compile and are then undone")
     warmdown_iters: int = knob(3500, "last steps over which the rate falls to 0; 0 is none")
@@ -167,7 +168,7 @@ class Config:
     muon_momentum_warmup_steps: int = knob(1500, "steps of that warm-up")
     muon_momentum_warmup_frac: float = fraction(0.0, "fraction of the run that it takes instead; 0: steps")
     muon_momentum_cooldown: float = fraction(1.0, "it falls back with the rate, down to this fraction; 1: stays")
-    muon_backend_steps: int = count(5, "Newton-Schulz iterations")
+    muon_backend_steps: int = positive(5, "Newton-Schulz iterations")
     muon_row_normalize: bool = knob(False, "scale each row of a step to length 1 before (MuonEq-R)")
     muon_wd: float = knob(0.04, "decoupled weight decay of matrices")
     muon_wd_mlp: float = knob(-1.0, "the same for the MLP's; -1 is MUON_WD", -1)
@@ -179,13 +180,13 @@ class Config:
     grad_clip_norm: float = knob(0.3, "cap on the norm of the averaged gradient; 0 is none")
     averaging: str = choice("ema", "weights that are exported", "ema", "swa", "last")
     ema_decay: float = fraction(0.997, "fraction of the average that a step keeps")
-    swa_every: int = count(50, "steps between SWA snapshots")
+    swa_every: int = positive(50, "steps between SWA snapshots")
     swa_start_scale: float = knob(0.2, "SWA starts when the rate falls below this fraction", high=2)
     late_qat_threshold: float = knob(0.15, "fake-quantize below this fraction of the rate; 2 always", high=2)
-    train_log_every: int = count(500, "steps between train_loss lines")
+    train_log_every: int = positive(500, "steps between train_loss lines")
     val_loss_every: int = knob(0, "steps between validations, off the clock; 0 is none before the end")
 
-    matrix_bits: int = knob(6, "code width of matrices", 2, 8, group="quantization")
+    matrix_bits: int = knob(6, "code width of matrices, before FIT scales their steps", 2, 8, group="quantization")
     embed_bits: int = knob(8, "code width of the token table; 16 keeps fp16", 2, 16)
     table_bits: int = knob(0, "code width of hash and value tables; 0 is EMBED_BITS", high=16)
     clip_shares: tuple[float, ...] = knob(
@@ -197,7 +198,7 @@ class Config:
     quantizer: str = choice("rtn", "round to nearest, or GPTQ", "rtn", "gptq")
     mean_step: float = knob(0.0, "geometric mean of steps chosen by what an error costs; 0: each row's own, as above")
     step_power: float = fraction(0.75, "how far those follow the cost: 0 all alike, 1 to equal costs")
-    gptq_calibration_batches: int = count(8, "most training batches whose inputs GPTQ measures, on the clock")
+    gptq_calibration_batches: int = positive(8, "most training batches whose inputs GPTQ measures, on the clock")
     gptq_reserve_seconds: float = knob(4.0, "of MAX_WALLCLOCK_SECONDS, kept back for those batches")
     gptq_damping: float = knob(0.01, "of their mean, added to the Hessian's diagonal and to row costs", 1e-6)
     prune_share: float = knob(0.0, "fraction of each matrix, the smallest weights, set to 0", high=0.99)
@@ -205,15 +206,15 @@ class Config:
     compressor: str = choice("zstd", "of the artifact; rans codes by scale", "zstd", "brotli", "rans")
     zstd_level: int = knob(22, "zstd effort", 1, 22)
 
-    eval_seq_len: int = knob(0, "tokens a scoring window; 0 is TRAIN_SEQ_LEN", high=2**20, group="evaluation")
-    eval_stride: int = count(64, "targets that a window scores after the first")
-    eval_batch_seqs: int = count(32, "windows per forward pass of one rank")
+    eval_seq_len: int = knob(0, "tokens per scoring window; 0 is TRAIN_SEQ_LEN", high=2**20, group="evaluation")
+    eval_stride: int = positive(64, "targets that a window scores after the first")
+    eval_batch_seqs: int = positive(32, "windows per forward pass of one rank")
     val_max_tokens: int = knob(0, "score only the first N targets; 0 is all, as a record must")
     ttt_epochs: int = knob(1, "passes of test-time training over each scored chunk; 0 is none")
     ttt_scope: str = choice(
         "document", "what adapts: the model, to all before, or to each document a LoRA of its own", "stream", "document"
     )
-    ttt_chunk_tokens: int = count(128, "targets per chunk: scored first, trained on after")
+    ttt_chunk_tokens: int = positive(128, "targets per chunk: scored first, trained on after")
     ttt_params: tuple[str, ...] = knob(("*",), "parameters that adapt, by shell patterns; !pattern takes some out")
     ttt_lora_rank: int = knob(8, "adapt q, v and the head by terms of this rank, and nothing else; 0: the weights")
     ttt_optimizer: str = choice("adamw", "of test-time training", "sgd", "adamw")
@@ -224,7 +225,7 @@ class Config:
     ttt_beta2: float = knob(0.95, "AdamW's second beta", high=0.99999)
     ttt_z_loss: float = knob(0.0, "weight of the squared log-partition in its loss")
     ttt_temperature: float = knob(1.0, "divides the logits that are scored", 0.1, 10)
-    ttt_batch_seqs: int = count(64, "sequences per step over all ranks, or documents per step of one")
+    ttt_batch_seqs: int = positive(64, "sequences per step over all ranks, or documents per step of one")
     ttt_grad_clip: float = knob(0.0, "cap on the gradient norm; 0 is none")
 
     def __post_init__(self) -> None:
@@ -278,7 +279,7 @@ class Config:
 
 
 def model_rules(c: Config) -> list[tuple[bool, str]]:
-    """Rules that bind several options of the model and its coding: whether each holds, and what to say if not."""
+    """Rules that bind several options of the model, its schedules and its coding: (whether one holds, what to say)."""
     two_gains = 0 < c.rope_dims < c.head_dim
     looped = c.loop_start <= c.loop_end < c.num_layers
     return [
@@ -312,11 +313,20 @@ def model_rules(c: Config) -> list[tuple[bool, str]]:
             "CLIP_SHARES={clip_shares} must lie in (0, 1], one or more",
         ),
         (not c.mean_step or c.quantizer == "gptq", "MEAN_STEP={mean_step} needs QUANTIZER=gptq, not {quantizer}"),
+        (
+            not c.warmdown_frac or not c.warmdown_iters,
+            "WARMDOWN_FRAC={warmdown_frac} and WARMDOWN_ITERS={warmdown_iters} both set the warmdown; set one to 0",
+        ),
+        (
+            not c.muon_momentum_warmup_frac or not c.muon_momentum_warmup_steps,
+            "MUON_MOMENTUM_WARMUP_FRAC={muon_momentum_warmup_frac} and MUON_MOMENTUM_WARMUP_STEPS="
+            "{muon_momentum_warmup_steps} both say how long momentum warms up; set one to 0",
+        ),
     ]
 
 
 def run_rules(c: Config) -> list[tuple[bool, str]]:
-    """The same for training and evaluation."""
+    """The same for batches, time and evaluation."""
     document = c.ttt_scope == "document"
     return [
         (
@@ -326,15 +336,6 @@ def run_rules(c: Config) -> list[tuple[bool, str]]:
         (
             c.micro_batch_tokens >= c.train_seq_len,
             "MICRO_BATCH_TOKENS={micro_batch_tokens} must be at least TRAIN_SEQ_LEN={train_seq_len}",
-        ),
-        (
-            not c.warmdown_frac or not c.warmdown_iters,
-            "WARMDOWN_FRAC={warmdown_frac} and WARMDOWN_ITERS={warmdown_iters} both set the warmdown; set one to 0",
-        ),
-        (
-            not c.muon_momentum_warmup_frac or not c.muon_momentum_warmup_steps,
-            "MUON_MOMENTUM_WARMUP_FRAC={muon_momentum_warmup_frac} and MUON_MOMENTUM_WARMUP_STEPS="
-            "{muon_momentum_warmup_steps} both say how long momentum warms up; set one to 0",
         ),
         (
             c.time_limit > 0,
@@ -350,7 +351,14 @@ def run_rules(c: Config) -> list[tuple[bool, str]]:
             not document or not c.ttt_epochs or c.ttt_chunk_tokens <= c.window,
             "TTT_SCOPE=document needs TTT_CHUNK_TOKENS={ttt_chunk_tokens} to be at most the window of {window}",
         ),
-        (not document or c.ttt_lora_rank > 0, "TTT_SCOPE=document needs TTT_LORA_RANK={ttt_lora_rank} above 0"),
+        (
+            not document or c.ttt_lora_rank > 0 or not c.ttt_epochs,
+            "TTT_SCOPE=document needs TTT_LORA_RANK={ttt_lora_rank} above 0",
+        ),
+        (
+            not document or c.ttt_cosine_floor == 1,
+            "TTT_SCOPE=document learns at a constant rate, so leave TTT_COSINE_FLOOR={ttt_cosine_floor} at 1",
+        ),
         (
             not c.ttt_lora_rank or c.ttt_params == ("*",),
             "TTT_LORA_RANK={ttt_lora_rank} adapts no weights, so leave TTT_PARAMS={ttt_params} at *",
@@ -374,7 +382,7 @@ def option_groups() -> dict[str, list[Field]]:
     return groups
 
 
-SGD_OVER_STREAM = dict(
+STREAM_TTT = dict(
     ttt_epochs=3,
     ttt_scope="stream",
     ttt_chunk_tokens=32_768,
@@ -388,7 +396,7 @@ SGD_OVER_STREAM = dict(
 VARIANTS: dict[str, dict] = {
     "card": {},
     "pr150": dict(
-        SGD_OVER_STREAM,
+        STREAM_TTT,
         rope_base=50_000.0,
         rope_dims=0,
         xsa_last_n=0,
@@ -408,7 +416,7 @@ VARIANTS: dict[str, dict] = {
         ttt_params=("*", "!blocks.0.*", "!blocks.1.*"),
     ),
     "pr455": dict(
-        SGD_OVER_STREAM,
+        STREAM_TTT,
         rope_base=10_000.0 * 2 ** (16 / 14),
         mlp_negative_slope=0.0,
         warmdown_iters=3000,
@@ -419,7 +427,7 @@ VARIANTS: dict[str, dict] = {
         ttt_params=("*", "!blocks.0.*", "!blocks.1.*"),
     ),
     "pr490": dict(
-        SGD_OVER_STREAM,
+        STREAM_TTT,
         value_residual=True,
         gated_attention=True,
         bigram_vocab_size=4096,
@@ -444,7 +452,7 @@ VARIANTS: dict[str, dict] = {
         ttt_params=("blocks.9.*", "blocks.10.*", "*.attn_scale", "*.mlp_scale", "bigram.scale", "tok_emb.*"),
     ),
     "pr1127": dict(
-        SGD_OVER_STREAM,
+        STREAM_TTT,
         model_dim=480,
         mlp_mult=3.2,
         mlp_negative_slope=0.0,
@@ -470,7 +478,7 @@ VARIANTS: dict[str, dict] = {
         ttt_beta2=0.95,
     ),
     "pr1812": dict(
-        SGD_OVER_STREAM,
+        STREAM_TTT,
         data_path="./data/datasets/fineweb10B_sp8192",
         tokenizer_path="./data/tokenizers/fineweb_8192_bpe.model",
         vocab_size=8192,
@@ -549,7 +557,7 @@ VARIANTS: dict[str, dict] = {
         eval_stride=128,
     ),
     "smoke": dict(
-        SGD_OVER_STREAM,
+        STREAM_TTT,
         data_path="./data/datasets/smoke",
         tokenizer_path="./data/tokenizers/smoke.model",
         dtype="fp32",
@@ -652,10 +660,10 @@ class Ranks:
             flat = self.sum_(nn.utils.parameters_to_vector(tensors)) / self.world
             nn.utils.vector_to_parameters(flat, tensors)
 
-    def scatter(self, stack: Tensor, dtype: torch.dtype) -> tuple:
+    def reduce_scatter(self, stack: Tensor, dtype: torch.dtype) -> tuple:
         """Begin to add up a stack (N, ...) over ranks, sent as `dtype`: (wait for it, this rank's items of the sum).
 
-        The items are as many on all ranks: behind the last one of the stack there may be zeros.
+        Each rank gets equally many: behind the last item of the stack there may be zeros.
         """
         if self.world == 1:
             return lambda: None, stack
@@ -663,23 +671,23 @@ class Ranks:
         mine = padded.new_empty(len(padded) // self.world, *stack.shape[1:])
         return dist.reduce_scatter_tensor(mine, padded, async_op=True).wait, mine
 
-    def gather(self, mine: Tensor) -> tuple:
+    def all_gather(self, mine: Tensor) -> tuple:
         """Begin to put the items of all ranks together: (wait for it, the stack with its zeros)."""
         if self.world == 1:
             return lambda: None, mine
         whole = mine.new_empty(self.world * len(mine), *mine.shape[1:])
         return dist.all_gather_into_tensor(whole, mine.contiguous(), async_op=True).wait, whole
 
-    def most(self, *values: float) -> list[float]:
+    def maximum(self, *values: float) -> list[float]:
         """The largest of all ranks' values, on every rank, once all have come; on the host: no device waits."""
         largest = torch.tensor(values, dtype=torch.float64)
         if self.world > 1:
             dist.all_reduce(largest, dist.ReduceOp.MAX)
         return largest.tolist()
 
-    def wait_for_main(self) -> None:
-        """Return once the main rank has come here, so that what it wrote before is whole."""
-        self.most(0.0)
+    def barrier(self) -> None:
+        """Return once all ranks have come here: what the main one wrote before is whole."""
+        self.maximum(0.0)
 
     def part(self, items: Sequence) -> Sequence:
         """This rank's contiguous part of `items`; those of all ranks are disjoint and cover it."""
@@ -1002,7 +1010,7 @@ def load_tokenizer(cfg) -> Any:
 
 
 def norm(x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
-    """scale * x / rms(x) over the last dim, in fp32; a scale of whole rows joins their factor and costs no pass."""
+    """scale * x / rms(x) over the last dim, in fp32; a scale per row is folded into 1 / rms(x)."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     # the epsilon is fp32's, pinned: embeddings start with a mean square of 2.5e-5
@@ -1415,8 +1423,8 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, {})
         self.ranks, self.dtype = ranks, dtype
 
-        def direction(grad, buffer, factor, momentum):
-            grad = (factor * grad.float()).nan_to_num(0.0, 0.0, 0.0)
+        def direction(grad, buffer, grad_scale, momentum):
+            grad = (grad_scale * grad.float()).nan_to_num(0.0, 0.0, 0.0)
             update = grad + momentum * buffer.mul_(momentum).add_(grad)
             if cfg.muon_row_normalize:
                 update = F.normalize(update, dim=-1, eps=1e-7)
@@ -1424,23 +1432,26 @@ class Muon(torch.optim.Optimizer):
 
         self.direction = ranks.compile(direction, cfg)
 
-    def reduce(self) -> list[tuple]:
+    def begin_sums(self) -> list[tuple]:
         """Begin to sum each group's gradients over ranks, of which each one gets a part of the stack."""
         begun = []
         for group in self.param_groups:
             stack = torch.stack([p.grad for p in group["params"]])
-            begun.append(self.ranks.scatter(stack, self.dtype))
+            begun.append(self.ranks.reduce_scatter(stack, self.dtype))
         return begun
 
-    def turn(self, sums: list[Tensor], factor: Tensor, momentum: Tensor) -> list[tuple]:
-        """Nesterov momentum of `factor` times the gradient, then rows of length 1 if asked for, then orthogonal: each
-        group's steps on their way to all ranks.
+    def begin_steps(self, sums: list[Tensor], grad_scale: Tensor, momentum: Tensor) -> list[tuple]:
+        """Nesterov momentum of `grad_scale` times the gradient, then rows of length 1 if asked for, then orthogonal:
+        each group's steps, on their way to all ranks.
         """
-        groups = zip(self.param_groups, sums)
-        return [self.ranks.gather(self.direction(grad, group["buffer"], factor, momentum)) for group, grad in groups]
+        begun = []
+        for group, grad in zip(self.param_groups, sums):
+            step = self.direction(grad, group["buffer"], grad_scale, momentum)
+            begun.append(self.ranks.all_gather(step))
+        return begun
 
     def step(self, begun: list[tuple]) -> None:
-        """Decay, then the steps that `turn` began."""
+        """Decay, then the steps that `begin_steps` began."""
         for group, (wait, update) in zip(self.param_groups, begun):
             wait()
             params, lr = group["params"], group["lr"]
@@ -1476,7 +1487,7 @@ class Optimizers:
             group["params"].append(p)
         muon = [group for key, group in groups.items() if key[0]]
         rest = [group for key, group in groups.items() if not key[0]]
-        muon.sort(key=lambda g: -sum(p.numel() for p in g["params"]))  # the longest way first
+        muon.sort(key=lambda g: -sum(p.numel() for p in g["params"]))  # the largest first: transfers overlap with work
         self.muon = Muon(muon, ranks, cfg, model.dtype)
         self.adam = torch.optim.AdamW(rest, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)
         self.others = [p for g in rest for p in g["params"]]
@@ -1490,7 +1501,7 @@ class Optimizers:
         """
         for group in self.muon.param_groups + self.adam.param_groups:
             group["lr"] = group["base_lr"] * scale
-        begun = self.muon.reduce()
+        begun = self.muon.begin_sums()
         others = [p.grad for p in self.others]
         flat = self.ranks.sum_(nn.utils.parameters_to_vector(others))
         for wait, _ in begun:
@@ -1498,9 +1509,9 @@ class Optimizers:
         sums = [part for _, part in begun]
         squares = torch.stack(torch._foreach_norm(sums, dtype=torch.float32)).square().sum()
         norm_before = (self.ranks.sum_(squares) + flat.square().sum()).sqrt() / self.ranks.world
-        factor = (self.clip / (norm_before + 1e-6)).clamp(max=1.0) / self.ranks.world
-        steps = self.muon.turn(sums, factor, factor.new_full((), momentum))
-        nn.utils.vector_to_parameters((factor * flat).nan_to_num_(0.0, 0.0, 0.0), others)
+        grad_scale = (self.clip / (norm_before + 1e-6)).clamp(max=1.0) / self.ranks.world
+        steps = self.muon.begin_steps(sums, grad_scale, grad_scale.new_full((), momentum))
+        nn.utils.vector_to_parameters((grad_scale * flat).nan_to_num_(0.0, 0.0, 0.0), others)
         self.adam.step()
         self.muon.step(steps)
         return norm_before
@@ -1515,7 +1526,7 @@ def fraction_done(step: int, elapsed: float, cfg) -> float:
 
 
 def lr_scale(step: int, elapsed: float, step_seconds: float, cfg) -> float:
-    """Factor of the peak rate: 1, then linear to 0 at ITERATIONS or the time limit, what comes first at this speed."""
+    """Share of the peak rate: 1, then linear to 0 at ITERATIONS or the time limit, whichever is first at this speed."""
     steps_left = min(cfg.iterations - step, (cfg.time_limit - elapsed) / max(step_seconds, 1e-9))
     by_steps = steps_left / cfg.warmdown_iters if cfg.warmdown_iters else 1.0
     by_fraction = (1 - fraction_done(step, elapsed, cfg)) / cfg.warmdown_frac if cfg.warmdown_frac else 1.0
@@ -1578,7 +1589,7 @@ class Average:
         return swapped(self.source, list(self.values.values()))
 
 
-# ---- Quantization: weights -> integer codes and a step per row. Late QAT and the export share one function: one grid.
+# ---- Quantization: weights -> integer codes and a step per row. Late QAT rounds by the function that exports.
 
 
 class Grid(NamedTuple):
@@ -1662,7 +1673,7 @@ def curvature(seen: Observer, ranks) -> Curvature:
     return Curvature(mean, outputs + lookups / mean.diagonal().mean().clamp_min(1e-30))
 
 
-class Factor(NamedTuple):
+class Cholesky(NamedTuple):
     """A damped Hessian, ready for GPTQ."""
 
     order: Tensor  # (C,) columns by falling diagonal
@@ -1670,7 +1681,7 @@ class Factor(NamedTuple):
     dead: Tensor  # (C,) whether no input ever reached the column
 
 
-def factorize(hessian: Tensor, columns: Tensor, cfg) -> Factor:
+def factorize(hessian: Tensor, columns: Tensor, cfg) -> Cholesky:
     """The factor of a Hessian (C, C) whose columns and rows are scaled by `columns` after it was damped."""
     h, scale = hessian.to(torch.float64, copy=True), columns.double()
     dead = h.diagonal() == 0
@@ -1682,16 +1693,16 @@ def factorize(hessian: Tensor, columns: Tensor, cfg) -> Factor:
         upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
     except torch.linalg.LinAlgError:
         raise Unusable("GPTQ met a Hessian that cannot be inverted; raise GPTQ_DAMPING, or QUANTIZER=rtn") from None
-    return Factor(order, upper, dead)
+    return Cholesky(order, upper, dead)
 
 
 GPTQ_BLOCK = 128  # columns rounded between two updates of the rest, which changes nothing but the time
 
 
-def gptq(w: Tensor, steps: Tensor, top: Tensor, factor: Factor) -> Tensor:
-    """Codes (R, C) that keep the outputs w x for inputs x of the factor's second moment (arXiv:2210.17323)."""
-    order, upper = factor.order, factor.upper
-    left, steps = w.double().masked_fill(factor.dead, 0.0)[:, order].T.contiguous(), steps.double()  # (C, R)
+def gptq(w: Tensor, steps: Tensor, top: Tensor, cholesky: Cholesky) -> Tensor:
+    """Codes (R, C) that keep the outputs w x for inputs x of that second moment (arXiv:2210.17323)."""
+    order, upper = cholesky.order, cholesky.upper
+    left, steps = w.double().masked_fill(cholesky.dead, 0.0)[:, order].T.contiguous(), steps.double()  # (C, R)
     codes = torch.zeros_like(left)
     for begin in range(0, len(upper), GPTQ_BLOCK):
         end = min(begin + GPTQ_BLOCK, len(upper))
@@ -1705,20 +1716,20 @@ def gptq(w: Tensor, steps: Tensor, top: Tensor, factor: Factor) -> Tensor:
 
 
 class Plan(NamedTuple):
-    """How one weight is coded: codes * steps[:, None] * columns, nothing beyond the clip; by GPTQ with a factor."""
+    """How one weight is coded: codes * steps[:, None] * columns, nothing beyond the clip; by GPTQ with a Hessian."""
 
     weight: Tensor  # (R, C)
     steps: Tensor  # (R,)
     clip: Tensor  # (R,), of weight / columns
     columns: Tensor  # (C,), exact in fp16
-    factor: Factor | None
+    cholesky: Cholesky | None
 
 
 def row_plan(w: Tensor, grid: Grid, cfg, hessian: Tensor | None = None) -> Plan:
     """Steps from each row's own weights."""
     steps, columns = row_steps(w, grid, cfg), torch.ones_like(w[0])
-    factor = None if hessian is None else factorize(hessian, columns, cfg)
-    return Plan(w, steps, grid.top * steps, columns, factor)
+    cholesky = None if hessian is None else factorize(hessian, columns, cfg)
+    return Plan(w, steps, grid.top * steps, columns, cholesky)
 
 
 def loss_plan(w: Tensor, cost: Curvature, cfg) -> Plan:
@@ -1726,8 +1737,8 @@ def loss_plan(w: Tensor, cost: Curvature, cfg) -> Plan:
     a given total of entropy the cost is least if step**2 * cost is the same everywhere (power 1, as WaterSIC,
     arXiv:2603.04956); where many codes are 0 that is too much of a good thing, hence STEP_POWER.
     """
-    factor, half = factorize(cost.inputs, torch.ones_like(w[0]), cfg), cfg.step_power / 2
-    column_cost = factor.upper.diagonal()[factor.order.argsort()] ** -2
+    cholesky, half = factorize(cost.inputs, torch.ones_like(w[0]), cfg), cfg.step_power / 2
+    column_cost = cholesky.upper.diagonal()[cholesky.order.argsort()] ** -2
     rows = cost.rows.double()
     rows = rows + cfg.gptq_damping * rows.mean().clamp_min(1e-30)
     typical = column_cost.log().mean().exp()
@@ -1762,7 +1773,7 @@ def quantize_rows(p: Plan, factor: float = 1.0) -> tuple[Tensor, Tensor]:
     steps = torch.maximum(p.steps * factor, p.clip / 127).half().clamp_min(2**-24)  # fp16's smallest
     w, step = p.weight / p.columns, steps.float()
     top = (p.clip / step).round().clamp(max=127)
-    codes = nearest(w / step[:, None], top[:, None]) if p.factor is None else gptq(w, step, top, p.factor)
+    codes = nearest(w / step[:, None], top[:, None]) if p.cholesky is None else gptq(w, step, top, p.cholesky)
     return codes.to(torch.int8), steps
 
 
@@ -1856,7 +1867,8 @@ def frequencies(symbols: Array, contexts: Array) -> Array:
     code looks all come alike.
     """
     counts = np.bincount(contexts * 256 + symbols, minlength=CONTEXTS * 256).reshape(CONTEXTS, 256)
-    counts += counts.sum(1, keepdims=True) == 0
+    unused = counts.sum(1, keepdims=True) == 0
+    counts += unused
     seen = counts > 0
     ends = counts.cumsum(1) * (2**PRECISION - seen.sum(1, keepdims=True)) // counts.sum(1, keepdims=True)
     return (np.diff(ends, axis=1, prepend=0) + seen).astype(np.uint16)
@@ -2042,12 +2054,12 @@ def unpack(blob: bytes) -> tuple[dict, dict]:
 
 def write_file(path: Path, blob: bytes) -> None:
     """Write all of `blob` or nothing: an interrupted write leaves the old file."""
-    part = path.with_name(f"{path.name}.part")
+    unfinished = path.with_name(f"{path.name}.part")
     try:
-        part.write_bytes(blob)
-        part.replace(path)
+        unfinished.write_bytes(blob)
+        unfinished.replace(path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
         raise InputError(f"cannot write {path}: {error.strerror}") from None
 
 
@@ -2066,7 +2078,7 @@ def fit(pack_at: Callable, room: int, coded: int, log) -> tuple:
     result of the first is returned.
     """
     low, high, at, best = -2.0, 3.0, 0.0, None
-    rate, tried = coded / 8, {}  # bytes that an octave saves; bytes by octaves
+    rate, before, tried = coded / 8, None, set()  # bytes that an octave saves; (octaves, bytes) of the latest trial
     for left in range(11, -1, -1):
         result = pack_at(2.0**at)
         size = result[0]
@@ -2077,9 +2089,10 @@ def fit(pack_at: Callable, room: int, coded: int, log) -> tuple:
         if 0 <= room - size <= room // 200 or at == (-2.0 if fits else 3.0):
             break
         low, high = (low, at) if fits else (at, high)
-        for before in [*tried][-1:]:
-            rate = min(max((tried[before] - size) / (at - before), coded / 80), coded / 2)
-        tried[at] = size
+        if before:
+            rate = min(max((before[1] - size) / (at - before[0]), coded / 80), coded / 2)
+        before = at, size
+        tried.add(at)
         at = min(max(at + (size - room + room // 400) / rate, low), high)
         if at in tried:
             at = (low + high) / 2
@@ -2095,7 +2108,8 @@ def save_artifact(plans: Mapping[str, Plan], weights: dict, looped: bool, cfg, r
     def pack_at(factor):
         tensors = quantize(weights, plans, factor)
         blob = pack(tensors, looped, cfg) if ranks.is_main else b""
-        return int(*ranks.most(len(blob))), blob, tensors
+        (size,) = ranks.maximum(len(blob))
+        return int(size), blob, tensors
 
     room = cfg.max_artifact_bytes - code
     coded = sum(p.weight.numel() for p in plans.values())
@@ -2190,9 +2204,9 @@ class Trainer:
         loss = torch.zeros((), device=self.ranks.device)
         with on_export_grid(self.model, self.cfg) if self.qat else nullcontext():
             for x, y in zip(ids, targets):
-                part = self.forward(x, y).mean() / len(ids)
-                part.backward()
-                loss += part.detach()
+                micro_loss = self.forward(x, y).mean() / len(ids)
+                micro_loss.backward()
+                loss += micro_loss.detach()
         norm_before = self.optimizers.step(scale, momentum)
         self.model.zero_grad(set_to_none=True)
         loss = self.ranks.sum_(loss) / self.ranks.world
@@ -2234,7 +2248,8 @@ class Trainer:
         """Run the steps that training will run, then undo them. Returns the seconds of the last, 0 if unknown."""
         cfg, parts, seconds = self.cfg, (self.model, self.optimizers.muon, self.optimizers.adam), 0.0
         states, position = copy.deepcopy([part.state_dict() for part in parts]), self.batches.step
-        looped, qat = ((True, False) if used else (False,) for used in (cfg.num_loops, cfg.late_qat_threshold))
+        looped = (True, False) if cfg.num_loops else (False,)
+        qat = (True, False) if cfg.late_qat_threshold else (False,)
         for self.looped, self.qat in product(looped, qat):
             for i in range(cfg.warmup_steps):
                 begin = perf_counter()
@@ -2266,13 +2281,13 @@ def calibrate(trainer: Trainer, clock: Clock, log) -> dict[str, Curvature]:
     ranks, count = trainer.ranks, trainer.cfg.gptq_calibration_batches
     limit = trainer.cfg.max_wallclock_seconds or math.inf
     used, slowest = 0, 0.0
-    (elapsed,) = ranks.most(clock.seconds())  # of all ranks, or they would leave the loop one by one
+    (elapsed,) = ranks.maximum(clock.seconds())  # of all ranks, or they would leave the loop one by one
     with trainer.average.applied(), trainer.observers() as seen:
-        while used == 0 or used < count and elapsed + 2 * slowest < limit:  # twice: sums over ranks take time, too
+        while used == 0 or used < count and elapsed + 2 * slowest < limit:  # time for one more and the sums over ranks
             before = elapsed
             trainer.observe()
             clock.synchronize()
-            (elapsed,) = ranks.most(clock.seconds())
+            (elapsed,) = ranks.maximum(clock.seconds())
             used, slowest = used + 1, max(slowest, elapsed - before)
     log(f"gptq:collected {sum(o.count > 0 for o in seen.values())} Hessians from {used} of {count} batches")
     return {name: curvature(observer, ranks) for name, observer in seen.items()}
@@ -2282,12 +2297,13 @@ def train(trainer: Trainer, validate: Callable, log) -> dict[str, Curvature]:
     """Train until ITERATIONS or just before the clock's limit; the average is in `trainer.average`. Returns what GPTQ
     must know of the data, met on further batches, on the clock. A step is reported while the next one runs.
     """
-    cfg, ranks, average, done = trainer.cfg, trainer.ranks, trainer.average, None
-    (first_step,) = ranks.most(trainer.warm_up(log))
+    cfg, ranks, average = trainer.cfg, trainer.ranks, trainer.average
+    (first_step,) = ranks.maximum(trainer.warm_up(log))
+    pending = None  # the latest step: how many there were, when it was given to the device, its loss
     clock = Clock(ranks.device, first_step)
     bar = progress_bar("training", 1.0, log)
     for step in range(cfg.iterations):
-        elapsed, step_seconds = ranks.most(clock.seconds(), clock.step_seconds)
+        elapsed, step_seconds = ranks.maximum(clock.seconds(), clock.step_seconds)
         bar.update(fraction_done(step, elapsed, cfg) - bar.n)
         if step and out_of_time(elapsed, step_seconds, cfg):
             log(f"stopping_early: wallclock_cap {timing(step, elapsed)} step:{step}/{cfg.iterations}")
@@ -2298,14 +2314,14 @@ def train(trainer: Trainer, validate: Callable, log) -> dict[str, Curvature]:
         scale = lr_scale(step, elapsed, step_seconds, cfg)
         trainer.switch(step, fraction_done(step, elapsed, cfg), scale, log)
         reading = trainer.step(scale, muon_momentum(step, elapsed, scale, cfg))
-        if done:
-            report_step(*done, cfg, log)
+        if pending:
+            report_step(*pending, cfg, log)
         clock.lap()
-        done = step + 1, clock.seconds(), reading
+        pending = step + 1, clock.seconds(), reading
         average.update(average_weight(step + 1, scale, average.count, cfg))
         if cfg.checkpoint_every and (step + 1) % cfg.checkpoint_every == 0:
             save_average(average, trainer.looped, cfg, log)
-    report_step(*done, cfg, log)
+    report_step(*pending, cfg, log)
     bar.close()
     if not average.count:
         average.update(1.0)
@@ -2313,7 +2329,7 @@ def train(trainer: Trainer, validate: Callable, log) -> dict[str, Curvature]:
     log(f"averaging:{cfg.averaging} updates:{average.count}{ranks.memory()}")
     costs = calibrate(trainer, clock, log) if cfg.quantizer == "gptq" else {}
     clock.synchronize()
-    steps, seconds = done[0], clock.seconds()
+    steps, (seconds,) = pending[0], ranks.maximum(clock.seconds())
     log(
         f"training ended: step:{steps}/{cfg.iterations} {timing(steps, seconds)}",
         iterations=cfg.iterations,
@@ -2386,7 +2402,7 @@ class Scorer:
 
     def chunks(self, forward: Callable, stride: int, chunk_tokens: int) -> Iterator[tuple]:
         """Score the stream chunk by chunk: each one, and the places of its targets. A window scores `stride` targets,
-        but the first one all. The sum over ranks that commits the nll is the barrier before anyone trains on it.
+        but the first one all. The sum over ranks commits the chunk's nll: no rank trains on what another has to score.
         """
         total, window, device = len(self.bytes), self.cfg.window, self.tokens.device
         count, one_graph = -(-total // chunk_tokens), self.ranks.compiles(self.cfg)
@@ -2397,7 +2413,7 @@ class Scorer:
             if index == 0:  # every rank runs the first window, to have its graph
                 first = self.losses(forward, range(0, 1, window), size if one_graph else 1)[0, : high - low]
                 nll[: len(first)] = first * self.ranks.is_main
-            mine = self.ranks.part(range(low or window, high, stride))
+            mine = self.ranks.part(range(low or window, high, stride))  # first targets; the first window is done
             for i in range(0, len(mine), size):
                 batch = mine[i : i + size]
                 losses = self.losses(forward, batch, size if one_graph else len(batch)).flatten()
@@ -2428,6 +2444,7 @@ class Scorer:
         nll, index = scored
         for chunks, adapt in parts:
             for chunk, places in chunks:
+                # the score is final; the next chunk is scored when the loop asks for it, so after what is learnt here
                 nll[places] = chunk.nll
                 index[places] = torch.full_like(chunk.nll, chunk.index)
                 show(chunk.nll, places)
@@ -2471,7 +2488,8 @@ class Scorer:
         for batch in batches:
             rank = work.index(min(work))
             work[rank] += chunks(batch[0]) * (8 + len(batch))
-            mine += [batch] * (rank == self.ranks.rank)
+            if rank == self.ranks.rank:
+                mine.append(batch)
         return mine
 
     def by_document(self, forward: Callable, adapter: Callable) -> Score:
@@ -2492,14 +2510,15 @@ class Scorer:
         device, size = self.tokens.device, self.cfg.ttt_chunk_tokens
         first, end = spans.split(1, dim=1)
         for index, high in enumerate(range(size, longest + size, size)):
-            window = torch.arange(high - min(high, self.cfg.window), high + 1, device=device)
-            tokens = self.tokens[(first + window).clamp(max=end)]  # one that has ended repeats its last, and weighs 0
+            offsets = torch.arange(high - min(high, self.cfg.window), high + 1, device=device)
+            tokens = self.tokens[(first + offsets).clamp(max=end)]  # one that has ended repeats its last, and weighs 0
             inputs, targets = tokens[:, :-1], tokens[:, -size:]
             with torch.no_grad():
                 losses = forward(inputs, targets).double()
             places = first + torch.arange(high - size, high, device=device)
             ended = places >= end
-            goes_on = (first + high < end).flatten()
+            # a document that ends here teaches nothing; times B, since `Adaptation` takes the mean over all B at once
+            weight = (first + high < end).flatten() * float(len(spans))
             yield (
                 ScoredChunk(
                     index,
@@ -2508,7 +2527,7 @@ class Scorer:
                     losses.masked_fill(ended, 0.0),
                     inputs,
                     targets,
-                    goes_on * float(len(spans)),
+                    weight,
                 ),
                 places.masked_fill(ended, len(self.bytes)),
             )
@@ -2658,9 +2677,9 @@ def run_training(cfg, ranks, log) -> dict[str, Score]:
     except (InputError, KeyboardInterrupt) as error:
         save_average(trainer.average, trainer.looped, cfg, log)
         if isinstance(error, Unusable):  # all ranks have met it
-            ranks.wait_for_main()
+            ranks.barrier()
         raise
-    ranks.wait_for_main()
+    ranks.barrier()
     with trainer.average.applied():
         averaged = scorer.plain(trainer.forward)
     raw = scorer.plain(trainer.forward)
@@ -2769,7 +2788,7 @@ def main(argv: list[str], env: Mapping) -> None:
 
 
 def run(argv: list[str], env: Mapping) -> None:
-    """`main`; after a mistake of the user's status 1 and one line, after Ctrl-C 130, after ours 1 and a traceback."""
+    """`main`; after a mistake of the user's status 1 and one line, after Ctrl-C 130, after a bug 1 and a traceback."""
     try:
         return main(argv, env)
     except InputError as error:

@@ -113,7 +113,7 @@ def test_gptq_keeps_outputs_where_columns_have_steps_of_their_own():
     weights, costs = {"a.weight": gaussian(64, 96)}, {"a.weight": t.Curvature(hessian_of(96, 0.95), torch.ones(64))}
     cfg = dataclasses.replace(CFG, mean_step=0.3)
     (p,) = t.coding_plans(weights, {"a.weight": t.Grid(8, 0.0)}, cfg, costs).values()
-    off = [(t.dequantize_rows(*t.quantize_rows(q), p.columns.half()) - p.weight).double() for q in (p, p._replace(factor=None))]
+    off = [(t.dequantize_rows(*t.quantize_rows(q), p.columns.half()) - p.weight).double() for q in (p, p._replace(cholesky=None))]
     gptq, rounded = ((o @ costs["a.weight"].inputs.double() * o).sum() for o in off)
     assert rounded > 3 * gptq and p.columns.max() > 2 * p.columns.min()
 

@@ -278,7 +278,7 @@ class SlowRanks(t.Ranks):
     """Ranks of a made-up clock, which each step, batch and sum of one of them moves on; others are `late` by then."""
     late = 0.0
 
-    def most(self, *values):
+    def maximum(self, *values):
         return [value + self.late for value in values]
 
     def sum_(self, tensor):

@@ -44,7 +44,7 @@ def test_muon_steps_as_the_formula_says_with_and_without_rows_of_length_one(cfg,
         for p, g in zip(params, grads):
             p.grad = g.clone()
         with torch.no_grad():
-            muon.step(muon.turn([share for _, share in muon.reduce()], torch.ones(()), torch.tensor(0.9)))
+            muon.step(muon.begin_steps([share for _, share in muon.begin_sums()], torch.ones(()), torch.tensor(0.9)))
     for i, p in enumerate(params):
         grads = [g[i].double().numpy() for g in history]
         expected = muon_by_hand(start[i], grads, cfg, 0.05, 0.9, 0.1)
@@ -59,7 +59,7 @@ def test_a_row_without_a_gradient_is_not_stepped_by_row_normalization(cfg):
     p.grad[2] = 0.0
     muon = t.Muon([dict(params=[p], lr=0.1, weight_decay=0.0)], t.Ranks(), dataclasses.replace(cfg, muon_row_normalize=True), torch.float32)
     with torch.no_grad():
-        muon.step(muon.turn([share for _, share in muon.reduce()], torch.ones(()), torch.tensor(0.9)))
+        muon.step(muon.begin_steps([share for _, share in muon.begin_sums()], torch.ones(()), torch.tensor(0.9)))
     assert p.isfinite().all() and torch.equal(p[2], torch.ones(6)) and (p[[0, 1, 3]] != 1).all()
 
 
@@ -127,7 +127,7 @@ def test_neutral_values_of_the_optimizer_train_the_same_weights_bit_by_bit(cfg, 
 
 def test_one_rank_reduces_and_gathers_by_doing_nothing():
     stack = torch.randn(5, 3)
-    for wait, out in (t.Ranks().scatter(stack, torch.bfloat16), t.Ranks().gather(stack)):
+    for wait, out in (t.Ranks().reduce_scatter(stack, torch.bfloat16), t.Ranks().all_gather(stack)):
         wait()
         assert out is stack
 
@@ -161,7 +161,7 @@ def test_several_ranks_add_up_a_stack_and_put_it_together_again(monkeypatch, wor
             begun.append(call(box.rank))
         return [(wait(), out)[1] for wait, out in begun]
 
-    shares = of_all(lambda r: ranks[r].scatter(stacks[r], torch.bfloat16))
+    shares = of_all(lambda r: ranks[r].reduce_scatter(stacks[r], torch.bfloat16))
     assert {(share.shape, share.dtype) for share in shares} == {((-(-items // world), 4, 3), torch.bfloat16)}
-    for whole in of_all(lambda r: ranks[r].gather(shares[r].mT)):
+    for whole in of_all(lambda r: ranks[r].all_gather(shares[r].mT)):
         assert torch.equal(whole[:items].mT.float(), stacks.sum(0)) and not whole[items:].any()

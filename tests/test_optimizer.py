@@ -59,7 +59,7 @@ def test_muon_steps_as_the_formula_says(cfg):
         for p, g in zip(params, grads):
             p.grad = g.clone()
         with torch.no_grad():
-            muon.step(muon.turn([share for _, share in muon.reduce()], torch.ones(()), torch.tensor(0.9)))
+            muon.step(muon.begin_steps([share for _, share in muon.begin_sums()], torch.ones(()), torch.tensor(0.9)))
     for i, p in enumerate(params):
         expected = muon_by_hand(start[i], [grads[i].double().numpy() for grads in history], 0.05, 0.9, 0.1)
         np.testing.assert_allclose(p.detach().numpy(), expected, atol=1e-4)

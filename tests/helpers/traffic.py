@@ -34,7 +34,7 @@ with t.launch(os.environ) as ranks:
     for name, whole in WHOLE.items():
         if hasattr(dist, name):
             setattr(dist, name, noted(name, whole))
-    ranks.most(0.0, 0.0)
+    ranks.maximum(0.0, 0.0)
     trainer.step(1.0, 0.9)
     if ranks.is_main:
         print("seen:" + json.dumps(seen))

@@ -158,7 +158,7 @@ def driven(trainer: t.Trainer) -> Callable[[], None]:
     cfg, average, before = trainer.cfg, trainer.average, []
 
     def step() -> None:
-        trainer.ranks.most(0.0, 0.0)
+        trainer.ranks.maximum(0.0, 0.0)
         reading = trainer.step(0.1, cfg.muon_momentum)
         if before:
             before.pop().value()
@@ -270,7 +270,7 @@ class Bench:
             step()
         one = min(one_time(step, self.ranks.device) for _ in range(1 + 2 * on_gpu))
         steps = 1e3 * min(warm, self.args.warm_seconds) / one
-        return step_times(step, self.ranks.device, count, int(*self.ranks.most(steps)))
+        return step_times(step, self.ranks.device, count, int(*self.ranks.maximum(steps)))
 
     def row(self, name: str, cfg: t.Config, looped: bool, moved: costs.Communication) -> dict[str, Any]:
         """All that is measured of one variant in one state of its loops."""
