@@ -21,6 +21,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -49,7 +50,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 BOS = 1  # the contest's id for "a document begins"
 PACKAGES = ("numpy", "sentencepiece", "tqdm", "zstandard")
 
-# In all signatures `cfg` is a Config, `ranks` a Ranks, `log` a Log.
+# In all signatures `cfg` is a Config, `ranks` a Ranks, `log` a Log; a function without an arrow returns nothing.
 
 # ---- Configuration: every option, its default, its meaning. SEED=42 in the environment sets `seed`.
 
@@ -83,19 +84,19 @@ def fraction(default: float, help: str) -> Any:
 
 
 # Options of the groups `model` and `evaluation` travel with an artifact: with a new one there, older files are refused.
+# Beside an artifact those of `run` and `evaluation` may be set.
 @dataclass(frozen=True)
 class Config:
     """Every setting of a run, frozen. Raises InputError that names the variable when a value is out of its range."""
 
-    variant: str = knob("card", "row of settings to start from; see VARIANTS", group="run")
-    seed: int = knob(1337, "seeds the weights and the order of a shuffled loader", high=2**63)
-    run_id: str = knob("", "names the log; empty: variant, seed and time")
+    run_id: str = knob("", "names the log; empty: variant, seed and time", group="run")
     output_dir: str = knob(".", "folder of the artifact, the checkpoint and logs/")
     eval_only: bool = knob(False, "score the file ARTIFACT and do nothing else")
     artifact: str = knob("", "packed model; empty: OUTPUT_DIR/final_model.int6.ptz")
     audit: str = knob("", "file.npz for each target's nll, bytes and chunk (of its document) in the last evaluation")
     max_artifact_bytes: int = positive(16_000_000, "cap on code + model bytes; more is an error")
-    checkpoint_every: int = knob(0, "steps between saves of the averaged weights; 0 saves none")
+    data_path: str = knob("./data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_*.bin")
+    tokenizer_path: str = knob("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model of the shards")
     attention: str = choice(
         "auto",
         "kernel; auto: fa3, else fa2, else sdpa, which leaves the choice to torch",
@@ -109,15 +110,10 @@ class Config:
     dtype: str = choice("auto", "activations; auto: bf16 on CUDA or AMX", "auto", "bf16", "fp32")
     compile: str = choice("auto", "torch.compile, which takes minutes; auto: on CUDA", "auto", "on", "off")
 
-    data_path: str = knob("./data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_*.bin", group="data")
-    tokenizer_path: str = knob("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model of the shards")
+    variant: str = knob("card", "row of settings to start from; see VARIANTS", group="model")
+    seed: int = knob(1337, "seeds the weights and the order of a shuffled loader", high=2**63)
     vocab_size: int = knob(1024, "pieces of the tokenizer", 8, 65536)
-    loader: str = choice("stream", "training rows: one after the other, or shuffled", "stream", "shuffled")
-    train_batch_tokens: int = positive(786_432, "tokens per step, over all ranks")
-    train_seq_len: int = knob(2048, "tokens per training sequence", 2, 2**20)
-    micro_batch_tokens: int = positive(98_304, "most tokens per forward pass of one rank; the rest accumulates")
-
-    num_layers: int = knob(11, "blocks; the first half feeds skips to the second", 2, 1000, group="model")
+    num_layers: int = knob(11, "blocks; the first half feeds skips to the second", 2, 1000)
     model_dim: int = knob(512, "width of the residual stream", 8, 65536)
     num_heads: int = positive(8, "query heads")
     num_kv_heads: int = positive(4, "key/value heads")
@@ -154,7 +150,11 @@ class Config:
     tied_embed_init_std: float = knob(0.005, "initial spread of the token embedding")
     init: str = choice("orthogonal", "matrices; default: torch's uniform", "orthogonal", "default")
 
-    iterations: int = positive(20_000, "most optimizer steps", group="training")
+    train_batch_tokens: int = positive(786_432, "tokens per step, over all ranks", group="training")
+    train_seq_len: int = knob(2048, "tokens per training sequence", 2, 2**20)
+    loader: str = choice("stream", "training rows: one after the other, or shuffled", "stream", "shuffled")
+    micro_batch_tokens: int = positive(98_304, "most tokens per forward pass of one rank; the rest accumulates")
+    iterations: int = positive(20_000, "most optimizer steps")
     max_wallclock_seconds: float = knob(600.0, "training ends before this time; 0 is no limit")
     warmup_steps: int = knob(20, "steps per graph that compile and are then undone")
     warmdown_iters: int = knob(3500, "last steps over which the rate falls to 0; 0 is none")
@@ -183,6 +183,7 @@ class Config:
     swa_every: int = positive(50, "steps between SWA snapshots")
     swa_start_scale: float = knob(0.2, "SWA starts when the rate falls below this fraction", high=2)
     late_qat_threshold: float = knob(0.15, "fake-quantize below this fraction of the rate; 2 always", high=2)
+    checkpoint_every: int = knob(0, "steps between saves of the averaged weights, on the clock; 0 saves none")
     train_log_every: int = positive(500, "steps between train_loss lines")
     val_loss_every: int = knob(0, "steps between validations, off the clock; 0 is none before the end")
 
@@ -219,7 +220,8 @@ class Config:
     ttt_lora_rank: int = knob(8, "adapt q, v and the head by terms of this rank, and nothing else; 0: the weights")
     ttt_optimizer: str = choice("adamw", "of test-time training", "sgd", "adamw")
     ttt_lr: float = knob(0.02, "rate of the first chunk")
-    ttt_cosine_floor: float = fraction(1.0, "the rate falls over the chunks to this fraction; 1: constant")
+    ttt_cosine_floor: float = fraction(1.0, "the rate falls over the stream to this fraction; 1: constant")
+    ttt_cosine_tokens: int = knob(0, "targets over which it falls; 0: the stream's own, which no causal scorer knows")
     ttt_momentum: float = knob(0.9, "SGD's momentum, AdamW's first beta", high=0.99999)
     ttt_nesterov: bool = knob(False, "SGD looks ahead")
     ttt_beta2: float = knob(0.95, "AdamW's second beta", high=0.99999)
@@ -228,7 +230,7 @@ class Config:
     ttt_batch_seqs: int = positive(64, "sequences per step over all ranks, or documents per step of one")
     ttt_grad_clip: float = knob(0.0, "cap on the gradient norm; 0 is none")
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         for f in fields(self):
             name, value, m = f.name.upper(), vars(self)[f.name], f.metadata
             if m["choices"] and value not in m["choices"]:
@@ -342,6 +344,7 @@ def run_rules(c: Config) -> list[tuple[bool, str]]:
             "GPTQ_RESERVE_SECONDS={gptq_reserve_seconds} leaves no time to train of "
             "MAX_WALLCLOCK_SECONDS={max_wallclock_seconds}; lower it",
         ),
+        (Path(c.run_id).name == c.run_id, "RUN_ID={run_id} must be a plain name: it names a file in OUTPUT_DIR/logs"),
         (c.window % c.eval_stride == 0, "EVAL_STRIDE={eval_stride} must divide the window of {window}"),
         (
             document or c.ttt_chunk_tokens % c.window == 0,
@@ -448,6 +451,7 @@ VARIANTS: dict[str, dict] = {
         ttt_batch_seqs=64,
         ttt_chunk_tokens=131_072,
         ttt_cosine_floor=0.1,
+        ttt_cosine_tokens=62_021_632,  # of the contest's split; published: 0
         ttt_temperature=0.98,
         ttt_params=("blocks.9.*", "blocks.10.*", "*.attn_scale", "*.mlp_scale", "bigram.scale", "tok_emb.*"),
     ),
@@ -525,6 +529,7 @@ VARIANTS: dict[str, dict] = {
         ttt_z_loss=1e-5,
         ttt_params=("*.weight",),
         ttt_cosine_floor=0.0,
+        ttt_cosine_tokens=40_540_160,  # of the contest's split; published: 0
     ),
     "frontier": dict(quantizer="gptq", mean_step=0.1, matrix_bits=8, compressor="rans", late_qat_threshold=0.0),
     "demo": dict(
@@ -654,7 +659,7 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
-    def mean_(self, tensors: list[Tensor]) -> None:
+    def mean_(self, tensors: list[Tensor]):
         """Average each tensor over all ranks, in place, in one collective."""
         if self.world > 1:
             flat = self.sum_(nn.utils.parameters_to_vector(tensors)) / self.world
@@ -685,7 +690,7 @@ class Ranks:
             dist.all_reduce(largest, dist.ReduceOp.MAX)
         return largest.tolist()
 
-    def barrier(self) -> None:
+    def barrier(self):
         """Return once all ranks have come here: what the main one wrote before is whole."""
         self.maximum(0.0)
 
@@ -744,7 +749,7 @@ class Clock:
     def seconds(self) -> float:
         return perf_counter() - self.start
 
-    def lap(self) -> None:
+    def lap(self):
         before, self.last = self.last, perf_counter()
         self.laps.append(self.last - before)
 
@@ -761,6 +766,12 @@ class Clock:
         self.synchronize()
         self.last = perf_counter()
         self.start += self.last - begin
+
+
+def on_signals(handler: Callable):
+    """What Ctrl-C and SIGTERM, which torchrun and schedulers send, do from now on."""
+    signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGTERM, handler)
 
 
 class Reading:
@@ -784,22 +795,21 @@ class Log:
 
     def __init__(self, cfg, ranks):
         self.facts: dict[str, Any] = {}
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        name = cfg.run_id or f"{cfg.variant}_seed{cfg.seed}_{'eval_' if cfg.eval_only else ''}{stamp}"
-        self.path = Path(cfg.output_dir) / "logs" / f"{name}.txt"
+        self.path = Path(cfg.output_dir) / "logs" / f"{cfg.run_id}.txt"
         self.active = ranks.is_main
         compressor_module(cfg.compressor)  # better an error now than after training
         if self.active:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                self.path.touch()
+                self.path.touch(exist_ok=False)
             except OSError as error:
-                raise InputError(f"cannot write {self.path}: {error.strerror}; set OUTPUT_DIR elsewhere") from None
+                reason = f"cannot write {self.path}: {error.strerror}; set another RUN_ID or OUTPUT_DIR"
+                raise InputError(reason) from None
             for file in filter(None, (str(cfg.artifact_path), cfg.audit)):
                 if Path(file).is_dir() or not Path(file).parent.is_dir():
                     raise InputError(f"cannot write {file}: it is a folder, or its folder is missing")
 
-    def __call__(self, text: str, **facts: Any) -> None:
+    def __call__(self, text: str, **facts: Any):
         self.facts |= facts
         if self.active:
             from tqdm import tqdm
@@ -809,7 +819,7 @@ class Log:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(text + "\n")
 
-    def header(self, cfg, ranks, overrides: dict[str, str]) -> None:
+    def header(self, cfg, ranks, overrides: dict[str, str]):
         """What ran where: source, versions, device, and the settings that the environment gave."""
         source = Path(__file__).read_bytes()
         sha256 = hashlib.sha256(source).hexdigest()
@@ -866,8 +876,8 @@ def find_shards(cfg, split: str) -> list[Path]:
     paths = sorted(p for p in Path(cfg.data_path).glob(f"fineweb_{split}_*.bin") if "_bytes_" not in p.name)
     if not paths:
         raise InputError(
-            f"no fineweb_{split}_*.bin in DATA_PATH={cfg.data_path}; `python data/prepare.py demo` "
-            "makes a small set, `python data/prepare.py tokenize` one of your text"
+            f"no fineweb_{split}_*.bin in DATA_PATH={cfg.data_path}; `python data/prepare.py download sp1024` "
+            "gets the contest's, `demo` instead makes a small set, `tokenize` one of your text"
         )
     return paths
 
@@ -944,7 +954,7 @@ class Batches:
         self.reader = ThreadPoolExecutor(1)
         self.seek(0)
 
-    def seek(self, step: int) -> None:
+    def seek(self, step: int):
         self.step = step
         self.pending = self.reader.submit(self.load, step)
 
@@ -1005,8 +1015,8 @@ def load_tokenizer(cfg) -> Any:
 
 
 # ---- Model: token ids -> loss of each target.
-# B sequences, T tokens, D model width, H query heads, K key/value heads, C head width, V vocabulary. What modules,
-# their hooks and attentions take and return are tensors.
+# B sequences, T tokens, D model width, H query heads, K key/value heads, C head width, V vocabulary. What
+# modules, their hooks and attentions take and return are tensors.
 
 
 def norm(x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
@@ -1065,7 +1075,7 @@ def compute_dtype(cfg, device: torch.device) -> torch.dtype:
 
 
 class Attention(NamedTuple):
-    """The causal attention of a run, and what the log says of a faster one that is missing."""
+    """The causal attention of a run, and a line of the log if a faster one is missing."""
 
     name: str
     attend: Callable
@@ -1108,7 +1118,7 @@ def choose_attention(cfg, ranks) -> Attention:
         if name != "sdpa" and cfg.head_dim % 8:
             attend = partial(attend_padded, attend)
         slow = ranks.device.type == "cuda" and cfg.attention == "auto" and missing
-        return Attention(name, attend, f"WARNING: attention by {name}, without {'; '.join(missing)}" if slow else "")
+        return Attention(name, attend, f"\nWARNING: attention by {name}, without {'; '.join(missing)}" if slow else "")
     raise InputError(f"ATTENTION={cfg.attention} cannot run: {missing[0]}; auto takes what is there")
 
 
@@ -1325,7 +1335,7 @@ class GPT(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
 
     @torch.no_grad()
-    def init_weights(self, cfg) -> None:
+    def init_weights(self, cfg):
         """SEED draws the matrices: orthogonal, hash and value projections at 1/sqrt(2L), outputs 0 (PR #65); or
         uniform, and no bigram at first (PR #1127). Gains, gates and mixes start as they were made.
         """
@@ -1450,7 +1460,7 @@ class Muon(torch.optim.Optimizer):
             begun.append(self.ranks.all_gather(step))
         return begun
 
-    def step(self, begun: list[tuple]) -> None:
+    def step(self, begun: list[tuple]):
         """Decay, then the steps that `begin_steps` began."""
         for group, (wait, update) in zip(self.param_groups, begun):
             wait()
@@ -1579,7 +1589,7 @@ class Average:
         self.count = 0
 
     @torch.no_grad()
-    def update(self, weight: float) -> None:
+    def update(self, weight: float):
         if weight:
             torch._foreach_lerp_(list(self.values.values()), [p.float() for p in self.source], weight)
             self.count += 1
@@ -1635,7 +1645,7 @@ class Observer:
         )
         self.module, self.hook, module.adapter = module, module.register_forward_hook(self.look_up), self
 
-    def leave(self) -> None:
+    def leave(self):
         self.module.adapter = None
         self.hook.remove()
 
@@ -1989,7 +1999,7 @@ def decompress(data: bytes, name: str) -> bytes:
 
 def artifact_settings(cfg) -> dict[str, str]:
     """The settings that travel with the weights: what the model is and how it is scored, no path and nothing else."""
-    others = "variant", "seed", "vocab_size", "matrix_bits", "train_seq_len", "train_batch_tokens", "micro_batch_tokens"
+    others = "matrix_bits", "train_seq_len", "train_batch_tokens", "micro_batch_tokens"
     return as_env(cfg.group("model", "evaluation") | {k: vars(cfg)[k] for k in others})
 
 
@@ -2002,6 +2012,7 @@ def pack(tensors: dict, looped: bool, cfg) -> bytes:
         {
             "settings": artifact_settings(cfg),
             "looped": looped,
+            "run_id": cfg.run_id,
             "tokenizer_sha256": hashlib.sha256(Path(cfg.tokenizer_path).read_bytes()).hexdigest(),
             "tensors": [[name, str(a.dtype), list(a.shape)] for name, a in arrays.items()],
         }
@@ -2052,7 +2063,7 @@ def unpack(blob: bytes) -> tuple[dict, dict]:
         raise InputError(f"its contents do not fit its header ({' '.join(str(error).split())})") from None
 
 
-def write_file(path: Path, blob: bytes) -> None:
+def write_file(path: Path, blob: bytes):
     """Write all of `blob` or nothing: an interrupted write leaves the old file."""
     unfinished = path.with_name(f"{path.name}.part")
     try:
@@ -2063,7 +2074,7 @@ def write_file(path: Path, blob: bytes) -> None:
         raise InputError(f"cannot write {path}: {error.strerror}") from None
 
 
-def save_average(average: Average, looped: bool, cfg, log) -> None:
+def save_average(average: Average, looped: bool, cfg, log):
     """Write the averaged weights, fp32, beside the artifact; EVAL_ONLY=1 and a higher MAX_ARTIFACT_BYTES score them."""
     path = Path(cfg.output_dir) / "final_model.average.ptz"
     if log.active and average.count:
@@ -2101,7 +2112,7 @@ def fit(pack_at: Callable, room: int, coded: int, log) -> tuple:
     return best
 
 
-def save_artifact(plans: Mapping[str, Plan], weights: dict, looped: bool, cfg, ranks, log) -> None:
+def save_artifact(plans: Mapping[str, Plan], weights: dict, looped: bool, cfg, ranks, log):
     """Code and pack the weights, by FIT as large as the cap allows, and write them; refuses a file that is over it."""
     begin, code = perf_counter(), Path(__file__).stat().st_size
 
@@ -2117,6 +2128,14 @@ def save_artifact(plans: Mapping[str, Plan], weights: dict, looped: bool, cfg, r
     payload = sum(t.nbytes for t in tensors.values())
     count = sum(w.numel() for w in weights.values())
     kind, total = f"int{cfg.matrix_bits}+{cfg.compressor}", size + code
+    if (excess := total - cfg.max_artifact_bytes) > 0:
+        raise Unusable(
+            f"code + model = {total} bytes, {excess} over MAX_ARTIFACT_BYTES={cfg.max_artifact_bytes}, so "
+            f"{cfg.artifact_path} was not written; at {8 * size / count:.2f} bits per weight it fits with "
+            f"{excess * count // size} weights less" + (", or set FIT=1" if not cfg.fit else "")
+        )
+    if ranks.is_main:
+        write_file(cfg.artifact_path, blob)
     seconds = perf_counter() - begin
     log(f"quantize_and_pack:{seconds:.1f}s, off the training clock", pack_seconds=seconds)
     log(
@@ -2127,14 +2146,6 @@ def save_artifact(plans: Mapping[str, Plan], weights: dict, looped: bool, cfg, r
     )
     log(f"Code size: {code} bytes", code_bytes=code)
     log(f"Total submission size {kind}: {total} bytes")
-    if (excess := total - cfg.max_artifact_bytes) > 0:
-        raise Unusable(
-            f"code + model = {total} bytes, {excess} over MAX_ARTIFACT_BYTES={cfg.max_artifact_bytes}, so "
-            f"{cfg.artifact_path} was not written; at {8 * size / count:.2f} bits per weight it fits with "
-            f"{excess * count // size} weights less" + (", or set FIT=1" if not cfg.fit else "")
-        )
-    if ranks.is_main:
-        write_file(cfg.artifact_path, blob)
 
 
 class Artifact(NamedTuple):
@@ -2143,6 +2154,8 @@ class Artifact(NamedTuple):
     cfg: Config
     weights: dict  # fp32
     looped: bool
+    sha256: str
+    run_id: str  # of its training
 
 
 def load_artifact(path: Path, env: Mapping) -> Artifact:
@@ -2153,19 +2166,22 @@ def load_artifact(path: Path, env: Mapping) -> Artifact:
     try:
         if (total := path.stat().st_size + Path(__file__).stat().st_size) > cap:
             raise InputError(f"code + model = {total} bytes, over MAX_ARTIFACT_BYTES={cap}")
-        header, tensors = unpack(path.read_bytes())
+        blob = path.read_bytes()
+        header, tensors = unpack(blob)
         if stray := header["settings"].keys() ^ artifact_settings(Config()).keys():
             raise InputError(f"its settings lack or add {', '.join(sorted(stray))}")
         built, cfg = Config.from_env(header["settings"]), Config.from_env({**header["settings"], **env})
-        for name, value in (built.group("model") | dict(vocab_size=built.vocab_size)).items():
-            if value != vars(cfg)[name]:
-                raise InputError(f"{name.upper()} is fixed by the artifact; unset it")
+        acting = built.group("run", "evaluation")
+        for name, value in vars(cfg).items():
+            if name not in acting and value != vars(built)[name]:
+                raise InputError(f"{name.upper()} is fixed by it, or has no part in its scoring; unset it")
         tokenizer = Path(cfg.tokenizer_path)
         if not tokenizer.is_file():
             raise InputError(f"its tokenizer is not at TOKENIZER_PATH={tokenizer}")
         if hashlib.sha256(tokenizer.read_bytes()).hexdigest() != header["tokenizer_sha256"]:
             raise InputError(f"TOKENIZER_PATH={tokenizer} is not the tokenizer it was trained with")
-        return Artifact(cfg, dequantize(tensors), header["looped"] is True)
+        digest = hashlib.sha256(blob).hexdigest()
+        return Artifact(cfg, dequantize(tensors), header["looped"] is True, digest, str(header["run_id"]))
     except OSError as error:
         raise InputError(f"artifact {path} cannot be read: {error.strerror}") from None
     except (InputError, LookupError, TypeError, AttributeError) as error:
@@ -2193,6 +2209,12 @@ class Trainer:
         self.model, self.batches, self.cfg, self.ranks = model, batches, cfg, ranks
         self.optimizers, self.average = Optimizers(model, ranks, cfg), Average(model)
         self.compiled, self.qat, self.looped = ranks.compile(model, cfg), False, False
+        self.stop = False
+
+    def note_signal(self, *_):
+        """End training before the next step, on all ranks at once; a second signal ends it here."""
+        self.stop = True
+        on_signals(signal.default_int_handler)
 
     def forward(self, ids, targets):
         """Losses (B, T) by the graph that is in use: before or after the loops are switched on."""
@@ -2224,7 +2246,7 @@ class Trainer:
             for observer in seen.values():
                 observer.leave()
 
-    def observe(self) -> None:
+    def observe(self):
         """Run this rank's part of a new batch, in pieces, for the observers; backward only if MEAN_STEP needs it."""
         rows = max(1, 16_384 // self.cfg.train_seq_len)
         ids, targets = (t.flatten(0, 1).split(rows) for t in next(self.batches))
@@ -2235,7 +2257,7 @@ class Trainer:
                     loss.backward()
         self.model.zero_grad(set_to_none=True)
 
-    def switch(self, step: int, done: float, scale: float, log) -> None:
+    def switch(self, step: int, done: float, scale: float, log):
         """Turn late QAT and the loops on when their time has come; both stay on."""
         if not self.qat and scale < self.cfg.late_qat_threshold:
             self.qat = True
@@ -2263,11 +2285,16 @@ class Trainer:
         return seconds
 
 
+def due(steps: int, every: int) -> bool:
+    """Whether it is time, after so many steps, for what happens every so many, or never if that is 0."""
+    return steps > 0 and every > 0 and steps % every == 0
+
+
 def timing(step: int, seconds: float) -> str:
     return f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / step:.2f}ms"
 
 
-def report_step(step: int, seconds: float, reading: Reading, cfg, log) -> None:
+def report_step(step: int, seconds: float, reading: Reading, cfg, log):
     """Log the first steps and every TRAIN_LOG_EVERY-th; raise Unusable when the loss is no number."""
     loss = reading.value()
     if not math.isfinite(loss):
@@ -2303,12 +2330,14 @@ def train(trainer: Trainer, validate: Callable, log) -> dict[str, Curvature]:
     clock = Clock(ranks.device, first_step)
     bar = progress_bar("training", 1.0, log)
     for step in range(cfg.iterations):
-        elapsed, step_seconds = ranks.maximum(clock.seconds(), clock.step_seconds)
+        elapsed, step_seconds, stop = ranks.maximum(clock.seconds(), clock.step_seconds, trainer.stop)
+        if stop:
+            raise KeyboardInterrupt
         bar.update(fraction_done(step, elapsed, cfg) - bar.n)
         if step and out_of_time(elapsed, step_seconds, cfg):
             log(f"stopping_early: wallclock_cap {timing(step, elapsed)} step:{step}/{cfg.iterations}")
             break
-        if step and cfg.val_loss_every and step % cfg.val_loss_every == 0:
+        if due(step, cfg.val_loss_every):
             with clock.paused():
                 log(f"step:{step}/{cfg.iterations} {validate()} {timing(step, elapsed)}")
         scale = lr_scale(step, elapsed, step_seconds, cfg)
@@ -2319,7 +2348,7 @@ def train(trainer: Trainer, validate: Callable, log) -> dict[str, Curvature]:
         clock.lap()
         pending = step + 1, clock.seconds(), reading
         average.update(average_weight(step + 1, scale, average.count, cfg))
-        if cfg.checkpoint_every and (step + 1) % cfg.checkpoint_every == 0:
+        if due(step + 1, cfg.checkpoint_every):
             save_average(average, trainer.looped, cfg, log)
     report_step(*pending, cfg, log)
     bar.close()
@@ -2346,7 +2375,7 @@ class ScoredChunk(NamedTuple):
     """What was scored, after its score was committed: all that an adapter ever sees."""
 
     index: int
-    progress: float  # 0 for the first chunk of the stream, 1 for the last
+    progress: float  # 0 for the first chunk of the stream, 1 for the last of TTT_COSINE_TOKENS
     last: bool  # nothing is left to score after it, so nothing is learnt from it
     nll: Tensor  # float64, nats, of each target; final
     inputs: Tensor  # (R, T) rows to learn from
@@ -2388,6 +2417,7 @@ class Scorer:
         self.tokens = torch.from_numpy(stream.astype(np.int64)).to(ranks.device)
         self.bytes = load_byte_table(cfg, ranks.device).count(self.tokens[:-1], self.tokens[1:])
         self.documents = document_spans(stream)
+        self.sha256 = hashlib.sha256(stream.astype("<u2").tobytes()).hexdigest()
         self.cfg, self.ranks, self.log = cfg, ranks, log
 
     @torch.no_grad()
@@ -2405,7 +2435,8 @@ class Scorer:
         but the first one all. The sum over ranks commits the chunk's nll: no rank trains on what another has to score.
         """
         total, window, device = len(self.bytes), self.cfg.window, self.tokens.device
-        count, one_graph = -(-total // chunk_tokens), self.ranks.compiles(self.cfg)
+        count = -(-(self.cfg.ttt_cosine_tokens or total) // chunk_tokens)
+        one_graph = self.ranks.compiles(self.cfg)
         size = min(self.cfg.eval_batch_seqs, -(-chunk_tokens // stride // self.ranks.world))
         for index, low in enumerate(range(0, total, chunk_tokens)):
             high = min(low + chunk_tokens, total)
@@ -2424,7 +2455,7 @@ class Scorer:
             yield (
                 ScoredChunk(
                     index,
-                    index / max(count - 1, 1),
+                    min(index / max(count - 1, 1), 1.0),
                     high == total,
                     self.ranks.sum_(nll),
                     inputs.view(-1, window),
@@ -2534,27 +2565,20 @@ class Scorer:
 
 
 class Progress:
-    """Bits per byte so far: on a bar for a person who watches, and a line per minute. Else it keeps nobody waiting."""
+    """Bits per byte so far, on a bar for a person who watches. Else it keeps nobody waiting."""
 
     def __init__(self, scorer: Scorer):
-        self.bytes, self.total = F.pad(scorer.bytes, (0, 1)), len(scorer.bytes)
-        self.log = scorer.log
-        self.nll = self.size = self.done = torch.zeros((), device=scorer.tokens.device)
-        self.bar, self.spoken = progress_bar("scoring", self.total, scorer.log), perf_counter()
+        self.bar = progress_bar("scoring", len(scorer.bytes), scorer.log)
+        self.bytes = F.pad(scorer.bytes, (0, 1))
+        self.nll, self.size = torch.zeros(2, dtype=torch.float64, device=scorer.tokens.device)
 
-    def __call__(self, nll: Tensor, places: Tensor) -> None:
+    def __call__(self, nll: Tensor, places: Tensor):
         """The targets of these places of the stream have this nll, in nats; behind its end there are none."""
-        self.nll = self.nll + nll.sum()
-        self.size = self.size + self.bytes[places].sum()
-        self.done = self.done + (places < self.total).sum()
-        late = perf_counter() - self.spoken > 60
-        if late or not self.bar.disable:
-            bpb, done = float(self.nll / math.log(2) / self.size.clamp(min=1)), int(self.done)
-            self.bar.set_postfix_str(f"{bpb:.4f} bpb", refresh=False)
-            self.bar.update(done - self.bar.n)
-        if late:
-            self.spoken = perf_counter()
-            self.log(f"scoring:{done}/{self.total} running_bpb:{bpb:.4f}")
+        if not self.bar.disable:
+            self.nll += nll.sum()
+            self.size += self.bytes[places].sum()
+            self.bar.set_postfix_str(f"{float(self.nll / math.log(2) / self.size):.4f} bpb", refresh=False)
+            self.bar.update(int((places < len(self.bytes) - 1).sum()))
 
 
 # ---- Test-time training: scored chunks -> better weights for the next ones.
@@ -2616,7 +2640,7 @@ class Adaptation:
         else:
             self.optimizer = torch.optim.SGD(params, cfg.ttt_lr, cfg.ttt_momentum, nesterov=cfg.ttt_nesterov)
 
-    def __call__(self, chunk: ScoredChunk) -> None:
+    def __call__(self, chunk: ScoredChunk):
         wave = 0.5 + 0.5 * math.cos(math.pi * chunk.progress)
         for group in self.optimizer.param_groups:
             group["lr"] = self.cfg.ttt_lr * max(self.cfg.ttt_cosine_floor, wave)
@@ -2625,7 +2649,7 @@ class Adaptation:
             for first in range(0, len(rows), self.cfg.ttt_batch_seqs):
                 self.step(chunk, rows[first : first + self.cfg.ttt_batch_seqs])
 
-    def step(self, chunk: ScoredChunk, rows: Tensor) -> None:
+    def step(self, chunk: ScoredChunk, rows: Tensor):
         """One step on the mean loss of these rows of a scored chunk, the same for any number of ranks."""
         count, world = len(rows), self.ranks.world  # ranks split the rows, filled up with some of weight 0
         mine = torch.arange(count + -count % world, device=rows.device).chunk(world)[self.ranks.rank]
@@ -2665,14 +2689,20 @@ def run_training(cfg, ranks, log) -> dict[str, Score]:
     log(f"train_loader:dataset:{dataset} train_shards:{len(shards)}", dataset=dataset, train_shards=len(shards))
     log(f"val_loader:tokens:{len(scorer.bytes)} bytes:{int(scorer.bytes.sum())}")
     log(
-        f"model_params:{count} attention:{attention.name} dtype:{dtype} grad_accum_steps:{batches.micro_steps}",
+        f"model_params:{count} attention:{attention.name} dtype:{dtype} grad_accum_steps:{batches.micro_steps}"
+        f"{attention.warning}",
         parameters=count,
         grad_accum_steps=batches.micro_steps,
     )
-    if attention.warning:
-        log(attention.warning)
+    if ranks.is_main and cfg.artifact_path.exists():  # else a run that is killed would leave it under its own name
+        aside = Path(f"{cfg.artifact_path}.before")
+        cfg.artifact_path.replace(aside)
+        log(f"artifact:{cfg.artifact_path} of an earlier run is now {aside}")
     try:
-        costs, weights = train(trainer, lambda: scorer.plain(trainer.forward), log), trainer.average.values
+        on_signals(trainer.note_signal)
+        costs = train(trainer, lambda: scorer.plain(trainer.forward), log)
+        on_signals(signal.default_int_handler)
+        weights = trainer.average.values
         save_artifact(coding_plans(weights, grids(model, cfg), cfg, costs), weights, trainer.looped, cfg, ranks, log)
     except (InputError, KeyboardInterrupt) as error:
         save_average(trainer.average, trainer.looped, cfg, log)
@@ -2705,29 +2735,34 @@ def evaluations(scorer: Scorer, model: GPT, looped: bool) -> dict[str, Callable]
 
 def run_evaluation(artifact: Artifact, begin: float, ranks, log) -> dict[str, Score]:
     """Score an artifact, all that it knows of the training: plain, sliding, then adapting. It began at `begin`."""
-    cfg, weights, looped = artifact
+    cfg, weights, looped, sha256, run_id = artifact
     model, scores = load_model(cfg, weights, ranks), {}
     scorer = Scorer(read_validation(cfg), cfg, ranks, log)
     passes, attention = evaluations(scorer, model, looped), choose_attention(cfg, ranks)
     log(
-        f"artifact:{cfg.artifact_path} variant:{cfg.variant} seed:{cfg.seed} "
+        f"artifact:{cfg.artifact_path} sha256:{sha256} of:{run_id} variant:{cfg.variant} seed:{cfg.seed} "
         f"attention:{attention.name} dtype:{model.dtype} looped:{int(looped)} "
         f"stride:{cfg.eval_stride} eval_seq_len:{cfg.window} ttt_chunk:{cfg.ttt_chunk_tokens} "
-        f"load_time:{1000 * (perf_counter() - begin):.0f}ms",
+        f"load_time:{1000 * (perf_counter() - begin):.0f}ms{attention.warning}",
+        artifact_sha256=sha256,
+        artifact_run_id=run_id,
         attention=attention.name,
         dtype=str(model.dtype),
         eval_stride=cfg.eval_stride,
         ttt_chunk_tokens=cfg.ttt_chunk_tokens,
     )
-    if attention.warning:
-        log(attention.warning)
     for name, evaluation in passes.items():
         scores[name] = score = evaluation()
         log(f"{name} {score}")
         log(f"{name}_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
     seconds, count, size = perf_counter() - begin, len(scorer.bytes), int(scorer.bytes.sum())
     log(f"total_eval_time:{1000 * seconds:.0f}ms{ranks.memory()}", eval_seconds=seconds)
-    log(f"bytes_per_token:{size / count:.6f} targets:{count} bytes:{size}", targets=count, bytes=size)
+    log(
+        f"bytes_per_token:{size / count:.6f} targets:{count} bytes:{size} sha256:{scorer.sha256}",
+        targets=count,
+        bytes=size,
+        val_sha256=scorer.sha256,
+    )
     return scores
 
 
@@ -2758,16 +2793,19 @@ def resolve(env: Mapping) -> tuple[Config, Artifact | None]:
     """The settings of a run and, for EVAL_ONLY, the artifact: it comes first, since what `env` says must fit it."""
     place = Config(artifact=env.get("ARTIFACT", ""), output_dir=env.get("OUTPUT_DIR", "."))
     artifact = load_artifact(place.artifact_path, env) if env.get("EVAL_ONLY") == "1" else None
-    cfg = artifact[0] if artifact else Config.from_env(env)
+    cfg = artifact.cfg if artifact else Config.from_env(env)
+    if not cfg.run_id:
+        kind = "eval_" if artifact else ""
+        cfg = replace(cfg, run_id=f"{cfg.variant}_seed{cfg.seed}_{kind}{time.strftime('%Y%m%d-%H%M%S')}")
     if cfg.ttt_epochs:
         with torch.device("meta"):  # better an error now than after training
             adapting_parameters(GPT(cfg), cfg)
     return cfg, artifact
 
 
-def main(argv: list[str], env: Mapping) -> None:
+def main(argv: list[str], env: Mapping):
     """Configuration, then training, then an evaluation that reads only what was written, then the table."""
-    if argv == ["--help"]:
+    if argv in (["-h"], ["--help"]):
         return print(usage())
     begin = perf_counter()
     cfg, artifact = resolve(env)
@@ -2780,15 +2818,17 @@ def main(argv: list[str], env: Mapping) -> None:
         log.header(cfg, ranks, {name: text for name, text in as_env(vars(cfg)).items() if name in env})
         if artifact is None:
             scores = run_training(cfg, ranks, log)
-            begin, artifact = perf_counter(), load_artifact(cfg.artifact_path, env)
+            begin = perf_counter()
+            artifact = load_artifact(cfg.artifact_path, as_env(cfg.group("run", "evaluation")))
         scores |= run_evaluation(artifact, begin, ranks, log)
         log(report(scores, cfg.artifact_path), scores={stage: score._asdict() for stage, score in scores.items()})
         log(f"log:{log.path} artifact:{cfg.artifact_path}")
         log(f"RESULT {json.dumps(log.facts)}")
 
 
-def run(argv: list[str], env: Mapping) -> None:
+def run(argv: list[str], env: Mapping):
     """`main`; after a mistake of the user's status 1 and one line, after Ctrl-C 130, after a bug 1 and a traceback."""
+    on_signals(signal.default_int_handler)
     try:
         return main(argv, env)
     except InputError as error:

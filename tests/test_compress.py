@@ -215,7 +215,7 @@ def test_whether_the_loops_run_travels_with_the_weights(cfg, env, log, name, loo
     plans = t.coding_plans(weights, t.grids(model, cfg), cfg, {})
     t.save_artifact(plans, weights, looped, cfg, t.Ranks(), log)
     paths = {k: v for k, v in env.items() if k in ("DATA_PATH", "TOKENIZER_PATH")}
-    loaded, weights, found = t.load_artifact(cfg.artifact_path, paths)
+    loaded, weights, found, *_ = t.load_artifact(cfg.artifact_path, paths)
     assert found is looped and loaded.num_loops == 2 and loaded.group("model", "evaluation") == cfg.group("model", "evaluation")
     expected = t.dequantize(t.quantize(weights, plans))
     assert weights.keys() == expected.keys() and all(torch.equal(w, expected[n]) for n, w in weights.items())

@@ -54,7 +54,7 @@ def test_a_sidecar_of_byte_counts_is_not_read_as_tokens(tmp_path):
 
 
 def test_a_missing_folder_names_the_commands_that_make_one():
-    with pytest.raises(t.InputError, match="prepare.py demo.*prepare.py tokenize"):
+    with pytest.raises(t.InputError, match="prepare.py download sp1024.*demo.*tokenize"):
         t.find_shards(t.Config(data_path="/nowhere"), "train")
 
 

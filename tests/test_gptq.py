@@ -279,7 +279,7 @@ class SlowRanks(t.Ranks):
     late = 0.0
 
     def maximum(self, *values):
-        return [value + self.late for value in values]
+        return [value if isinstance(value, bool) else value + self.late for value in values]
 
     def sum_(self, tensor):
         self.clock.now += self.clock.sum_seconds

@@ -1,6 +1,8 @@
 """Whole runs, as a user starts them."""
 
 import dataclasses
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -30,7 +32,7 @@ def finished(dataset, tmp_path_factory):
 def test_a_run_passes_every_stage_and_ends_in_the_table(finished):
     _, folder, out = finished
     assert len(STEP.findall(out)) >= 10 and len(VAL.findall(out)) == 1
-    for words in ("source:train_gpt.py sha256:", "overrides: VARIANT=smoke", "model_params:", "warmup_step:1/1 late_qat:1 looped:0", "late_qat:enabled",
+    for words in ("source:train_gpt.py sha256:", " VARIANT=smoke", "model_params:", "warmup_step:1/1 late_qat:1 looped:0", "late_qat:enabled",
                   "averaging:ema updates:20", "DIAGNOSTIC post_ema val_loss:", "Serialized model int6+zstd: ", "Code size: ",
                   "Total submission size int6+zstd: ", "total_eval_time:", "bytes_per_token:"):
         assert words in out, words
@@ -67,7 +69,7 @@ def test_the_same_seed_gives_the_same_losses_and_two_processes_agree(finished, t
     again = run(env | {"OUTPUT_DIR": str(tmp_path)})
     assert re.findall(r"train_loss:[\d.]+", again.stdout) == losses and finals(again.stdout) == finals(out)
     assert (tmp_path / "final_model.int6.ptz").read_bytes() == (folder / "final_model.int6.ptz").read_bytes()
-    two = run(env | {"OUTPUT_DIR": str(tmp_path)}, processes=2, fresh=True)
+    two = run(env | {"OUTPUT_DIR": str(tmp_path), "RUN_ID": "two"}, processes=2, fresh=True)
     assert re.findall(r"train_loss:[\d.]+", two.stdout) == losses
     assert finals(two.stdout) == pytest.approx(finals(out), abs=2e-3)
     assert two.stdout.count("model_params:") == 1
@@ -91,7 +93,7 @@ def copied(env, tmp_path, change):
 
 
 @pytest.mark.parametrize("wrong, words", [
-    (lambda e, p: {"MATRX_LR": "1"}, "did you mean MATRIX_LR"), (lambda e, p: {"DATA_PATH": str(p / "none")}, "prepare.py demo"),
+    (lambda e, p: {"MATRX_LR": "1"}, "did you mean MATRIX_LR"), (lambda e, p: {"DATA_PATH": str(p / "none")}, "prepare.py download sp1024"),
     (cut_shard, "fineweb_train_000000.bin is cut"), (foreign_token, "holds token 65535, but VOCAB_SIZE=384"),
     (lambda e, p: {"VOCAB_SIZE": "385"}, "has 384 pieces"), (lambda e, p: {"TOKENIZER_PATH": __file__}, "not a SentencePiece model"),
     (lambda e, p: {"TRAIN_BATCH_TOKENS": "100"}, "multiple of TRAIN_SEQ_LEN"), (lambda e, p: {"OUTPUT_DIR": "/proc/none"}, "cannot write"),
@@ -107,7 +109,8 @@ def test_bad_input_ends_in_one_line_and_overwrites_nothing(env, tmp_path, wrong,
     done = run(env | wrong(env, tmp_path), check=False)
     lines = done.stderr.strip().splitlines()
     assert done.returncode != 0 and len(lines) == 1 and re.search(words, lines[0]), done.stderr
-    assert kept.read_bytes() == b"an earlier model"
+    before = tmp_path / "final_model.int6.ptz.before"  # where it goes as soon as training begins, as the log says
+    assert (before if before.exists() else kept).read_bytes() == b"an earlier model" and before.exists() == (f"now {before}" in done.stdout)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -118,21 +121,53 @@ def test_what_all_ranks_find_too_late_keeps_the_average(env, tmp_path, processes
     assert average["tok_emb.weight"].shape == (384, 32) and all(w.isfinite().all() for w in average.values())
 
 
-def test_ctrl_c_keeps_the_average(env, tmp_path):
+@pytest.mark.parametrize("number, processes", [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGTERM, 2)])
+def test_ctrl_c_and_a_schedulers_signal_keep_the_average(env, tmp_path, number, processes):
     settings = env | {"ITERATIONS": "100000", "MAX_WALLCLOCK_SECONDS": "0", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "VAL_LOSS_EVERY": "0"}
+    launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     # a job in the background of a shell, as CI may be, inherits an ignored Ctrl-C
-    process = subprocess.Popen([sys.executable, str(ROOT / "train_gpt.py")], env=os.environ | settings, stdout=subprocess.PIPE,
+    process = subprocess.Popen([sys.executable, *launcher, str(ROOT / "train_gpt.py")], env=os.environ | settings, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     log = tmp_path / "logs" / "test.txt"
     for _ in range(1800):
         if log.is_file() and "step:10/" in log.read_text():
             break
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and not err.strip() and "checkpoint:" in out
-    scored = run({k: v for k, v in env.items() if k != "VARIANT"} | {"EVAL_ONLY": "1", "ARTIFACT": str(tmp_path / "final_model.average.ptz")})
-    assert "legal_ttt_exact" in scored.stdout
+    assert "checkpoint:" in log.read_text() and (processes > 1 or process.returncode == 130 and not err.strip())
+    own = {k: v for k, v in env.items() if k != "VARIANT"} | {"RUN_ID": "again", "EVAL_ONLY": "1"}
+    assert "legal_ttt_exact" in run(own | {"ARTIFACT": str(tmp_path / "final_model.average.ptz")}).stdout
+
+
+def scoring(finished, tmp_path, **settings):
+    """An evaluation of the finished run's artifact."""
+    env, folder, _ = finished
+    own = {"EVAL_ONLY": "1", "ARTIFACT": str(folder / "final_model.int6.ptz"), "OUTPUT_DIR": str(tmp_path)}
+    return run({k: env[k] for k in ("DATA_PATH", "TOKENIZER_PATH")} | own | settings, check=False)
+
+
+@pytest.mark.parametrize("settings", [{"SEED": "2"}, {"VARIANT": "card"}, {"MATRIX_LR": "0.5"}, {"COMPRESSOR": "brotli"}, {"NUM_LAYERS": "5"}])
+def test_what_cannot_act_on_an_artifact_is_refused(finished, tmp_path, settings):
+    done = scoring(finished, tmp_path, **settings)
+    assert done.returncode == 1 and f"{[*settings][0]} is fixed by it, or has no part in its scoring; unset it" in done.stderr
+    assert not (tmp_path / "logs").exists()
+
+
+def test_an_evaluation_names_the_artifact_that_it_scores(finished, tmp_path):
+    out = scoring(finished, tmp_path, VARIANT="smoke", RUN_ID="again").stdout
+    digest = hashlib.sha256((finished[1] / "final_model.int6.ptz").read_bytes()).hexdigest()
+    assert f"sha256:{digest} of:test variant:smoke seed:1337 " in out and "variant:smoke seed:1337 overrides: RUN_ID=again" in out
+    facts = json.loads(out.splitlines()[-1].removeprefix("RESULT "))
+    assert (facts["artifact_sha256"], facts["artifact_run_id"], facts["seed"]) == (digest, "test", 1337)
+    assert facts["val_sha256"] == json.loads(finished[2].splitlines()[-1].removeprefix("RESULT "))["val_sha256"]
+
+
+def test_a_run_id_names_one_log_inside_the_folder_of_logs(finished, tmp_path):
+    for name, words in (("test", "File exists; set another RUN_ID"), ("../../x", "must be a plain name"), ("a/b", "must be a plain name")):
+        done = scoring(finished, finished[1], RUN_ID=name)
+        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and words in done.stderr
+    assert (finished[1] / "logs" / "test.txt").read_text() == finished[2]
 
 
 def test_the_audit_file_recomputes_the_score(finished, tmp_path):

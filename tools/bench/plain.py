@@ -19,7 +19,7 @@ RULES = ("grad_clip_norm", "averaging", "decoder_lr_mult", "muon_row_normalize",
 
 def check(cfg: t.Config) -> None:
     """InputError if `cfg` is more than another size of `card`."""
-    fixed = [k for k in cfg.group("model") if k not in SIZES]
+    fixed = cfg.group("model").keys() - {"variant", "seed", "vocab_size", *SIZES}
     other = [k for k in (*fixed, *RULES) if vars(cfg)[k] != vars(t.Config())[k]]
     if other:
         raise t.InputError(f"the plain step knows `card` in any size, but not {other[0].upper()}={vars(cfg)[other[0]]}")

@@ -29,7 +29,7 @@ def audit(artifact: str | Path, tokens: np.ndarray, **overrides: Any) -> dict[st
     if stray := overrides.keys() - {f.name for f in fields(t.Config)}:
         raise t.InputError(f"{', '.join(sorted(stray))} is no option; train_gpt.py --help lists them")
     with t.launch({}) as ranks:
-        cfg, weights, looped = t.load_artifact(Path(artifact), {"VAL_MAX_TOKENS": "0"} | t.as_env(overrides))
+        cfg, weights, looped, *_ = t.load_artifact(Path(artifact), {"VAL_MAX_TOKENS": "0"} | t.as_env(overrides))
         scorer = t.Scorer(tokens, cfg, ranks, t.Log(cfg, replace(ranks, rank=1)))
         [*t.evaluations(scorer, t.load_model(cfg, weights, ranks), looped).values()][-1]()
         return {name: column.cpu().numpy() for name, column in scorer.audited.items()}

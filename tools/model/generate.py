@@ -79,7 +79,7 @@ def generate(args: argparse.Namespace, env: dict[str, str]) -> Iterator[str]:
     """The prompt, then its continuation in pieces. Raises InputError for a file that is not what it should be."""
     if args.tokenizer:
         env = env | {"TOKENIZER_PATH": args.tokenizer}
-    cfg, weights, looped = train_gpt.load_artifact(args.artifact, env)
+    cfg, weights, looped, *_ = train_gpt.load_artifact(args.artifact, env)
     sp = train_gpt.load_tokenizer(cfg)
     with train_gpt.launch({}) as ranks:
         model = train_gpt.load_model(cfg, weights, ranks)

@@ -54,7 +54,7 @@ class Study:
 
     def __init__(self, path: Path, tokens: int, batches: int):
         env = {k: os.environ[k] for k in ("DATA_PATH", "TOKENIZER_PATH") if k in os.environ}
-        self.cfg, self.weights, self.looped = t.load_artifact(path, env | {"MAX_ARTIFACT_BYTES": str(2**31)})
+        self.cfg, self.weights, self.looped, *_ = t.load_artifact(path, env | {"MAX_ARTIFACT_BYTES": str(2**31)})
         self.cfg = replace(self.cfg, val_max_tokens=tokens, quantizer="gptq", mean_step=1.0, embed_bits=8, table_bits=0)
         self.ranks = t.Ranks()
         self.model = t.load_model(self.cfg, {n: w.clone() for n, w in self.weights.items()}, self.ranks)
