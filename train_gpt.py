@@ -31,7 +31,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import Field, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
 from itertools import groupby, islice, product
@@ -50,7 +50,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 BOS = 1  # the contest's id for "a document begins"
 PACKAGES = ("numpy", "sentencepiece", "tqdm", "zstandard")
 
-# In all signatures `cfg` is a Config, `ranks` a Ranks, `log` a Log; a function without an arrow returns nothing.
+# In signatures `cfg` is a Config, `ranks` a Ranks, `log` a Log, `step`, `scale` and seconds are numbers; a function
+# without an arrow returns nothing.
 
 # ---- Configuration: every option, its default, its meaning. SEED=42 in the environment sets `seed`.
 
@@ -244,19 +245,21 @@ class Config:
 
     @classmethod
     def from_env(cls, env: Mapping) -> Config:
-        """Default < variant < environment. A near-miss of a name is an error; other programs' variables are not."""
-        hints, given = get_type_hints(cls), {}
+        """Default < variant < environment. A name that is meant for this script and no option is an error."""
+        hints, given, strays = get_type_hints(cls), {}, []
         for name, text in env.items():
             if name.isupper() and name.lower() in hints:
                 given[name.lower()] = parse(hints[name.lower()], name, text)
-            elif close := difflib.get_close_matches(name, [k.upper() for k in hints], n=1, cutoff=0.9):
-                raise InputError(f"{name} is not an option; did you mean {close[0]}? (--help lists all)")
+            else:
+                strays += stray(name, [option.upper() for option in hints])
+        if strays:
+            raise InputError(f"{'; '.join(strays)} (--help lists all options)")
         variant = given.get("variant", cls.variant)
         if variant not in VARIANTS:
             raise InputError(f"VARIANT={variant} must be one of {', '.join(VARIANTS)}")
         return cls(**VARIANTS[variant] | given)
 
-    def group(self, *groups: str) -> dict[str, Any]:
+    def group(self, *groups: str) -> dict:
         """The values of the options of these groups, by name."""
         members = option_groups()
         return {f.name: vars(self)[f.name] for name in groups for f in members[name]}
@@ -280,7 +283,46 @@ class Config:
         return Path(self.artifact) if self.artifact else Path(self.output_dir) / "final_model.int6.ptz"
 
 
-def model_rules(c: Config) -> list[tuple[bool, str]]:
+# Of the options' first words those that other programs begin names with, too; words of the contest's names; and what
+# does here what its most used names do there.
+COMMON_WORDS = "CHECKPOINT DATA ENABLE INIT MAX MODEL NUM OUTPUT RUN"
+CONTEST_WORDS = """
+BIGRAM BINARIZE BITNET BLOCKS CALIB CASEOPS CHURN CLIP DECAY DETACH DIM EGGROLL EXPAND FP16 GATE GDN GPTQ INT4 INT6 INT8
+JEPA LAYER0 LAYERS LEGENDRE LEN LORA LOSS LQER LR LZMA MAMBA3 MTP MULT NGRAM NS PATTERNS POLAR POP PROJECTOR QAT QUANT
+RECUR RECURRENCE REFINER REG SEQ SHAPING SIGREG SLIDING SOFTCAP STRIDE TIE TTT TVERSKY UNTIE WALLCLOCK WD XNOR
+"""
+ANSWERS = dict(
+    TTT_ENABLED="TTT_EPOCHS=0 turns it off",
+    SWA_ENABLED="use AVERAGING",
+    EMA_ENABLED="use AVERAGING",
+    QAT_ENABLED="LATE_QAT_THRESHOLD=0 turns it off",
+    LATE_QAT="LATE_QAT_THRESHOLD=0 turns it off",
+    SLIDING_WINDOW_ENABLED="use EVAL_STRIDE",
+    TARGET_MB="use MAX_ARTIFACT_BYTES",
+    LN_SCALE="LN_SCALE_POWER=0 turns it off",
+    EMBED_LR="use TIED_EMBED_LR",
+    MUON_WEIGHT_DECAY="use MUON_WD",
+    DATA_DIR="use DATA_PATH and TOKENIZER_PATH",
+    DATASETS_DIR="use DATA_PATH",
+)
+
+
+def stray(name: str, options: list) -> list:
+    """What to say of a name in the environment that is no option: nothing if only other programs use it."""
+    upper, words = name.upper(), name.upper().split("_")
+    first_words = {option.split("_")[0] for option in options}.difference(COMMON_WORDS.split())
+    close = difflib.get_close_matches(upper, options, 1, min(0.91, 1 - 0.6 / len(name)))
+    longer = upper.startswith(tuple(option for option in options if "_" in option))
+    if name in ANSWERS:
+        return [f"{name}: {ANSWERS[name]}"]
+    if close:
+        return [f"{name} is no option; did you mean {close[0]}?"]
+    if words[0] in first_words or longer or set(words).intersection(CONTEST_WORDS.split()):
+        return [f"{name}: nothing here does that"]
+    return []
+
+
+def model_rules(c: Config) -> list:
     """Rules that bind several options of the model, its schedules and its coding: (whether one holds, what to say)."""
     two_gains = 0 < c.rope_dims < c.head_dim
     looped = c.loop_start <= c.loop_end < c.num_layers
@@ -327,7 +369,7 @@ def model_rules(c: Config) -> list[tuple[bool, str]]:
     ]
 
 
-def run_rules(c: Config) -> list[tuple[bool, str]]:
+def run_rules(c: Config) -> list:
     """The same for batches, time and evaluation."""
     document = c.ttt_scope == "document"
     return [
@@ -377,7 +419,7 @@ def run_rules(c: Config) -> list[tuple[bool, str]]:
     ]
 
 
-def option_groups() -> dict[str, list[Field]]:
+def option_groups() -> dict:
     name, groups = "", {}
     for f in fields(Config):
         name = f.metadata["group"] or name
@@ -627,7 +669,7 @@ def usage() -> str:
     return "\n".join(lines)
 
 
-def as_env(values: Mapping[str, Any]) -> dict[str, str]:
+def as_env(values: dict) -> dict:
     """Settings as the environment would give them; `Config.from_env` reads them back exactly."""
 
     def text(value):
@@ -659,7 +701,7 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
-    def mean_(self, tensors: list[Tensor]):
+    def mean_(self, tensors: list):
         """Average each tensor over all ranks, in place, in one collective."""
         if self.world > 1:
             flat = self.sum_(nn.utils.parameters_to_vector(tensors)) / self.world
@@ -683,7 +725,7 @@ class Ranks:
         whole = mine.new_empty(self.world * len(mine), *mine.shape[1:])
         return dist.all_gather_into_tensor(whole, mine.contiguous(), async_op=True).wait, whole
 
-    def maximum(self, *values: float) -> list[float]:
+    def maximum(self, *values: float) -> list:
         """The largest of all ranks' values, on every rank, once all have come; on the host: no device waits."""
         largest = torch.tensor(values, dtype=torch.float64)
         if self.world > 1:
@@ -711,7 +753,7 @@ class Ranks:
     def compiles(self, cfg) -> bool:
         return cfg.compile == "on" or (cfg.compile == "auto" and self.device.type == "cuda")
 
-    def compile(self, fn: Callable, cfg) -> Callable:
+    def compile(self, fn, cfg) -> Callable:
         """`fn` as one static graph; with COMPILE=auto `fn` itself on a CPU, where only long runs earn it back."""
         if not self.compiles(cfg):
             return fn
@@ -720,7 +762,7 @@ class Ranks:
 
 
 @contextmanager
-def launch(env: Mapping) -> Iterator[Ranks]:
+def launch(env: Mapping) -> Iterator:
     """The ranks that torchrun's variables in `env` describe (one without them): nccl and CUDA, or gloo and CPU."""
     rank, world = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
     local = int(env.get("LOCAL_RANK", 0))
@@ -759,7 +801,7 @@ class Clock:
         return statistics.median_low(self.laps)
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> Iterator:
         self.synchronize()
         begin = perf_counter()
         yield
@@ -768,7 +810,7 @@ class Clock:
         self.start += self.last - begin
 
 
-def on_signals(handler: Callable):
+def on_signals(handler):
     """What Ctrl-C and SIGTERM, which torchrun and schedulers send, do from now on."""
     signal.signal(signal.SIGINT, handler)
     signal.signal(signal.SIGTERM, handler)
@@ -819,7 +861,7 @@ class Log:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(text + "\n")
 
-    def header(self, cfg, ranks, overrides: dict[str, str]):
+    def header(self, cfg, ranks, overrides: dict):
         """What ran where: source, versions, device, and the settings that the environment gave."""
         source = Path(__file__).read_bytes()
         sha256 = hashlib.sha256(source).hexdigest()
@@ -871,7 +913,7 @@ def read_shard(path: Path) -> Array:
     return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
 
 
-def find_shards(cfg, split: str) -> list[Path]:
+def find_shards(cfg, split: str) -> list:
     """The shards of a split in order. A `fineweb_val_bytes_*.bin` sidecar holds byte counts, not tokens."""
     paths = sorted(p for p in Path(cfg.data_path).glob(f"fineweb_{split}_*.bin") if "_bytes_" not in p.name)
     if not paths:
@@ -892,7 +934,7 @@ def check_tokens(tokens: Array, vocab_size: int, where: object) -> Array:
 class TokenStream:
     """Shards as one endless stream of tokens: after the last shard comes the first."""
 
-    def __init__(self, paths: list[Path], vocab_size: int):
+    def __init__(self, paths: list, vocab_size: int):
         self.paths, self.vocab_size = paths, vocab_size
         self.shards = [read_shard(p) for p in paths]
         self.ends = np.cumsum([len(s) for s in self.shards])
@@ -958,7 +1000,7 @@ class Batches:
         self.step = step
         self.pending = self.reader.submit(self.load, step)
 
-    def load(self, step: int) -> tuple[Tensor, Tensor]:
+    def load(self, step: int) -> tuple:
         """This rank's inputs and targets of a step, (micro_steps, rows, seq_len) int64 on the device."""
         rows = self.ranks.part(range(step * self.total, (step + 1) * self.total))
         tokens = [self.stream.read(self.order(row), self.seq_len + 1) for row in rows]
@@ -967,7 +1009,7 @@ class Batches:
             tokens = tokens.pin_memory().to(self.ranks.device, non_blocking=True)
         return tokens[..., :-1].contiguous(), tokens[..., 1:].contiguous()
 
-    def __next__(self) -> tuple[Tensor, Tensor]:
+    def __next__(self) -> tuple:
         batch = self.pending.result()
         self.seek(self.step + 1)
         return batch
@@ -1027,7 +1069,7 @@ def norm(x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
     return (wide * (scale * torch.rsqrt(length.square() / x.size(-1) + 1.1920929e-07))).type_as(x)
 
 
-def rotary_tables(seq_len: int, dims: int, base: float) -> tuple[Tensor, Tensor]:
+def rotary_tables(seq_len, dims, base) -> tuple:
     """cos and sin of position * base**(-2j/dims), fp32 (T, 1, dims/2). In bf16 positions above 256 would coincide."""
     rates = base ** (-torch.arange(0, dims, 2).double() / dims)
     angles = torch.outer(torch.arange(seq_len).double(), rates)[:, None]
@@ -1231,7 +1273,7 @@ class HeadGate(nn.Module):
 class CausalSelfAttention(nn.Module):
     """Grouped queries: QK-norm, head gains, partial RoPE (PR #315), XSA, gates, value residual (arXiv:2410.17897)."""
 
-    def __init__(self, cfg, layer: int, attend: Callable):
+    def __init__(self, cfg, layer: int, attend):
         super().__init__()
         self.head_dim, self.attend = cfg.head_dim, attend
         self.exclusive = layer >= cfg.num_layers - cfg.xsa_last_n
@@ -1287,7 +1329,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Mixes the stream with the embedding x0, then adds attention and MLP; inputs scaled by depth (PR #315)."""
 
-    def __init__(self, cfg, layer: int, attend: Callable):
+    def __init__(self, cfg, layer: int, attend):
         super().__init__()
         self.attn, self.mlp = CausalSelfAttention(cfg, layer, attend), MLP(cfg)
         passes = cfg.num_loops + 1 if cfg.loop_start <= layer <= cfg.loop_end else 1
@@ -1306,7 +1348,7 @@ class Block(nn.Module):
         return after + self.mlp(norm(x if self.parallel else after, self.input_scale), self.mlp_scale), own
 
 
-def layer_order(cfg, looped: bool) -> list[int]:
+def layer_order(cfg, looped: bool) -> list:
     """The blocks in the order in which they run. Looped, LOOP_START..LOOP_END run NUM_LOOPS times more (PR #1493)."""
     layers, stop = list(range(cfg.num_layers)), cfg.loop_end + 1
     again = layers[cfg.loop_start : stop] * cfg.num_loops if looped else []
@@ -1394,7 +1436,7 @@ class GPT(nn.Module):
         return losses + z_loss * logits.logsumexp(-1).square() if z_loss else losses  # arXiv:2204.02311
 
 
-def parameter_roles(model: nn.Module) -> dict[str, str]:
+def parameter_roles(model: nn.Module) -> dict:
     """The role of every parameter by name: `matrix` of a Linear, `table` of embeddings, `scalar` for the rest."""
     kinds = {Linear: "matrix", Table: "table"}
     owners = {name: model.get_submodule(name.rpartition(".")[0]) for name, _ in model.named_parameters()}
@@ -1426,7 +1468,7 @@ class Muon(torch.optim.Optimizer):
     Each rank has the momentum of its part of a stack, and all have the steps (PR #399).
     """
 
-    def __init__(self, groups: list[dict], ranks, cfg, dtype: torch.dtype):
+    def __init__(self, groups: list, ranks, cfg, dtype: torch.dtype):
         for group in groups:
             first, count = group["params"][0], len(group["params"])
             group["buffer"] = first.new_zeros(-(-count // ranks.world), *first.shape)
@@ -1442,7 +1484,7 @@ class Muon(torch.optim.Optimizer):
 
         self.direction = ranks.compile(direction, cfg)
 
-    def begin_sums(self) -> list[tuple]:
+    def begin_sums(self) -> list:
         """Begin to sum each group's gradients over ranks, of which each one gets a part of the stack."""
         begun = []
         for group in self.param_groups:
@@ -1450,7 +1492,7 @@ class Muon(torch.optim.Optimizer):
             begun.append(self.ranks.reduce_scatter(stack, self.dtype))
         return begun
 
-    def begin_steps(self, sums: list[Tensor], grad_scale: Tensor, momentum: Tensor) -> list[tuple]:
+    def begin_steps(self, sums: list, grad_scale: Tensor, momentum: Tensor) -> list:
         """Nesterov momentum of `grad_scale` times the gradient, then rows of length 1 if asked for, then orthogonal:
         each group's steps, on their way to all ranks.
         """
@@ -1460,7 +1502,7 @@ class Muon(torch.optim.Optimizer):
             begun.append(self.ranks.all_gather(step))
         return begun
 
-    def step(self, begun: list[tuple]):
+    def step(self, begun: list):
         """Decay, then the steps that `begin_steps` began."""
         for group, (wait, update) in zip(self.param_groups, begun):
             wait()
@@ -1470,7 +1512,7 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_(params, list(update.float())[: len(params)], alpha=-lr * scale)
 
 
-def peak_rate_and_decay(name: str, role: str, cfg) -> tuple[float, float]:
+def peak_rate_and_decay(name: str, role: str, cfg) -> tuple:
     """Peak learning rate and weight decay of a parameter; the decoder's rate has a factor of its own (PR #1127)."""
     rates = dict(
         matrix=(cfg.matrix_lr, cfg.muon_wd),
@@ -1504,7 +1546,7 @@ class Optimizers:
         self.ranks, self.clip = ranks, cfg.grad_clip_norm or math.inf
 
     @torch.no_grad()
-    def step(self, scale: float, momentum: float) -> Tensor:
+    def step(self, scale, momentum) -> Tensor:
         """One step at `scale` times the peak rates; returns the norm of the averaged gradient, before the clip.
 
         A gradient that is no number counts as 0: the host sees a broken loss a step later, and weights stay numbers.
@@ -1530,12 +1572,12 @@ class Optimizers:
 # ---- Schedules: pure functions of progress.
 
 
-def fraction_done(step: int, elapsed: float, cfg) -> float:
+def fraction_done(step, elapsed, cfg) -> float:
     """How much of the run is behind, by steps or by the clock, whichever is further."""
     return max(step / cfg.iterations, elapsed / cfg.time_limit)
 
 
-def lr_scale(step: int, elapsed: float, step_seconds: float, cfg) -> float:
+def lr_scale(step, elapsed, step_seconds, cfg) -> float:
     """Share of the peak rate: 1, then linear to 0 at ITERATIONS or the time limit, whichever is first at this speed."""
     steps_left = min(cfg.iterations - step, (cfg.time_limit - elapsed) / max(step_seconds, 1e-9))
     by_steps = steps_left / cfg.warmdown_iters if cfg.warmdown_iters else 1.0
@@ -1543,12 +1585,12 @@ def lr_scale(step: int, elapsed: float, step_seconds: float, cfg) -> float:
     return min(1.0, max(0.0, min(by_steps, by_fraction)))
 
 
-def out_of_time(elapsed: float, step_seconds: float, cfg) -> bool:
+def out_of_time(elapsed, step_seconds, cfg) -> bool:
     """Whether another step might end after the limit. The device may still be busy with the one before."""
     return cfg.time_limit < elapsed + 2 * step_seconds
 
 
-def muon_momentum(step: int, elapsed: float, scale: float, cfg) -> float:
+def muon_momentum(step, elapsed, scale, cfg) -> float:
     """Momentum that warms up linearly, by steps or by the run's progress, and cools down with the rate (PR #1812)."""
     warmth = step / cfg.muon_momentum_warmup_steps if cfg.muon_momentum_warmup_steps else 1.0
     if cfg.muon_momentum_warmup_frac:
@@ -1558,7 +1600,7 @@ def muon_momentum(step: int, elapsed: float, scale: float, cfg) -> float:
     return keep * warm + (1 - keep) * cfg.muon_momentum_warmup_start
 
 
-def average_weight(step: int, scale: float, averaged: int, cfg) -> float:
+def average_weight(step, scale, averaged, cfg) -> float:
     """How far the average moves to the weights after `step`: EMA 1 - decay, SWA 1/n at its n-th snapshot, last 1."""
     if cfg.averaging == "swa":
         return 1 / (averaged + 1) if scale < cfg.swa_start_scale and step % cfg.swa_every == 0 else 0.0
@@ -1570,7 +1612,7 @@ def average_weight(step: int, scale: float, averaged: int, cfg) -> float:
 
 @contextmanager
 @torch.no_grad()
-def swapped(params: list[Tensor], values: list[Tensor]) -> Iterator[None]:
+def swapped(params: list, values: list) -> Iterator:
     """Inside, the parameters hold `values`, and gradients may flow; afterwards what they held before."""
     before = [p.clone() for p in params]
     try:
@@ -1757,7 +1799,7 @@ def loss_plan(w: Tensor, cost: Curvature, cfg) -> Plan:
     return Plan(w, steps, clip, columns, factorize(cost.inputs, columns, cfg))
 
 
-def coding_plans(weights: dict, grid_of: dict, cfg, costs: dict) -> dict[str, Plan]:
+def coding_plans(weights: dict, grid_of: dict, cfg, costs: dict) -> dict:
     """How each weight that its Grid does not keep in fp16 is coded. With MEAN_STEP `costs` must name them all."""
     plans = {}
     for name, grid in grid_of.items():
@@ -1778,7 +1820,7 @@ def coding_plans(weights: dict, grid_of: dict, cfg, costs: dict) -> dict[str, Pl
     return {name: p._replace(steps=p.steps * scale) for name, p in plans.items()}
 
 
-def quantize_rows(p: Plan, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+def quantize_rows(p: Plan, factor: float = 1.0) -> tuple:
     """Codes int8 (R, C) and steps fp16 (R,), `factor` times the plan's, but so wide that 127 of them reach the clip."""
     steps = torch.maximum(p.steps * factor, p.clip / 127).half().clamp_min(2**-24)  # fp16's smallest
     w, step = p.weight / p.columns, steps.float()
@@ -1792,7 +1834,7 @@ def dequantize_rows(codes: Tensor, steps: Tensor, columns: Tensor) -> Tensor:
     return codes.float() * steps.float()[:, None] * columns.float()
 
 
-def grids(model: nn.Module, cfg) -> dict[str, Grid]:
+def grids(model: nn.Module, cfg) -> dict:
     """The grid of every parameter by name; gains and the small projections of hash and value tables stay fp16."""
 
     def grid(name, role):
@@ -1824,7 +1866,7 @@ def prune(w: Tensor, fraction: float) -> Tensor:
     return w.masked_fill(w.abs() <= w.abs().flatten().kthvalue(count).values, 0.0) if count else w
 
 
-def quantize(weights: dict, plans: dict[str, Plan], factor: float = 1.0) -> dict:
+def quantize(weights: dict, plans: dict, factor: float = 1.0) -> dict:
     """The tensors of an artifact: `name.codes`, `.steps` and `.columns` of what is coded, fp16 of the rest."""
     tensors = {name: w.half() for name, w in weights.items() if name not in plans}
     for name, p in plans.items():
@@ -1855,7 +1897,7 @@ def dequantize(tensors: dict) -> dict:
 LANES, PRECISION, CONTEXTS = 1024, 12, 48  # states side by side, bits of a probability, scales in quarters of an octave
 
 
-def scale_classes(codes: Array) -> tuple[Array, Array]:
+def scale_classes(codes: Array) -> tuple:
     """A class per row and a class per column of codes (R, C), uint8; their sum stands for the scale of a code."""
     energy, columns = codes.astype(np.float64) ** 2 + 1e-3, np.ones(codes.shape[1])
     for _ in range(2):
@@ -1884,7 +1926,7 @@ def frequencies(symbols: Array, contexts: Array) -> Array:
     return (np.diff(ends, axis=1, prepend=0) + seen).astype(np.uint16)
 
 
-def rans_encode(symbols: Array, contexts: Array, table: Array) -> tuple[Array, Array]:
+def rans_encode(symbols: Array, contexts: Array, table: Array) -> tuple:
     """States uint32 (LANES,) and words uint16 of `symbols` (N,) uint8, the last first (rANS, arXiv:1311.2540)."""
     table = table.astype(np.int64)
     starts = table.cumsum(1) - table
@@ -1997,7 +2039,7 @@ def decompress(data: bytes, name: str) -> bytes:
     return b"".join(islice(iter(partial(reader.read, 2**20), b""), ARTIFACT_MOST_UNPACKED >> 20))
 
 
-def artifact_settings(cfg) -> dict[str, str]:
+def artifact_settings(cfg) -> dict:
     """The settings that travel with the weights: what the model is and how it is scored, no path and nothing else."""
     others = "matrix_bits", "train_seq_len", "train_batch_tokens", "micro_batch_tokens"
     return as_env(cfg.group("model", "evaluation") | {k: vars(cfg)[k] for k in others})
@@ -2043,7 +2085,7 @@ def read_tensors(header: dict, body: bytes, start: int) -> dict:
     return decode_stream(tensors) if "rans.words" in tensors else tensors
 
 
-def unpack(blob: bytes) -> tuple[dict, dict]:
+def unpack(blob: bytes) -> tuple:
     """(header, tensors) of a packed file. Raises InputError when it is foreign, newer, cut or damaged."""
     version = int.from_bytes(blob[4:8], "little")
     if blob[:4] != ARTIFACT_MAGIC:
@@ -2083,7 +2125,7 @@ def save_average(average: Average, looped: bool, cfg, log):
         log(f"checkpoint:{path} averaging:{cfg.averaging} updates:{average.count}")
 
 
-def fit(pack_at: Callable, room: int, coded: int, log) -> tuple:
+def fit(pack_at, room: int, coded: int, log) -> tuple:
     """What pack_at(factor) -> (bytes, ...) makes of a factor that leaves at most 0.5 % of `room` bytes unused, by a
     secant in octaves of [1/4, 8]; at first one is taken to save a bit of each of the `coded` weights. If none fits, the
     result of the first is returned.
@@ -2112,7 +2154,7 @@ def fit(pack_at: Callable, room: int, coded: int, log) -> tuple:
     return best
 
 
-def save_artifact(plans: Mapping[str, Plan], weights: dict, looped: bool, cfg, ranks, log):
+def save_artifact(plans: dict, weights: dict, looped: bool, cfg, ranks, log):
     """Code and pack the weights, by FIT as large as the cap allows, and write them; refuses a file that is over it."""
     begin, code = perf_counter(), Path(__file__).stat().st_size
 
@@ -2220,7 +2262,7 @@ class Trainer:
         """Losses (B, T) by the graph that is in use: before or after the loops are switched on."""
         return self.compiled(ids, targets, self.looped)
 
-    def step(self, scale: float, momentum: float) -> Reading:
+    def step(self, scale, momentum) -> Reading:
         """One optimizer step at `scale` times the peak rates; reads the loss of the global batch, before the step."""
         ids, targets = next(self.batches)
         loss = torch.zeros((), device=self.ranks.device)
@@ -2235,7 +2277,7 @@ class Trainer:
         return Reading(loss.where(norm_before.isfinite(), norm_before))  # a broken gradient shows in its place
 
     @contextmanager
-    def observers(self) -> Iterator[dict[str, Observer]]:
+    def observers(self) -> Iterator:
         """Inside, an Observer by name rides on each module whose weight will be coded."""
         modules = {f"{n}.weight": m for n, m in self.model.named_modules() if isinstance(m, Linear)}
         grid_of = grids(self.model, self.cfg)
@@ -2285,12 +2327,12 @@ class Trainer:
         return seconds
 
 
-def due(steps: int, every: int) -> bool:
+def due(steps, every) -> bool:
     """Whether it is time, after so many steps, for what happens every so many, or never if that is 0."""
     return steps > 0 and every > 0 and steps % every == 0
 
 
-def timing(step: int, seconds: float) -> str:
+def timing(step, seconds) -> str:
     return f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / step:.2f}ms"
 
 
@@ -2303,7 +2345,7 @@ def report_step(step: int, seconds: float, reading: Reading, cfg, log):
         log(f"step:{step}/{cfg.iterations} train_loss:{loss:.4f} {timing(step, seconds)}")
 
 
-def calibrate(trainer: Trainer, clock: Clock, log) -> dict[str, Curvature]:
+def calibrate(trainer: Trainer, clock: Clock, log) -> dict:
     """What errors in the averaged weights cost, seen on the clock: in as many batches as end before the time limit."""
     ranks, count = trainer.ranks, trainer.cfg.gptq_calibration_batches
     limit = trainer.cfg.max_wallclock_seconds or math.inf
@@ -2320,7 +2362,7 @@ def calibrate(trainer: Trainer, clock: Clock, log) -> dict[str, Curvature]:
     return {name: curvature(observer, ranks) for name, observer in seen.items()}
 
 
-def train(trainer: Trainer, validate: Callable, log) -> dict[str, Curvature]:
+def train(trainer: Trainer, validate, log) -> dict:
     """Train until ITERATIONS or just before the clock's limit; the average is in `trainer.average`. Returns what GPTQ
     must know of the data, met on further batches, on the clock. A step is reported while the next one runs.
     """
@@ -2421,7 +2463,7 @@ class Scorer:
         self.cfg, self.ranks, self.log = cfg, ranks, log
 
     @torch.no_grad()
-    def losses(self, forward: Callable, firsts: range, rows: int) -> Tensor:
+    def losses(self, forward, firsts: range, rows: int) -> Tensor:
         """Losses (rows, step) of windows that end in the `step` targets from each of `firsts` on; the last repeats."""
         device, end = self.tokens.device, len(self.tokens) - 1
         starts = (firsts[0] + firsts.step * torch.arange(rows, device=device)).clamp(max=firsts[-1])
@@ -2430,7 +2472,7 @@ class Scorer:
         tokens = self.tokens[(starts[:, None] + span).clamp(max=end)]
         return forward(tokens[:, :-1], tokens[:, -firsts.step :])
 
-    def chunks(self, forward: Callable, stride: int, chunk_tokens: int) -> Iterator[tuple]:
+    def chunks(self, forward, stride: int, chunk_tokens: int) -> Iterator:
         """Score the stream chunk by chunk: each one, and the places of its targets. A window scores `stride` targets,
         but the first one all. The sum over ranks commits the chunk's nll: no rank trains on what another has to score.
         """
@@ -2465,7 +2507,7 @@ class Scorer:
                 torch.arange(low, high, device=device),
             )
 
-    def evaluate(self, parts: Iterable[tuple[Iterable, Callable]], apart: bool = False) -> Score:
+    def evaluate(self, parts: Iterable, apart: bool = False) -> Score:
         """One pass over all targets. Each part is an iterable of (ScoredChunk, places) and the adapter, if any, that
         gets the chunks, one after the other, after their score is final. `apart`: each rank has parts of its own.
         """
@@ -2495,12 +2537,12 @@ class Scorer:
         """Windows side by side: the quick score of training logs and of the int6 round trip."""
         return self.evaluate([(self.chunks(forward, self.cfg.window, self.cfg.window * 1024), None)])
 
-    def sliding(self, forward: Callable, adapt: Callable | None = None) -> Score:
+    def sliding(self, forward, adapt: Callable | None = None) -> Score:
         """Windows EVAL_STRIDE apart, so that almost every target sees a full context; the score that counts."""
         chunk_tokens = self.cfg.window * 1024 if self.cfg.ttt_scope == "document" else self.cfg.ttt_chunk_tokens
         return self.evaluate([(self.chunks(forward, self.cfg.eval_stride, chunk_tokens), adapt)])
 
-    def document_batches(self) -> list[list]:
+    def document_batches(self) -> list:
         """This rank's batches of documents, in each of which the shortest lasts 4/5 of the longest or more.
 
         Long ones are dealt out first, to the rank that has least to do; a pass is taken to cost as much as 8 documents.
@@ -2523,7 +2565,7 @@ class Scorer:
                 mine.append(batch)
         return mine
 
-    def by_document(self, forward: Callable, adapter: Callable) -> Score:
+    def by_document(self, forward, adapter) -> Score:
         """Score each document alone, side by side (PR #77), each with one of the n adapters that adapter(n) makes."""
         batches = self.document_batches()
         spans = torch.tensor([span for batch in batches for span in batch], device=self.tokens.device)
@@ -2534,7 +2576,7 @@ class Scorer:
         )
         return self.evaluate(parts, apart=True)
 
-    def document_chunks(self, forward: Callable, spans: Tensor, longest: int) -> Iterator[tuple]:
+    def document_chunks(self, forward, spans: Tensor, longest: int) -> Iterator:
         """Chunk by chunk: the n-th one of all documents of these spans (B, 2), of which the longest is given, and the
         places (B, n) of its targets in the stream, or the one behind its end where a document has none left.
         """
@@ -2596,7 +2638,7 @@ class LoRA(nn.Module):
         return y + x @ self.down.mT.type_as(x) @ self.up.mT.type_as(x)
 
 
-def lora_starts(model: GPT, cfg) -> dict[Linear, Tensor]:
+def lora_starts(model: GPT, cfg) -> dict:
     """What LoRA adapts, q, v and the head, each with the `down` (rank, fan_in) that it starts from; SEED draws them."""
     draw, starts = torch.Generator().manual_seed(cfg.seed), {}
     for linear in [m for b in model.blocks for m in (b.attn.c_q, b.attn.c_v)] + [model.tok_emb]:
@@ -2606,7 +2648,7 @@ def lora_starts(model: GPT, cfg) -> dict[Linear, Tensor]:
     return starts
 
 
-def attach_lora(model: GPT, starts: Mapping[Linear, Tensor], rows: int) -> list[Tensor]:
+def attach_lora(model: GPT, starts: dict, rows: int) -> list:
     """Freeze the model and give each Linear of `starts` a fresh adapter for so many rows; returns their parameters."""
     model.requires_grad_(False)
     for linear, down in starts.items():
@@ -2614,7 +2656,7 @@ def attach_lora(model: GPT, starts: Mapping[Linear, Tensor], rows: int) -> list[
     return [p for linear in starts for p in linear.adapter.parameters()]
 
 
-def adapting_parameters(model: GPT, cfg) -> list[Tensor]:
+def adapting_parameters(model: GPT, cfg) -> list:
     """What test-time training may change, a LoRA aside; all else is frozen. Raises InputError if that is nothing."""
     every, chosen = dict(model.named_parameters()), set()
     for pattern in cfg.ttt_params:
@@ -2633,7 +2675,7 @@ def adapting_parameters(model: GPT, cfg) -> list[Tensor]:
 class Adaptation:
     """Trains `params` on each chunk that has been scored, TTT_EPOCHS times (PR #549; AdamW: PR #490)."""
 
-    def __init__(self, params: list[Tensor], forward: Callable, cfg, ranks):
+    def __init__(self, params: list, forward: Callable, cfg, ranks):
         self.params, self.forward, self.cfg, self.ranks = params, forward, cfg, ranks
         if cfg.ttt_optimizer == "adamw":
             self.optimizer = torch.optim.AdamW(params, cfg.ttt_lr, (cfg.ttt_momentum, cfg.ttt_beta2), weight_decay=0.0)
@@ -2663,7 +2705,7 @@ class Adaptation:
         self.optimizer.zero_grad()
 
 
-def adaptive_score(scorer: Scorer, model: GPT, params: list[Tensor], forward: Callable) -> Score:
+def adaptive_score(scorer: Scorer, model: GPT, params: list, forward: Callable) -> Score:
     """The score while `params`, or else a LoRA, learn from the stream, or each document's own LoRA from it alone."""
     cfg, ranks = scorer.cfg, scorer.ranks
     score, learn = partial(forward, temperature=cfg.ttt_temperature), partial(forward, z_loss=cfg.ttt_z_loss)
@@ -2677,7 +2719,7 @@ def adaptive_score(scorer: Scorer, model: GPT, params: list[Tensor], forward: Ca
 # ---- Report and main.
 
 
-def run_training(cfg, ranks, log) -> dict[str, Score]:
+def run_training(cfg, ranks, log) -> dict:
     """Train, average and write the artifact; returns the scores of the raw and of the averaged weights."""
     scorer, shards = Scorer(read_validation(cfg), cfg, ranks, log), find_shards(cfg, "train")
     attention, dtype = choose_attention(cfg, ranks), compute_dtype(cfg, ranks.device)
@@ -2718,7 +2760,7 @@ def run_training(cfg, ranks, log) -> dict[str, Score]:
     return {"raw": raw, "averaged": averaged}
 
 
-def evaluations(scorer: Scorer, model: GPT, looped: bool) -> dict[str, Callable]:
+def evaluations(scorer: Scorer, model: GPT, looped: bool) -> dict:
     """The passes over the stream, by their names in the log: plain, sliding and, with test-time training, adapting."""
     cfg = scorer.cfg
     forward = partial(scorer.ranks.compile(model, cfg), looped=looped)
@@ -2733,7 +2775,7 @@ def evaluations(scorer: Scorer, model: GPT, looped: bool) -> dict[str, Callable]
     return passes
 
 
-def run_evaluation(artifact: Artifact, begin: float, ranks, log) -> dict[str, Score]:
+def run_evaluation(artifact: Artifact, begin: float, ranks, log) -> dict:
     """Score an artifact, all that it knows of the training: plain, sliding, then adapting. It began at `begin`."""
     cfg, weights, looped, sha256, run_id = artifact
     model, scores = load_model(cfg, weights, ranks), {}
@@ -2778,7 +2820,7 @@ def describe(cfg) -> str:
     )
 
 
-def report(scores: Mapping[str, Score], path: Path) -> str:
+def report(scores: dict, path: Path) -> str:
     """The closing table: stage, loss in nats per token, bits per byte, bytes of code + model, seconds."""
     code, model = Path(__file__).stat().st_size, path.stat().st_size
     head = f"{'stage':28s} {'val_loss':>9s} {'val_bpb':>9s} {'bytes':>11s} {'seconds':>9s}"
@@ -2789,13 +2831,13 @@ def report(scores: Mapping[str, Score], path: Path) -> str:
     return "\n".join([head, *rows, f"code {code} + model {model} = {code + model} bytes"])
 
 
-def resolve(env: Mapping) -> tuple[Config, Artifact | None]:
+def resolve(env: Mapping) -> tuple:
     """The settings of a run and, for EVAL_ONLY, the artifact: it comes first, since what `env` says must fit it."""
     place = Config(artifact=env.get("ARTIFACT", ""), output_dir=env.get("OUTPUT_DIR", "."))
     artifact = load_artifact(place.artifact_path, env) if env.get("EVAL_ONLY") == "1" else None
     cfg = artifact.cfg if artifact else Config.from_env(env)
     if not cfg.run_id:
-        kind = "eval_" if artifact else ""
+        kind = "eval_" if cfg.eval_only else ""
         cfg = replace(cfg, run_id=f"{cfg.variant}_seed{cfg.seed}_{kind}{time.strftime('%Y%m%d-%H%M%S')}")
     if cfg.ttt_epochs:
         with torch.device("meta"):  # better an error now than after training
@@ -2803,7 +2845,7 @@ def resolve(env: Mapping) -> tuple[Config, Artifact | None]:
     return cfg, artifact
 
 
-def main(argv: list[str], env: Mapping):
+def main(argv: list, env: Mapping):
     """Configuration, then training, then an evaluation that reads only what was written, then the table."""
     if argv in (["-h"], ["--help"]):
         return print(usage())
@@ -2826,7 +2868,7 @@ def main(argv: list[str], env: Mapping):
         log(f"RESULT {json.dumps(log.facts)}")
 
 
-def run(argv: list[str], env: Mapping):
+def run(argv: list, env: Mapping):
     """`main`; after a mistake of the user's status 1 and one line, after Ctrl-C 130, after a bug 1 and a traceback."""
     on_signals(signal.default_int_handler)
     try:

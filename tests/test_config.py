@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import pytest
 from conftest import run
@@ -22,8 +23,27 @@ def test_a_near_miss_of_a_name_is_an_error_that_suggests_the_right_one(typo, opt
 
 def test_names_of_other_programs_pass():
     others = "OMP_NUM_THREADS PATH HOME RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT NCCL_DEBUG CUDA_VISIBLE_DEVICES".split()
-    others += "LOCAL_WORLD_SIZE GROUP_RANK TORCHELASTIC_RUN_ID PYTHONPATH HF_HOME DATA_DIR TERM LANG TMPDIR SHELL USER".split()
+    others += "LOCAL_WORLD_SIZE GROUP_RANK TORCHELASTIC_RUN_ID PYTHONPATH HF_HOME TERM LANG TMPDIR SHELL USER".split()
+    others += "TTY TERM_PROGRAM SSH_TTY SLURM_JOB_ID CI_RUN_ID MODEL_NAME RUN_NUMBER DATA_ROOT OUTPUT_FORMAT http_proxy LC_ALL GITHUB_RUN_ID".split()
     assert t.Config.from_env(dict.fromkeys(others, "1")) == t.Config()
+
+
+@pytest.mark.parametrize("name, words", [
+    ("TTT_ENABLED", "TTT_ENABLED: TTT_EPOCHS=0 turns it off"), ("MUON_WEIGHT_DECAY", "use MUON_WD"), ("DATA_DIR", "use DATA_PATH"),
+    ("SED", "did you mean SEED"), ("SEEDS", "did you mean SEED"), ("variant", "did you mean VARIANT"), ("Matrix_LR", "did you mean MATRIX_LR"),
+    ("MATRIX_RL", "nothing here does that"), ("MAX_WALLCLOCK", "nothing"), ("OUTPUT_DIRECTORY", "nothing"), ("HEAD_LR", "nothing"),
+    ("PHASED_TTT_NUM_PHASES", "nothing"), ("MLP_CLIP_SIGMAS", "nothing"), ("ttt_lr_mult", "nothing")])
+def test_a_name_that_is_meant_for_this_script_is_answered(name, words):
+    with pytest.raises(t.InputError, match=words):
+        t.Config.from_env({name: "1"})
+
+
+def test_all_such_names_are_told_at_once_and_answers_name_options():
+    with pytest.raises(t.InputError, match="EMA_ENABLED.*; QAT_ENABLED.*; HEAD_LR"):
+        t.Config.from_env(dict.fromkeys(("EMA_ENABLED", "QAT_ENABLED", "HEAD_LR"), "0"))
+    options = {f.name.upper() for f in dataclasses.fields(t.Config)}
+    assert not t.ANSWERS.keys() & options
+    assert all(options & set(re.findall(r"[A-Z_]+", text)) for text in t.ANSWERS.values())
 
 
 @pytest.mark.parametrize("name, text, words", [
