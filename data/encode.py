@@ -1,6 +1,7 @@
 """Text -> ids: JSON-lines files in blocks, and SentencePiece tokenizers that encode them.
 
-prepare.py reads, many processes encode: a Block goes out, an Encoded comes back. Memory is bounded by the block.
+prepare.py reads, many processes encode: a Block goes out, an Encoded comes back. Memory is bounded by the block,
+or by a few times the size of a document that is larger.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import functools
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +23,9 @@ import train_gpt  # the shard format is the training script's
 from train_gpt import InputError
 
 TEXT_BLOCK = 1 << 19  # bytes of JSON lines that one worker encodes at a time
+PART = 1 << 18  # characters of a document that SentencePiece, which takes about 45 bytes for each, sees at a time
+LONGEST_PART = 1 << 23  # of one that has no place to be cut at
+CUT = re.compile(r"""(?<=[\w.,;:!?)"'。、，！？」])[ \n]""")  # after what normalization leaves, and not as a space
 CONTEST_TRAINER = dict(
     model_type="bpe", character_coverage=0.999, byte_fallback=True, split_digits=True, add_dummy_prefix=False,
     normalization_rule_name="nmt_nfkc", pad_id=0, bos_id=1, eos_id=2, unk_id=3, hard_vocab_limit=False)
@@ -43,6 +48,9 @@ class Block(NamedTuple):
     def texts(self) -> Iterator[str]:
         """The `text` of each line. Raises InputError that names the line."""
         for number, line in enumerate(self.data.split(b"\n")[:-1], self.first):
+            if not line.strip():
+                raise InputError(f"{self.path}, line {number} is empty; take it out: every line is a document, "
+                                 '{"text": ...}')
             try:
                 text = json.loads(str(line, "utf-8"))["text"]
                 text.encode()  # a lone surrogate is no text
@@ -159,11 +167,77 @@ def digest(document: bytes) -> bytes:
     return hashlib.blake2b(document, digest_size=16).digest()
 
 
+def message(blob: bytes) -> dict[int, int | bytes]:
+    """The last value of each number or string of a protocol buffer, by its field."""
+    found, at = {}, 0
+
+    def number() -> int:
+        nonlocal at
+        value = shift = 0
+        while shift == 0 or blob[at - 1] > 127:
+            value, shift, at = value | (blob[at] & 127) << shift, shift + 7, at + 1
+        return value
+
+    while at < len(blob):
+        key = number()
+        kind, size = key & 7, dict([(1, 8), (5, 4)]).get(key & 7, 0)
+        value = number() if kind in (0, 2) else 0
+        at += size + (value if kind == 2 else 0)
+        found[key >> 3] = blob[at - value : at] if kind == 2 else value
+    return found
+
+
+@functools.cache
+def can_cut(model: Path) -> bool:
+    """Whether the parts of a text between CUTs have the tokens of the whole.
+
+    So it is where no piece reaches over a space, pieces are merged (BPE: of each pair by itself), and normalization is
+    one of SentencePiece's own, whose rules have no space or line end but alone.
+    """
+    sp = processor(model)
+    fields = message(sp.serialized_model_proto())
+    is_bpe = message(fields.get(2, b"")).get(3) == 2
+    is_known = message(fields.get(3, b"")).get(1) in (b"nmt_nfkc", b"nfkc", b"nmt_nfkc_cf", b"nfkc_cf", b"identity")
+    pieces = [sp.id_to_piece(i) for i in range(sp.vocab_size())]
+    return is_bpe and is_known and "\u2581" in pieces and not any(re.search(r"\s|(?<!^)\u2581", p) for p in pieces)
+
+
+def encode_long(model: Path, text: str) -> np.ndarray:
+    """BOS and the pieces of one document, by parts. Raises InputError where one has more than LONGEST_PART characters.
+
+    A later part begins with a space, which would be stripped but for a letter before it, whose pieces are dropped.
+    """
+    sp, parts, at = processor(model), [np.full(1, train_gpt.BOS, "<u2")], 0
+    letter = sp.encode("a")
+    while at < len(text):
+        cut = CUT.search(text, at + PART) if can_cut(model) else None
+        end = cut.start() if cut else len(text)
+        if (size := end - at) > LONGEST_PART:
+            why = "that no space or line end parts" if can_cut(model) else "that this tokenizer can only take as a whole"
+            raise InputError(f"{size:,} characters {why}, of at most {LONGEST_PART:,}; split the document")
+        ids = sp.encode("a" + text[at:end])[len(letter) :] if at else sp.encode(text[:end])
+        parts.append(np.fromiter(ids, "<u2", len(ids)))
+        at = end
+    return np.concatenate(parts)
+
+
+def encode_texts(model: Path, block: Block, texts: list[str]) -> list[np.ndarray]:
+    """BOS and the pieces of each text; long ones by parts. An error names the document's line and size."""
+    short = iter(processor(model).encode([t for t in texts if len(t) <= PART], add_bos=True, num_threads=1))
+    documents = []
+    for line, text in enumerate(texts, block.first):
+        try:
+            documents.append(np.array(next(short), "<u2") if len(text) <= PART else encode_long(model, text))
+        except InputError as error:
+            size = len(text.encode())
+            raise InputError(f"{block.path}, line {line}: a document of {size:,} bytes has {error}") from None
+    return documents
+
+
 def encode_block(model: Path, block: Block) -> Encoded:
     """Encode each document as BOS and its pieces."""
     texts = list(block.texts())
-    ids = processor(model).encode(texts, add_bos=True, num_threads=1)
-    documents = [np.fromiter(one, "<u2", len(one)).tobytes() for one in ids]
+    documents = [document.tobytes() for document in encode_texts(model, block, texts)]
     tokens = np.frombuffer(b"".join(documents), "<u2")
     if np.count_nonzero(tokens == train_gpt.BOS) != len(documents):
         raise InputError(f"{block.path}, after line {block.first}: {model} makes a BOS inside of a document")

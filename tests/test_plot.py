@@ -4,14 +4,16 @@ import re
 import resource
 import statistics
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, finals, make_model, tool
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 import tools.plot
 import train_gpt as t
 from tools import loglines
-from tools.model import inspect
+from tools.model import inspect, quantization
 
 FIVE = ROOT / "logs" / "five"
 LOG = """variant:smoke seed:7 overrides: VARIANT=smoke SEED=7 TRAIN_BATCH_TOKENS=512
@@ -79,7 +81,93 @@ def test_curves_can_be_told_apart_without_color(tmp_path):
     assert [panel.get_xlabel() for panel in figure.axes] == ["step", "training time, minutes"]
     for panel in figure.axes:
         looks = {(line.get_marker(), line.get_linestyle(), line.get_markerfacecolor() == "white") for line in panel.lines}
-        assert len(looks) == len(panel.lines) == 72
+        assert len(panel.lines) == 3 * 36 and len(looks) == 2 * 36 + 1  # means, validation, and the thin lines, without marks
+        assert {line.get_linewidth() for line in panel.lines if line.get_marker() == "None"} == {0.6}
+
+
+def text_log(tmp_path, name, losses, minutes=1.0):
+    """A log of these training losses, every 10 steps."""
+    lines = [f"step:{10 * i}/9999 train_loss:{loss:.4f} train_time:{round(60_000 * minutes * i)}ms step_avg:1ms" for i, loss in enumerate(losses, 1)]
+    (tmp_path / f"{name}.txt").write_text("\n".join([LOG.splitlines()[0], *lines, ""]))
+    return loglines.read_curve(tmp_path / f"{name}.txt")
+
+
+def test_the_thick_line_is_the_mean_of_a_tenth_of_the_log_around(tmp_path):
+    losses = [3 + (i * 37 % 100) / 100 for i in range(100)]
+    panel, = tools.plot.draw_curves({"a": [text_log(tmp_path, "a", losses)]}, ["step"]).axes
+    thin, thick = panel.lines[:2]
+    assert [*thin.get_ydata()] == pytest.approx(losses) and thin.get_linewidth() < 1 < thick.get_linewidth()
+    for at, around in ((50, losses[45:56]), (0, losses[:6]), (3, losses[:9]), (99, losses[94:])):
+        assert thick.get_ydata()[at] == pytest.approx(statistics.mean(around))
+
+
+def test_the_end_of_every_run_can_be_read(tmp_path):
+    """Neither a first loss nor a single high or low step widens the picture; the end of the worst run is in it."""
+    good, bad = [9.0] * 10 + [4 - i / 100 for i in range(90)], [12.0] * 10 + [5 - i / 100 for i in range(90)]
+    good[50], good[60] = 0.0, 20.0
+    panel, = tools.plot.draw_curves({"good": [text_log(tmp_path, "a", good)], "bad": [text_log(tmp_path, "b", bad)]}, ["step"]).axes
+    low, high = panel.get_ylim()
+    assert low < good[-1] and bad[-1] < high and low > 1 and high < 6
+
+
+def test_a_log_of_the_contests_script_joins_a_race():
+    run = loglines.read_curve(ROOT / "logs" / "2026-11-21_race_baseline.txt")
+    assert (run.seed, run.bpb, tools.plot.batch_tokens(run)) == (1337, 2.54982797, 16384)
+    assert run.points["train"][-1] == (110, 898652 / 60_000, 4.3239) and run.points["val"] == [(111, 906545 / 60_000, 4.3236)]
+    other = loglines.read_curve(ROOT / "logs" / "2026-11-21_race_demo.txt")
+    panel, = tools.plot.draw_curves({"demo": [other], "baseline": [run]}, ["tokens"]).axes
+    assert panel.lines[4].get_xdata()[-1] == pytest.approx(110 * 16384 / 1e6) and panel.lines[4].get_label() == "baseline, final 2.5498 bpb"
+
+
+def cut_off(figure):
+    """By how many pixels what a figure draws lies outside of it, left, below, right, above; and the labels in panels that leave them."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    renderer, page = canvas.get_renderer(), figure.bbox
+    box = figure.get_tightbbox(renderer).transformed(figure.dpi_scale_trans)
+    beyond = [page.x0 - box.x0, page.y0 - box.y0, box.x1 - page.x1, box.y1 - page.y1]
+    for panel in figure.axes:
+        assert panel.bbox.width > 150 and panel.bbox.height > 100, "no room is left for the panel"
+    inside = [(text, text.get_window_extent(renderer), panel.bbox) for panel in figure.axes for text in panel.texts]
+    return [round(by) for by in beyond if by > 1] + [text.get_text() for text, own, its in inside if own.x1 > its.x1 + 8 or own.x0 < its.x0 - 8]
+
+
+LONG = "a_name_of_a_run_that_tells_of_all_of_its_settings_and_of_more_"
+
+
+@pytest.mark.parametrize("count", [1, 3, 12])
+@pytest.mark.parametrize("axes", [["step"], ["step", "minutes"]])
+@pytest.mark.parametrize("prefix", ["run", LONG, 3 * LONG])
+def test_nothing_of_a_picture_of_curves_is_cut(tmp_path, count, axes, prefix):
+    run = loglines.read_curve(written(tmp_path))
+    assert cut_off(tools.plot.draw_curves({f"{prefix}{i}": [run] for i in range(count)}, axes)) == []
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 12])
+def test_nothing_of_a_picture_of_stages_is_cut(count):
+    runs = [loglines.read_scored(FIVE / f"card-{seed}.txt") for seed in (1, 2)]
+    for part in (runs, runs[:1]):
+        assert cut_off(tools.plot.draw_stages({f"variant{i}": part for i in range(count)})) == []
+
+
+@pytest.mark.parametrize("scale, name", [(1, "m.ptz"), (1000, "m.ptz"), (1000, f"{3 * LONG}.ptz")])
+def test_nothing_of_a_picture_of_an_artifact_is_cut(monkeypatch, scale, name):
+    rows = [SimpleNamespace(name=f"blocks.*.value_embed.{'long.' * (i % 3)}weight", count=11, dtype="float16", raw=15_731 * scale,
+                            estimate=15_731 * scale / (i + 1), bits=12.34) for i in range(12)]
+    found = dict(parameters=[], raw=sum(row.raw for row in rows), estimate=9_999 * scale, model_bytes=9_999 * scale, code_bytes=137_934,
+                 total_bytes=9_999 * scale + 137_934, cap=16_000_000)
+    monkeypatch.setattr(inspect, "contents", lambda *_: found)
+    for count in (1, 3, 12):
+        monkeypatch.setattr(inspect, "merged", lambda _, count=count: rows[:count])
+        assert cut_off(tools.plot.draw_artifact(tools.plot.Path(name))) == []
+
+
+def test_the_picture_of_codings_is_whole_and_can_be_read_without_color():
+    found = {(label, coder): [(10**6 * (i + 1), 0.1 / (i + 1)) for i in range(5)]
+             for label in quantization.RIVALS for coder in dict.fromkeys((quantization.METHODS[label][2], "rans"))}
+    figure = quantization.picture(found)
+    looks = {(line.get_marker(), line.get_linestyle()) for line in figure.axes[0].lines}
+    assert len(looks) == len(found) == 8 and cut_off(figure) == []
 
 
 @pytest.mark.parametrize("by, x", [("step", [1, 2]), ("minutes", [10 / 60_000, 20 / 60_000]), ("tokens", [512e-6, 1024e-6])])
@@ -92,7 +180,8 @@ def test_tokens_come_from_the_variant_where_nothing_overrides_them(tmp_path):
     run = loglines.read_curve(written(tmp_path, **{" TRAIN_BATCH_TOKENS=512": ""}))
     assert tools.plot.batch_tokens(run) == t.VARIANTS["smoke"]["train_batch_tokens"]
     with pytest.raises(tools.plot.Refused, match="VARIANT=old must be"):
-        tools.plot.batch_tokens(loglines.read_curve(written(tmp_path, smoke="old")))
+        tools.plot.batch_tokens(loglines.read_curve(written(tmp_path, **{"smoke": "old", " TRAIN_BATCH_TOKENS=512": ""})))
+    assert tools.plot.batch_tokens(loglines.read_curve(written(tmp_path, smoke="old"))) == 512  # whatever else has changed since
 
 
 def test_a_group_is_the_mean_and_the_band_of_the_steps_that_all_its_runs_have(tmp_path):
@@ -100,11 +189,11 @@ def test_a_group_is_the_mean_and_the_band_of_the_steps_that_all_its_runs_have(tm
         written(tmp_path, "a"), written(tmp_path, "b", **{"=7": "=8", ":7": ":8", "6.4000": "5.0000", ":20ms": ":40ms"}),
         written(tmp_path, "c", **{"=7": "=9", ":7": ":9", "step:1/9": "step:0/9", "6.4000": "6.0000"}))]
     panel, = tools.plot.draw_curves(tools.plot.by_variant(runs), ["minutes"]).axes
-    train, val = panel.lines
+    train, mean, val = panel.lines
     assert [*train.get_xdata()] == pytest.approx([(20 + 40 + 20) / 3 / 60_000]) and [*train.get_ydata()] == pytest.approx([(6.4 + 5 + 6) / 3])
     band = panel.collections[0].get_paths()[0].vertices[:, 1]
     assert (band.min(), band.max()) == (5.0, 6.4)
-    assert train.get_label() == "smoke, final 2.9000 bpb (train, 3 seeds: mean, band min to max)" and [*val.get_ydata()] == [6.5]
+    assert mean.get_label() == "smoke, final 2.9000 bpb (3 seeds: mean, band min to max)" and [*val.get_ydata()] == [6.5]
 
 
 def test_runs_that_are_no_seeds_of_one_variant_are_not_averaged(tmp_path):
@@ -142,7 +231,7 @@ def test_the_bars_of_an_artifact_add_up_to_it(cfg, tmp_path):
     assert sum(widths[::2]) == found["raw"] and sum(widths[1::2]) == pytest.approx(found["estimate"], abs=1)
     names = [label.get_text() for label in panel.get_yticklabels()]
     assert f"blocks.*.mlp.fc.weight ({cfg.num_layers} x int8)" in names and re.fullmatch(r"\d+ groups below 1 %", names[-1])
-    assert f"{len(path.read_bytes()):,} in the file" in panel.get_title()
+    assert f"{len(path.read_bytes()):,} in the file" in panel.figure.get_suptitle()
 
 
 @pytest.mark.parametrize("text, options, words", [

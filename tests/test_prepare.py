@@ -92,7 +92,8 @@ def test_a_tokenizer_is_trained_with_the_contests_options(made, tmp_path):
     assert "as the manifest says" in cli("--root", tmp_path, "verify", "own").stdout
 
 
-@pytest.mark.parametrize("line, words", [('{"txt": "a"}', "line 2"), ("{", "line 2"), ("3", "line 2")])
+@pytest.mark.parametrize("line, words", [('{"txt": "a"}', "line 2: not a JSON object with"), ("{", "line 2: not"), ("3", "line 2: not"),
+                                         ("", "line 2 is empty; take it out: every line is a document"), (" \r", "line 2 is empty; take it out")])
 def test_a_bad_line_is_named(tmp_path, dataset, line, words):
     path = tmp_path / "x.jsonl"
     path.write_text('{"text": "good"}\n' + line + "\n")
@@ -134,6 +135,90 @@ def files_of(root, name="mine"):
     return {p.name: p.read_bytes() for p in (root / "datasets" / name).iterdir()}
 
 
+# Long documents, by parts
+
+ODD = "ab1.,)\"_ \n\t\r\u00a0\u3000\u200b\u200d\u2581\u0301\u00e9\u00b4\u5b57\u3002\ufdfa\u037a\uff8a\uff9f\x00\x01\ud7a3\u1161\U0001f600"
+
+
+def by_parts(model, text, size):
+    """The tokens of a text that is cut at every place after so many characters."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode, "PART", size)
+        return encode.encode_long(model, text).tolist()
+
+
+@pytest.fixture(scope="module")
+def models(dataset, documents, tmp_path_factory):
+    """Tokenizers that cut: the contest's options, then other ones; and those that may not."""
+    def train(name, **changed):
+        path = tmp_path_factory.mktemp("models") / f"{name}.model"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(encode, "CONTEST_TRAINER", encode.CONTEST_TRAINER | changed)
+            encode.train_tokenizer(documents, 400, path)
+        return path
+
+    cut = [Path(dataset["TOKENIZER_PATH"]), train("prefix", add_dummy_prefix=True, remove_extra_whitespaces=False),
+           train("symbols", user_defined_symbols=["<x>", "\ue001"], normalization_rule_name="identity")]
+    rules = tmp_path_factory.mktemp("rules") / "rules.tsv"
+    rules.write_text("61 20 62\t63\n")  # a, space, b -> c
+    whole = [train("unigram", model_type="unigram"), train("rules", normalization_rule_tsv=str(rules)),
+             train("spaces", split_by_whitespace=False, user_defined_symbols=["if it"]), train("suffix", treat_whitespace_as_suffix=True)]
+    return cut, whole
+
+
+def test_only_tokenizers_whose_pieces_end_at_a_space_are_cut(models):
+    cut, whole = models
+    assert all(map(encode.can_cut, cut)) and not any(map(encode.can_cut, whole))
+    sp = encode.processor(whole[1])
+    assert sp.encode("a b") != sp.encode("a") + sp.encode(" b")  # what a cut would have changed
+
+
+@given(text=st.text(ODD, max_size=40), words=st.lists(st.sampled_from(["the", " of", ", ", "a 1", "1990\n", ODD]), max_size=12), size=st.integers(1, 9))
+@settings(max_examples=300, deadline=None)
+def test_the_parts_of_a_text_have_the_tokens_of_the_whole(models, text, words, size):
+    text += " ".join(words) + text
+    for model in models[0] + models[1]:
+        assert by_parts(model, text, size) == [1, *encode.processor(model).encode(text)], model
+
+
+def test_every_character_before_and_after_a_cut(models):
+    """The whole of the basic plane, and some beyond it: no rule of normalization joins what a cut parts."""
+    for model in models[0]:
+        sp = encode.processor(model)
+        for start in [*range(0, 0xD800, 64), *range(0xE000, 0x10000, 64), *range(0x1D400, 0x1D800, 64), *range(0x1F600, 0x1F680, 64)]:
+            text = "".join(f"x{chr(c)} {chr(c)}y\n{chr(c)}" for c in range(start, start + 64))
+            assert by_parts(model, text, 1) == [1, *sp.encode(text)], hex(start)
+
+
+def test_long_and_short_documents_of_a_block_come_out_as_they_stand(models, documents, monkeypatch):
+    monkeypatch.setattr(encode, "PART", 500)
+    model, sp, texts = models[0][0], encode.processor(models[0][0]), ["short", "\n".join(documents[:3]), "", "x" * 499, "x y " * 1000]
+    found = encode.encode_block(model, encode.Block(Path("a"), 7, 5, "".join(json.dumps({"text": x}) + "\n" for x in texts).encode()))
+    assert found.tokens.tolist() == [i for text in texts for i in (1, *sp.encode(text))] and found.lengths == [1 + len(sp.encode(x)) for x in texts]
+    assert found.text_bytes == sum(len(text.encode()) for text in texts)
+
+
+def test_sentencepiece_never_sees_more_than_a_part(models, monkeypatch):
+    """A document of 200 parts, whose longest stretch without a space is 13 characters."""
+    monkeypatch.setattr(encode, "PART", 100)
+    model, seen, sp = models[0][0], [], encode.processor(models[0][0])
+    monkeypatch.setattr(encode, "processor", lambda _: type("Seen", (), dict(encode=lambda _, x: seen.append(len(x)) or sp.encode(x)))())
+    text = "a word of it, antidisestabl " * 700
+    assert encode.encode_long(model, text).tolist() == [1, *sp.encode(text)]
+    assert max(seen) <= 100 + 1 + 13 and sum(seen) < 1.05 * len(text)
+
+
+def test_a_document_without_a_place_to_cut_is_named_with_its_size(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(encode, "PART", 10)
+    monkeypatch.setattr(encode, "LONGEST_PART", 50)
+    write_json_lines(tmp_path / "a.jsonl", ["short", "two parts " * 20, "\u5b57" * 51])
+    (block,) = encode.read_blocks([tmp_path / "a.jsonl"])
+    with pytest.raises(t.InputError, match="a.jsonl, line 3: a document of 153 bytes has 51 characters that no space or line end parts, of at most 50; split"):
+        encode.encode_block(models[0][0], block)
+    with pytest.raises(t.InputError, match="line 2: a document of 200 bytes has 200 characters that this tokenizer can only take as a whole, of at most 50"):
+        encode.encode_block(models[1][0], block)
+
+
 # Blocks of lines
 
 
@@ -169,7 +254,7 @@ def test_a_cut_zstd_file_is_an_error_even_at_the_end_of_a_line(tmp_path):
         list(encode.read_blocks([tmp_path / "cut.jsonl.zst"]))
 
 
-@pytest.mark.parametrize("line", ['{"text": 3}', '{"text": "\\ud800"}', '["text"]', ""])
+@pytest.mark.parametrize("line", ['{"text": 3}', '{"text": "\\ud800"}', '["text"]'])
 def test_a_line_without_a_text_is_named(tmp_path, dataset, line):
     path = tmp_path / "x.jsonl"
     path.write_text('{"text": "good"}\n{"text": "better"}\n' + line + "\n")

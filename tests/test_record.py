@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import train_gpt as t
 from tools import runlog, table
 from tools.files import Refused
-from tools.record import checks, command, pack, significance
+from tools.record import checks, command, credits, pack, significance
 
 SCRIPT = ROOT / "train_gpt.py"
 ARGS = ["--script", str(SCRIPT), "--name", "Three seeds", "--date", "2026-04-30"]
@@ -245,7 +245,7 @@ def as_contest(text, dataset="fineweb10B_sp1024", targets=62_021_849, size=151_0
     ratio = targets / size / math.log(2)
     scores = {stage: score | dict(bpb=score["loss"] * ratio) for stage, score in facts_of(text)["scores"].items()}
     text = forged(overridden(text, VAL_MAX_TOKENS=limit), scores=scores, dataset=dataset, targets=targets, bytes=size,
-                  device="NVIDIA H100 80GB HBM3", world_size=8)
+                  device="NVIDIA H100 80GB HBM3", world_size=8, versions=facts_of(text)["versions"] | dict(torch="2.9.1+cu128"))
     text = re.sub(r"^(?:averaging:|total_eval_time:).*", r"\g<0>\npeak memory allocated: 20001 MiB reserved: 21002 MiB", text, flags=re.M)
     return re.sub(r"(^step:\S+ val_loss:)(\S+)( val_bpb:)\S+", lambda m: f"{m[1]}{m[2]}{m[3]}{float(m[2]) * ratio:.4f}", text, flags=re.M)
 
@@ -347,6 +347,18 @@ def without_adaptation(text):
     return resulting(without("legal_ttt")(text), facts | dict(scores={k: v for k, v in facts["scores"].items() if k != "legal_ttt"}))
 
 
+def on_gpu(build):
+    return lambda text: forged(text, device="NVIDIA H100 80GB HBM3", world_size=8, versions=facts_of(text)["versions"] | dict(torch=build))
+
+
+def validated(sha256):
+    """The log of a script that tells the hash of the validation tokens."""
+    def mutate(text):
+        return re.sub(r"^val_loader:.*", rf"\g<0> val_sha256:{sha256}", resulting(text, facts_of(text) | dict(val_sha256=sha256)), flags=re.M)
+
+    return mutate
+
+
 def lowered(text):
     """Another score in the line and in the row of test-time training, not in its exact line."""
     loss, bpb = map(float, re.search(r"^legal_ttt val_loss:(\S+) val_bpb:(\S+)", text, re.M).groups())
@@ -387,6 +399,11 @@ REFUSALS = {
     "another script in the header": (lambda s: re.sub("sha256:....", "sha256:0000", s), "source:", BY.format("source:")),
     "a header field": (lambda s: s.replace("numpy:", "pandas:1.0 numpy:"), "python:", "pandas:1.0"),
     "a line": (lambda s: s.replace("model_params", "note:tuned on the test\nmodel_params"), "note:", "note:.*" + BY.format("model_params")),
+    "a GPU beside a CPU build of torch": (on_gpu("2.9.1+cpu"), "device:", "H100 80GB HBM3, but torch 2.9.1\\+cpu in the line above is no CUDA"),
+    "a GPU beside a torch of no build": (on_gpu("2.9.1"), "device:", "but torch 2.9.1 in the line above is no CUDA build"),
+    "another validation text": (validated("1" * 64), "val_loader:", "val_sha256 1111.*, but \\(not told\\) in .*0.txt"),
+    "a hash against RESULT": (lambda s: validated("1" * 64)(s).replace("sha256:1111", "sha256:2111"), "val_loader:", "val_sha256 is 2111.* line .* 1111"),
+    "no hash": (lambda s: resulting(s, facts_of(s) | dict(artifact_sha256="12")), "RESULT", "its artifact_sha256 is '12', not 64 hexa"),
     "another score": (lambda s: s.replace("step:5/", "legal_ttt val_loss:1.0000 val_bpb:1.0000 eval_time:1ms\nstep:5/"), "legal_ttt val_loss:1.0", BY[:3]),
     "no sliding window": (without("final_int6_sliding"), "legal_ttt val", BY.format("final_int6_sliding_window ")),
     "no exact line": (without("final_int6_roundtrip_exact"), "final_int6_sliding_window ", BY.format("final_int6_roundtrip_exact")),
@@ -500,6 +517,73 @@ def test_a_run_that_the_clock_ended_and_what_else_a_log_may_hold(texts, tmp_path
     run = runlog.read_log(path)
     assert (run.steps, run.iterations, run.train_seconds, run.train_lines[-1]) == (10, 12, 9.0, 10)
     assert len(text.splitlines()) == len(texts[0].splitlines()) + 7
+
+
+def under_another_seed(text, **changed):
+    """A copy of a log with another seed wherever one stands."""
+    return forged(overridden(text, SEED="9"), seed=9, **changed)
+
+
+@pytest.mark.parametrize("change", ["seed", "scores", "clocks", "losses"])
+def test_a_copy_of_a_log_under_another_seed_is_refused(write, texts, tmp_path, change):
+    """Also where all scores, or all clocks, were changed, or all losses of steps: what is left is more than chance."""
+    scores = facts_of(texts[1])["scores"]
+    forgeries = dict(
+        seed=lambda s: s,
+        scores=lambda s: forged(s, scores={stage: {name: value * (1 + 1e-3) for name, value in score.items()} for stage, score in scores.items()}),
+        clocks=lambda s: forged(s, train_seconds=99.5, eval_seconds=98.5, pack_seconds=1.5, scores={
+            stage: score | dict(seconds=1.25) for stage, score in scores.items()}),
+        losses=lambda s: re.sub(r"(train_loss:\d\.)\d+", r"\g<1>1234", s))
+    copy = under_another_seed(forgeries[change](texts[1]))
+    paths = write([texts[0], texts[1], copy])
+    message = refusal(paths, tmp_path)
+    assert message.startswith(f"{paths[2]}:{line_of(copy, 'variant:')}: ") and f"are those of {paths[1]} to the last digit (" in message, message
+    assert message.endswith("one log is a copy of the other, or SEED changes nothing; each seed needs a run of its own")
+
+
+def test_one_number_that_two_logs_share_is_chance(write, texts, tmp_path):
+    row = next(line for line in texts[0].splitlines() if line.startswith("step:1/12 train"))
+    other = re.sub(r"^step:1/12 train.*", row, texts[1], flags=re.M)
+    clock = facts_of(texts[0])["train_seconds"]
+    assert command.main([*map(str, write([texts[0], other, texts[2]])), *ARGS, "--out", str(tmp_path / "out")]).is_dir()
+    assert "2 losses, clocks or lines of steps" in refusal(write([texts[0], forged(other, train_seconds=clock), texts[2]]), tmp_path, "--name", "b")
+
+
+@pytest.mark.parametrize("place", ["own line", "val_loader", "RESULT"])
+def test_hashes_that_the_logs_tell_are_stated(write, texts, tmp_path, place):
+    """And nothing of them where they do not."""
+    sha256 = hashlib.sha256(b"tokens").hexdigest()
+    told = {"val_loader": validated(sha256), "RESULT": lambda s: resulting(s, facts_of(s) | dict(val_sha256=sha256)),
+            "own line": lambda s: s.replace("model_params:", f"val_sha256:{sha256}\nmodel_params:", 1)}[place]
+    logs = [told(resulting(text, facts_of(text) | dict(artifact_sha256=str(at) * 64))) for at, text in enumerate(texts)]
+    paths = [command.main([*map(str, write(given)), *ARGS, "--out", str(tmp_path / name)]) for name, given in (("with", logs), ("without", texts))]
+    for path, has in zip(paths, (True, False)):
+        it = json.loads((path / "submission.json").read_text())
+        assert (it.get("val_sha256"), it.get("artifact_sha256")) == ((sha256, {"1": "0" * 64, "2": "1" * 64, "3": "2" * 64}) if has else (None, None))
+        assert (f"* its tokens have the sha256 {sha256}, in all logs\n" in (path / "README.md").read_text()) == has
+
+
+def test_no_claim_is_made_of_what_no_log_shows(written, texts):
+    """What the logs show and what the source does stand apart; validation text in training is neither."""
+    page = (written / "README.md").read_text()
+    by_logs, by_source = page[page.index("By the logs:") : page.index("## What ran")].split("By the source of `train_gpt.py`; no log shows it:")
+    count = len(re.findall(r"^step:\S+ val_loss:", texts[0], re.M))
+    assert f"* losses on the validation text during training: {count} line(s) in each log\n" in by_logs and "validation text in training" not in page
+    assert "whether a validation document is among them, `python data/prepare.py verify NAME` of the project says" in by_source
+    assert "SLOT" not in by_logs and "SLOT" in by_source and "final before a step on it" in by_source
+
+
+def test_attribution_is_of_what_the_settings_use(written):
+    it = json.loads((written / "submission.json").read_text())
+    assert it["attribution"]["score_first_ttt"] == "@abaybektursun (PR #549)" and "depth_recurrence" not in it["attribution"]
+    for variant, used, unused in (("pr1812", "depth_recurrence", "smear_gate"), ("card", "lora_ttt_of_each_document", "gated_attention"),
+                                  ("pr150", "smear_gate", "shared_value_embedding")):
+        settings = t.as_env(vars(t.Config.from_env(dict(VARIANT=variant))))
+        assert used in credits.attribution(settings) and unused not in credits.attribution(settings)
+    assert credits.attribution(settings | dict(TTT_EPOCHS="0")).keys() == credits.attribution(settings).keys() - {"score_first_ttt"}
+    source = SCRIPT.read_text()
+    for needs, whose in credits.CREDITS.values():
+        assert needs.keys() <= settings.keys() and f"PR {whose[whose.index('#') :].strip('()')}" in source, whose
 
 
 def test_two_seeds_are_no_record(write, texts, tmp_path):
@@ -653,8 +737,34 @@ def test_one_seed_proves_nothing(write, texts, tmp_path):
 def test_a_record_is_compared_with_scores_of_its_own_text_alone(write, texts, tmp_path):
     assert refusal(write(texts), tmp_path, "--against", "2135") == "--against 2135: that record is scored on the contest's whole validation " \
         "split, these logs are not (tiny, 300 targets)"
+    assert "that record is scored on the contest's whole" in refusal(write(texts), tmp_path, "--against", "1.05679341,1.05662016")
     path = command.main([*map(str, write([as_contest(text) for text in texts])), *ARGS, "--out", str(tmp_path / "out"), "--against", "#2135"])
-    assert "against those of PR #2135, 1.05679341, 1.05662016, 1.05610947 (mean 1.05650768" in (path / "README.md").read_text()
+    page = (path / "README.md").read_text()
+    assert "against those of PR #2135, 1.05679341, 1.05662016, 1.05610947 (mean 1.05650768" in page
+    assert "These and #2135 are scored on the contest's whole validation split, here as fineweb10B_sp1024." in page
+
+
+def bytes_per_token(text):
+    return facts_of(text)["bytes"] / facts_of(text)["targets"]
+
+
+def test_logs_of_another_validation_text_are_not_compared_with_either_way(write, texts, tmp_path):
+    """Ours against the contest's, the contest's against ours, and ours against another text of our own."""
+    theirs, ours = [tmp_path / f"{name}.log" for name in "ab"], [as_contest(text) for text in texts]
+    for at, path in enumerate(theirs):  # 3.726638 bytes a token: the contest's, as its sp8192 counts them
+        path.write_text(f"quantized_ttt val_loss:{(1.08 + at / 1000) * math.log(2) * 3.726638:.8f} val_bpb:{1.08 + at / 1000:.8f} eval_time:9ms\n")
+    given = ",".join(map(str, theirs))
+    assert refusal(write(texts), tmp_path, "--against", given) == f"--against {theirs[0]}: it is scored on another validation text (3.726638 bytes a " \
+        f"token) than these logs (tiny, 300 targets, {bytes_per_token(texts[0]):.6f} bytes a token); give logs of the same text"
+    page = command.main([*map(str, write(ours)), *ARGS, "--out", str(tmp_path / "out"), "--against", given]) / "README.md"
+    assert "Both are scored on the contest's whole validation split, by the losses and scores in those logs." in page.read_text()
+    for path, text in zip(theirs, texts):
+        path.write_text(text)
+    assert f"a.log: it is scored on another validation text (300 targets, {bytes_per_token(texts[0]):.6f} bytes a token) than these logs (fineweb10B_sp1024" \
+        in refusal(write(ours), tmp_path, "--name", "b", "--against", given)
+    for path, text in zip(theirs, texts):  # half of the targets, and as many bytes a token
+        path.write_text(text.replace("targets:300 ", "targets:150 "))
+    assert "another validation text (150 targets, " in refusal(write(texts), tmp_path, "--name", "b", "--against", given)
 
 
 FORMATS = {  # the last lines of logs of the contest's scripts, components.md section 13; each ends in the score 1.08...
@@ -674,11 +784,18 @@ def test_scores_to_compare_with_are_read_from_logs_of_the_contests_scripts(write
         paths.append(tmp_path / f"{name}.log")
         paths[-1].write_text(f"import os\n{'=' * 100}\nstep:1/9 train_loss:6.9000 train_time:1ms step_avg:1.00ms\n" + text)
     given = ",".join(map(str, paths))
-    assert significance.parse_against(given) == (1.08110001, 1.08120001, 1.08130001)
-    assert significance.parse_against(",".join(map(str, write(texts)))) == tuple(finals(text)["legal_ttt"] for text in texts)
+    found = significance.parse_against(given)
+    assert [one.bpb for one in found] == [1.08110001, 1.08120001, 1.08130001] and [one.targets for one in found] == [0, 0, 0]
+    assert [one.bytes_per_token * math.log(2) for one in found] == pytest.approx([1.9 / 1.08110001, 1.9 / 1.08120001, 2.78 / 1.08130001])
+    assert [(one.bpb, one.targets) for one in significance.parse_against(",".join(map(str, write(texts))))] == [
+        (finals(text)["legal_ttt"], 300) for text in texts]
+    ratio = bytes_per_token(texts[0])
+    for path, one in zip(paths, found):  # as if they had been scored on this text
+        path.write_text(path.read_text().rpartition("val_loss:")[0] + f"val_loss:{one.bpb * math.log(2) * ratio:.8f} val_bpb:{one.bpb:.8f}\n")
     path = command.main([*map(str, write(texts)), *ARGS, "--out", str(tmp_path / "out"), "--against", given])
     page, it = (path / "README.md").read_text(), json.loads((path / "submission.json").read_text())
     assert "against those in 150.log, 1194.log, 1493.log, 1.08110001, 1.08120001, 1.08130001 (mean" in page and str(tmp_path) not in page
+    assert "Both are scored on a text of as many bytes a token, by the losses and scores in those logs." in page
     assert it["against"] == "150.log,1194.log,1493.log"
     paths[0].write_text("step:1/9 val_loss:1.9000 val_bpb:1.0811\n")
     assert refusal(write(texts), tmp_path, "--name", "b", "--against", given).startswith(f"{paths[0]} has no line 'STAGE val_loss:")
@@ -689,9 +806,11 @@ def test_scores_to_compare_with_are_read_from_logs_of_the_contests_scripts(write
 def test_what_was_written_is_told_at_once(write, texts, tmp_path, capsys):
     path = command.main([*map(str, write(texts)), *ARGS, "--out", str(tmp_path / "out"), "--against", "2.9,3.0,3.2"])
     it, out = json.loads((path / "submission.json").read_text()), capsys.readouterr().out.splitlines()
-    assert out[-7] == f"val_bpb {it['val_bpb']:.8f}, std {it['val_bpb_std']:.8f}, 3 seeds"
-    assert out[-6] == f"{it['bytes_total']:,} bytes at most (code {it['bytes_code']:,}), {16_000_000 - it['bytes_total']:,} to spare"
-    assert out[-5] == it["track"].replace("non-record", "no record")
+    assert out[-8] == f"val_bpb {it['val_bpb']:.8f}, std {it['val_bpb_std']:.8f}, 3 seeds"
+    assert out[-7] == f"{it['bytes_total']:,} bytes at most (code {it['bytes_code']:,}), {16_000_000 - it['bytes_total']:,} to spare"
+    assert out[-6] == it["track"].replace("non-record", "no record")
+    assert out[-5] == it["against_text"] == "Numbers do not tell on which text they were scored: the test holds only if it is that of these logs " \
+        f"(tiny, 300 targets, {facts_of(texts[0])['bytes']} bytes)" and out[-5] in (path / "README.md").read_text()
     for line, test in zip(out[-4:], it["significance"], strict=True):
         assert line.startswith(f"lower than 2.9,3.0,3.2 by more than {test['lower_by_more_than']}: t {test['t_statistic']:.3f}, ")
         assert line.endswith(f", p {test['p_value']:.4g}")

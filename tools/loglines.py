@@ -1,6 +1,7 @@
 """The few lines that pictures and tables need of a log, for runs that have not ended and logs without a RESULT line.
 
-Logs of earlier versions of train_gpt.py, as logs/ keeps them, have none; those that have one are read by runlog.py.
+Logs of earlier versions of train_gpt.py, as logs/ keeps them, have none; those that have one are read by runlog.py. Of
+the contest's own script the curves are read, too.
 """
 
 import math
@@ -12,6 +13,8 @@ from tools.files import Refused, read_bytes
 from tools.runlog import RESULT, RunLog, Score, read_log
 
 HEADER = r"^variant:(?P<variant>\w+) seed:(?P<seed>\d+) overrides: (?P<overrides>.+)$"
+CONTEST = "contest's script"  # in place of a variant
+CONTEST_HEADER = r"^(?P<options>train_batch_tokens:\d+ .+)\nseed:(?P<seed>\d+)$"
 STEP = re.compile(r"^step:(\d+)/\d+ (train|val)_loss:([\d.]+) .*train_time:(\d+)ms", re.MULTILINE)
 EXACT = r"^{}_exact val_loss:(?P<loss>\d+\.\d+) val_bpb:(?P<bpb>\d+\.\d+)$"
 WEIGHTS = r"^DIAGNOSTIC {} val_loss:(?P<loss>\d+\.\d+) val_bpb:(?P<bpb>\d+\.\d+) "
@@ -40,6 +43,14 @@ def read_header(text: str) -> tuple[str, int, dict[str, str]] | None:
     return match["variant"], int(match["seed"]), dict(pairs)
 
 
+def contest_header(text: str) -> tuple[str, int, dict[str, str]] | None:
+    """The same of a log of the contest's script, with the options that it logs."""
+    if not (match := re.search(CONTEST_HEADER, text, re.MULTILINE)):
+        return None
+    pairs = (option.partition(":")[::2] for option in match["options"].split())
+    return CONTEST, int(match["seed"]), {name.upper(): value for name, value in pairs}
+
+
 def read_curve(path: Path) -> Curve:
     """Raises Refused if the log has no step, no settings, or the steps of two runs."""
     text, points = read_text(path), dict(train=[], val=[])
@@ -47,7 +58,7 @@ def read_curve(path: Path) -> Curve:
         if points[kind] and int(step) <= (last := points[kind][-1][0]):
             raise Refused(f"{path}: step {step} comes after step {last}; are there two logs in this file?")
         points[kind].append((int(step), int(milliseconds) / 60_000, float(loss)))
-    header, exact = read_header(text), re.findall(EXACT.format(r"\w+"), text, re.MULTILINE)
+    header, exact = read_header(text) or contest_header(text), re.findall(EXACT.format(r"\w+"), text, re.MULTILINE)
     if not points["train"] or not header:
         raise Refused(f"{path} lacks a line 'variant:...' or 'step:... train_loss:...'; is it a log of train_gpt.py?")
     return Curve(path, points, float(exact[-1][1]) if exact else None, *header)

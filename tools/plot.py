@@ -5,16 +5,20 @@
     python -m tools.plot logs/five/*.txt --stages -o stages.png           # bits per byte of each stage, by variant
     python -m tools.plot --artifact final_model.int6.ptz -o size.png      # where its bytes are
 
-Curves may be of a run that has not ended; stages need finished runs. Runs are of one variant if nothing but SEED,
-RUN_ID and OUTPUT_DIR differs. Tokens follow from the overrides and from the variant as today's train_gpt.py has it.
+Curves may be of a run that has not ended, and of the contest's script; stages need finished runs. Runs are of one
+variant if nothing but SEED, RUN_ID and OUTPUT_DIR differs. Tokens that no override tells follow from the variant as
+today's train_gpt.py has it.
 """
 
 import io
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from tools import command_line, table
 from tools.files import Refused, write_file
@@ -39,7 +43,9 @@ def by_variant(runs: list) -> dict[str, list]:
 
 
 def batch_tokens(run: Curve) -> int:
-    """Tokens a step. Raises Refused if train_gpt.py does not know the run's variant or overrides."""
+    """Tokens a step. Raises Refused if neither the log nor today's train_gpt.py tells them."""
+    if (given := run.overrides.get("TRAIN_BATCH_TOKENS", "")).isdecimal():
+        return int(given)
     import train_gpt  # here, as in draw_artifact, because it imports torch, which takes seconds
 
     try:
@@ -57,40 +63,67 @@ def curve(runs: list[Curve], kind: str, by: str) -> tuple[np.ndarray, np.ndarray
     return minutes.mean(0) if by == "minutes" else np.array(steps) * scale, losses
 
 
+def running_mean(losses: np.ndarray) -> np.ndarray:
+    """The mean of the tenth of the values that lies around each; at the ends of those that there are."""
+    half, at = len(losses) // 20, np.arange(len(losses))
+    total = np.concatenate([[0], np.cumsum(losses)])
+    low, high = np.maximum(at - half, 0), np.minimum(at + half + 1, len(losses))
+    return (total[high] - total[low]) / (high - low)
+
+
+def legend(figure: Figure, panel: Axes, columns: int) -> None:
+    """Below all panels, and as wide as they are: long names are broken."""
+    handles, labels = panel.get_legend_handles_labels()
+    wide = 13 * figure.get_figwidth()  # characters in a line
+    columns = columns if max(map(len, labels)) < wide / columns - 10 else 1
+    labels = [textwrap.fill(label, int(wide / columns - 10)) for label in labels]
+    lines = sum(label.count("\n") + 1 for label in labels) / columns
+    figure.set_figheight(figure.get_figheight() + 0.17 * lines)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8.5, frameon=False,
+                  handlelength=4)
+
+
 def draw_curves(groups: dict[str, list[Curve]], axes: list[str]) -> Figure:
-    """A panel for each x axis; each group a thin line of training with hollow marks and a thick one of validation."""
-    lines = [(i, kind) for i, runs in enumerate(groups.values()) for kind in ("train", "val")
-             if len(curve(runs, kind, "step")[0])]
-    if {i for i, _ in lines} != {*range(len(groups))}:
+    """A panel for each x axis. Of each group training as it was logged, its running mean, and validation.
+
+    Of seeds these are means, with bands. The limits of y are those of the last three quarters of every run.
+    """
+    if not all(len(curve(runs, "train", "step")[0]) for runs in groups.values()):
         raise Refused("the runs of a variant have no step in common; draw them without --group")
-    figure = Figure(figsize=(4 + 2.5 * len(axes), 4 + 0.2 * -(-len(lines) // len(axes))), layout="constrained")
-    panels = figure.subplots(1, len(axes), sharey=True, squeeze=False)[0]
-    named, lows = [*groups.items()], []
-    for i, kind in lines:
-        name, runs = named[i]
+    figure = Figure(figsize=(4 + 2.5 * len(axes), 4.3), layout="constrained")
+    panels, ends = figure.subplots(1, len(axes), sharey=True, squeeze=False)[0], []
+    for i, (name, runs) in enumerate(groups.items()):
         final = f", final {np.mean([run.bpb for run in runs]):.4f} bpb" if all(run.bpb for run in runs) else ""
-        band = f", {len(runs)} seeds: mean, band min to max" if len(runs) > 1 else ""
+        band = f" ({len(runs)} seeds: mean, band min to max)" if len(runs) > 1 else ""
+        look = dict(color=f"C{i}", marker=MARKERS[i % 9], linestyle=DASHES[i % 4], markersize=5)
         for panel, by in zip(panels, axes):
-            x, losses = curve(runs, kind, by)
-            style = dict(lw=0.9, markerfacecolor="white", markevery=max(1, len(x) // 12)) if kind == "train" else {}
-            panel.plot(x, losses.mean(0), color=f"C{i}", marker=MARKERS[i % 9], linestyle=DASHES[i % 4], markersize=4.5,
-                       label=f"{name}{final} ({kind}{band})", **style)
-            if len(runs) > 1:
-                panel.fill_between(x, losses.min(0), losses.max(0), color=f"C{i}", alpha=0.25, linewidth=0)
-        lows.append(losses.min())
-    panels[0].set(ylim=(min(lows) - 0.1, max(lows) + 1.5), ylabel="loss, nats per token")
+            x, losses = curve(runs, "train", by)
+            smooth = running_mean(losses.mean(0))
+            panel.plot(x, losses.mean(0), color=f"C{i}", linewidth=0.6, alpha=0.45)
+            panel.plot(x, smooth, label=f"{name}{final}{band}", linewidth=1.9, markerfacecolor="white",
+                       markevery=(0.02 * (i % 5), 0.1), **look)  # of the panel's diagonal
+            ends.append(smooth[x >= x[-1] / 4])
+            val_x, val = curve(runs, "val", by)
+            panel.plot(val_x, val.mean(0), **look | dict(markersize=7, markeredgecolor="black", linewidth=1))
+            ends.append(val.mean(0))
+            for at, spread in ((x, losses), (val_x, val)) if band else ():
+                panel.fill_between(at, spread.min(0), spread.max(0), color=f"C{i}", alpha=0.2, linewidth=0)
+    ends = np.concatenate(ends)
+    pad = 0.06 * (ends.max() - ends.min()) + 0.02
+    panels[0].set(ylim=(ends.min() - pad, ends.max() + pad), ylabel="loss, nats per token")
     for panel, by in zip(panels, axes):
         panel.set_xlabel(AXES[by])
         panel.grid(alpha=0.3)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(axes), fontsize=8.5,
-                  frameon=False, handlelength=3.5)
+    caption = "thin: training; thick: its mean over a tenth of the log; filled marks: validation"
+    figure.suptitle(textwrap.fill(caption, int(13 * figure.get_figwidth())), fontsize=9)
+    legend(figure, panels[0], len(axes))
     return figure
 
 
 def draw_stages(groups: dict[str, list[RunLog | Scored]]) -> Figure:
     """A panel for each variant, all of one height in bits per byte: mean and deviation over seeds, and each seed."""
     columns, rows, limits = min(3, len(groups)), -(-len(groups) // 3), []
-    figure = Figure(figsize=(3 * columns + 0.5, 2.9 * rows + 0.5), layout="constrained")
+    figure = Figure(figsize=(max(3 * columns, 4) + 0.5, max(2.9 * rows, 3.5) + 0.5), layout="constrained")
     panels = [figure.add_subplot(rows, columns, at + 1) for at in range(len(groups))]
     for panel, (variant, runs) in zip(panels, groups.items()):
         stages = {name: key for name, key in table.STAGES.items() if all(key in run.scores for run in runs)}
@@ -111,8 +144,10 @@ def draw_stages(groups: dict[str, list[RunLog | Scored]]) -> Figure:
         panel.yaxis.set_major_formatter("{x:.3f}")
         panel.tick_params(labelsize=8.5)
         panel.grid(axis="y", alpha=0.3)
-    figure.supylabel("bits per byte (panels differ in level, not in scale)", fontsize=10)
-    figure.supxlabel("dots and bars: mean and standard deviation over seeds; grey: each seed", fontsize=9)
+    figure.supylabel("bits per byte" + " (panels differ in level,\nnot in scale)" * (len(groups) > 1), fontsize=10)
+    several = any(len(runs) > 1 for runs in groups.values())
+    caption = "dots and bars: mean and standard deviation over seeds; grey: each seed" if several else "one seed"
+    figure.supxlabel(textwrap.fill(caption, int(12 * figure.get_figwidth())), fontsize=9)
     return figure
 
 
@@ -130,18 +165,20 @@ def draw_artifact(path: Path) -> Figure:
     bars = [(f"{r.name} ({r.count} x {r.dtype})", r.raw, r.estimate, f", {r.bits:.2f} bits a weight") for r in large]
     if small := rows[len(large):]:
         bars.append((f"{len(small)} groups below 1 %", sum(r.raw for r in small), sum(r.estimate for r in small), ""))
-    panel = Figure(figsize=(9, 1.6 + 0.42 * len(bars)), layout="constrained").add_subplot()
+    panel = Figure(figsize=(10, max(3.2, 1.9 + 0.42 * len(bars))), layout="constrained").add_subplot()
     for at, (_, raw, estimate, bits) in enumerate(bars):
         labels = ("before compression", "by entropy") if at == 0 else (None, None)
         panel.barh(at - 0.2, raw, 0.4, color="0.8", edgecolor="black", linewidth=0.6, label=labels[0])
         panel.barh(at + 0.2, estimate, 0.4, color="C0", edgecolor="black", linewidth=0.6, hatch="////", label=labels[1])
         panel.text(max(raw, estimate), at, f"  {raw:,} / {estimate:,.0f}{bits}", va="center", fontsize=8.5)
-    panel.set(xlim=(0, 1.6 * max(raw for _, raw, *_ in bars)), ylim=(len(bars), -1), xlabel="bytes",
+    panel.set(xlim=(0, 2.4 * max(max(bar[1:3]) for bar in bars)), ylim=(len(bars), -1), xlabel="bytes",
               yticks=range(len(bars)), yticklabels=[name for name, *_ in bars])
+    panel.xaxis.set_major_locator(MaxNLocator(4))
     panel.xaxis.set_major_formatter("{x:,.0f}")
     panel.legend(loc="lower right", frameon=False)
-    panel.set_title("{0}: {raw:,} bytes before compression, {estimate:,} by entropy, {model_bytes:,} in the file;\n"
-                    "with {code_bytes:,} of code {total_bytes:,} of {cap:,}".format(path.name, **found), fontsize=10)
+    title = ("{0}\n{raw:,} bytes before compression, {estimate:,} by entropy, {model_bytes:,} in the file;\n"
+             "with {code_bytes:,} of code {total_bytes:,} of {cap:,}")
+    panel.figure.suptitle(title.format(textwrap.fill(path.name, 90), **found), fontsize=10)
     return panel.figure
 
 

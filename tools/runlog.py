@@ -25,6 +25,8 @@ FREE = re.compile(  # and those of which they tell nothing
     r"checkpoint:|averaging: |fit:factor |scoring:\d+/\d+ running_bpb:|peak memory allocated: ).*", re.ASCII)
 PLACE = re.compile(  # a path in the line of a checkpoint, of the artifact, or of the log itself
     r"(?:^| )(?:checkpoint|artifact|log):(/.+?)(?= averaging:\w+ updates:| variant:\w+ seed:| artifact:|$)")
+HASHES = ("val_sha256", "artifact_sha256")  # of the tokens that are scored, of the artifact: not in every log
+HASH = re.compile(rf" ?\b({'|'.join(HASHES)}):([0-9a-f]{{64}})\b")
 
 
 class Score(NamedTuple):
@@ -66,8 +68,11 @@ class RunLog:
     targets: int
     bytes: int
     scores: dict  # a Score of raw, averaged, coded, sliding and, if it ran, ttt
+    val_sha256: str  # empty where the log does not tell it, as the next
+    artifact_sha256: str
     path: Path
     text: str
+    unshared: dict  # the losses and clocks of RESULT to all their digits, and the lines of steps: {value: name}
     train_lines: tuple  # steps with a line of their loss
     val_lines: tuple
 
@@ -106,7 +111,7 @@ class RunLog:
         refuse(self.path, number, reason)
 
 
-FACTS = {field.name: field.type for field in fields(RunLog)[:-4]}  # those that a RESULT line must have
+FACTS = {field.name: field.type for field in fields(RunLog)[:-7]}  # those that a RESULT line must have
 
 
 def refuse(path: Path, number: int, reason: str) -> NoReturn:
@@ -198,13 +203,23 @@ def read_log(path: Path) -> RunLog:
         refuse(path, len(rows) + bool(rest) or 1, "no whole RESULT line ends this log: the run did not finish, the log "
                "was cut, or an earlier train_gpt.py wrote it")
     try:
-        check_facts(facts := json.loads(rows[-1].removeprefix(RESULT)))
+        check_facts(facts := dict.fromkeys(HASHES, "") | json.loads(rows[-1].removeprefix(RESULT)))
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         refuse(path, len(rows), f"this is not the RESULT of a run that trained and was scored: {error}")
     steps = walk(path, rows, facts)
     check_steps(path, rows, facts, steps)
     lines = {f"{kind}_lines": tuple(s.count("step") for s in steps if s.kind == kind) for kind in ("train", "val")}
-    return RunLog(path=path, text=text, **as_printed(facts), **lines)
+    return RunLog(path=path, text=text, unshared=unshared(facts, steps), **as_printed(facts), **lines)
+
+
+def unshared(facts: dict, steps: list[Step]) -> dict[float | str, str]:
+    """What a run has for itself, and its name: losses and clocks to all digits, lines of steps. No seconds of 0."""
+    scores = facts["scores"].items()
+    numbers = {f"{stage}'s {name}": score[name] for name in ("loss", "seconds") for stage, score in scores}
+    numbers |= {name: facts[name] for name in ("train_seconds", "pack_seconds", "eval_seconds")}
+    numbers["artifact_sha256"] = facts["artifact_sha256"]
+    lines = {step.match[0]: f"the line '{step.match[0]}'" for step in steps}
+    return {value: f"{name} {value}" for name, value in numbers.items() if value} | lines
 
 
 def as_printed(facts: dict) -> dict:
@@ -214,7 +229,7 @@ def as_printed(facts: dict) -> dict:
              for name, n, score in zip(names, digits, scores)}
     clocks = {name: to_millisecond(facts[name]) for name in ("train_seconds", "eval_seconds")}
     clocks["pack_seconds"] = round(facts["pack_seconds"], 1)
-    return {name: facts[name] for name in FACTS} | clocks | dict(scores=found)
+    return {name: facts[name] for name in (*FACTS, *HASHES)} | clocks | dict(scores=found)
 
 
 def to_millisecond(seconds: float) -> float:
@@ -227,6 +242,9 @@ def check_facts(facts: dict) -> None:
         if not isinstance(facts[name], kind) or kind in (int, float) and not 0 <= facts[name] < math.inf:
             raise ValueError(f"it has {facts[name]} as {name}")
     "".join([*facts["versions"].values(), *facts["overrides"].values()])  # a TypeError if one of them is no text
+    for name in HASHES:
+        if not re.fullmatch("[0-9a-f]{64}|", facts[name]):
+            raise ValueError(f"its {name} is {facts[name]!r}, not 64 hexadecimal digits")
     bits, scores = facts["kind"].partition("+")[0], facts["scores"]
     names = ["raw", "averaged", f"final_{bits}_roundtrip", f"final_{bits}_sliding_window", "legal_ttt"]
     if [*scores] not in (names, names[:-1]):
@@ -249,8 +267,11 @@ def walk(path: Path, rows: list[str], facts: dict) -> list[Step]:
     """The lines of steps. A line is refused if the facts make another one for this place, or if it is unknown."""
     due, steps, at, artifact = [*lines_of(facts), RESULT], [], 0, ""
     patterns = [re.compile("(.+)".join(map(re.escape, line.split(ANY)))) for line in due]
-    for number, row in enumerate(rows, 1):
+    for number, whole in enumerate(rows, 1):
         training, is_last = due[at].startswith("averaging:"), number == len(rows)
+        row = whole if is_last else without_hashes(path, number, whole, facts)
+        if whole and not row:
+            continue
         if match := patterns[at].fullmatch(row):
             at += 1
             if row.startswith("artifact:"):
@@ -265,6 +286,15 @@ def walk(path: Path, rows: list[str], facts: dict) -> list[Step]:
             wanted = due[at][:90].replace(ANY, "...")
             refuse(path, number, f"{row[:90]!r}, but by the RESULT line {wanted!r} must stand here")
     return steps
+
+
+def without_hashes(path: Path, number: int, row: str, facts: dict) -> str:
+    """The line without the hashes that it tells, which `facts` have from then on; refused if they have others."""
+    for name, told in HASH.findall(row):
+        if facts[name] not in ("", told):
+            refuse(path, number, f"{name} is {told}, but another line of this log says {facts[name]}")
+        facts[name] = told
+    return HASH.sub("", row)
 
 
 def check_steps(path: Path, rows: list[str], facts: dict, steps: list[Step]) -> None:

@@ -118,23 +118,31 @@ def at_bytes(study: Study, label: str, budgets: list[int], coder: str) -> list[t
 
 def frontier(study: Study, budgets: list[int], out: Path) -> list[str]:
     """Every rival at every budget, by its own coder and, if that is another, by rANS: lines of a table, and a picture."""
-    lines, figure = [], Figure(figsize=(7, 4.5), layout="constrained")
-    axis = figure.add_subplot()
-    for color, label in enumerate(RIVALS):
+    lines, found = [], {}
+    for label in RIVALS:
         for coder in dict.fromkeys((METHODS[label][2], "rans")):
-            points = at_bytes(study, label, budgets, coder)
+            points = found[label, coder] = at_bytes(study, label, budgets, coder)
             gaps = " | ".join(f"{1000 * gap:+.2f}" for _, gap in points)
             lines.append(f"| {label} | {coder} | {gaps} |")
             print(lines[-1], file=sys.stderr, flush=True)
-            axis.plot([size / 1e6 for size, _ in points], [max(1000 * gap, 0.01) for _, gap in points], marker="o",
-                      markersize=3.5, color=f"C{color}", linestyle="-" if coder == "rans" else ":", label=f"{label}, {coder}")
+    picture(found).savefig(out, dpi=150)
+    return lines
+
+
+def picture(found: dict[tuple[str, str], list[tuple[int, float]]]) -> Figure:
+    """Gaps over bytes: a color and a mark for each method, hollow and dotted but with rANS; gaps below 1e-5 stand there."""
+    figure = Figure(figsize=(7.5, 5 + 0.1 * len(found)), layout="constrained")
+    axis, methods = figure.add_subplot(), [*dict.fromkeys(label for label, _ in found)]
+    for (label, coder), points in found.items():
+        at, style = methods.index(label), {} if coder == "rans" else dict(linestyle=":", markerfacecolor="white")
+        axis.plot([size / 1e6 for size, _ in points], [max(1000 * gap, 0.01) for _, gap in points], color=f"C{at}",
+                  marker="os^Dv<>PX"[at % 9], markersize=5, label=f"{label}, {coder}", **style)
     axis.set_yscale("log")
     axis.set_xlabel("bytes of the model file, millions")
     axis.set_ylabel("gap to the unquantized weights, 1/1000 bit per byte")
     axis.grid(alpha=0.25, which="both")
-    axis.legend(fontsize=7, frameon=False)
-    figure.savefig(out, dpi=150)
-    return lines
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False, handlelength=3.5)
+    return figure
 
 
 def low_rank(study: Study, label: str, rank: int, top: int) -> tuple[int, float]:

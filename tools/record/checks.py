@@ -18,6 +18,14 @@ from tools.runlog import RunLog, public_path, read_log
 NOT_SETTINGS = ("SEED", "RUN_ID", "OUTPUT_DIR", "ARTIFACT", "AUDIT")  # what may differ among the seeds
 
 
+def check_device(run: RunLog) -> None:
+    """A GPU of NVIDIA's needs a CUDA build of torch, whose wheels say so: 2.9.1+cu128; a build of one's own may not."""
+    build = run.versions.get("torch", "")
+    if run.device.startswith("NVIDIA") and re.fullmatch(r"[^+]*(\+(cpu|rocm|xpu).*)?", build):
+        run.refuse("device", f"{run.device}, but torch {build} in the line above is no CUDA build, which cannot run on "
+                   "it; give the log as the run wrote it")
+
+
 def check_script(run: RunLog, script: Path, source: bytes) -> None:
     sha256 = hashlib.sha256(source).hexdigest()
     if run.source_sha256 != sha256:
@@ -30,25 +38,39 @@ def configuration(run: RunLog) -> dict[str, str]:
     return {name: public_path(name, value) for name, value in run.overrides.items() if name not in NOT_SETTINGS}
 
 
+def check_apart(run: RunLog, other: RunLog) -> None:
+    """Two logs are of two runs: under two seeds, and without numbers that only a copy can share.
+
+    A line of an early step can be the same by chance; two such numbers cannot.
+    """
+    if run.seed == other.seed:
+        run.refuse("variant", f"seed {run.seed} is that of {other.path}, too")
+    shared = [name for value, name in run.unshared.items() if value in other.unshared]
+    if len(shared) > 1:
+        run.refuse("variant", f"{len(shared)} losses, clocks or lines of steps are those of {other.path} to the last "
+                   f"digit ({shared[0]}, {shared[-1]}): one log is a copy of the other, or SEED changes nothing; each "
+                   "seed needs a run of its own")
+
+
 def check_same(runs: tuple[RunLog, ...]) -> None:
     """All runs are one configuration on one kind of machine and on one data set, under different seeds."""
-    first, seeds = runs[0], {}
-    for run in runs:
-        if run.seed in seeds:
-            run.refuse("variant", f"seed {run.seed} is that of {seeds[run.seed].path}, too")
-        seeds[run.seed] = run
+    first = runs[0]
+    for at, run in enumerate(runs):
+        for other in runs[:at]:
+            check_apart(run, other)
         ours, theirs = configuration(run), configuration(first)
         for name in sorted(ours.keys() | theirs.keys()):
             if ours.get(name) != theirs.get(name):
                 run.refuse("variant", f"{name}={ours.get(name, '(default)')}, but {theirs.get(name, '(default)')} in "
                            f"{first.path}; all seeds need one configuration")
         for line, *names in (("variant", "variant"), ("python:", "software"), ("device", "device", "world_size"),
-                             ("train_loader", "dataset", "train_shards"), ("bytes_per_token", "targets", "bytes"),
+                             ("train_loader", "dataset", "train_shards"),
+                             ("val_loader", "val_sha256"), ("bytes_per_token", "targets", "bytes"),
                              ("model_params", "parameters", "backend")):
             for name in names:
-                if getattr(run, name) != getattr(first, name):
-                    run.refuse(line, f"{name} {getattr(run, name)}, but {getattr(first, name)} in {first.path}; all "
-                               "seeds need one configuration")
+                ours, theirs = (getattr(log, name) or "(not told)" for log in (run, first))
+                if ours != theirs:
+                    run.refuse(line, f"{name} {ours}, but {theirs} in {first.path}; all seeds need one configuration")
 
 
 def resolve(script: Path, run: RunLog) -> dict[str, str]:
@@ -126,6 +148,7 @@ def gather(options: argparse.Namespace) -> Entry:
     source = read_bytes(options.script)
     runs = tuple(sorted(map(read_log, options.logs), key=lambda run: run.seed))
     for run in runs:
+        check_device(run)
         check_script(run, options.script, source)
     check_same(runs)
     settings, shipped = resolve(options.script, runs[0]), source

@@ -16,7 +16,7 @@ from tools.files import Refused, read_bytes, write_file
 from tools.record.checks import gather
 from tools.record.entry import CAP_BYTES, Entry, why_no_record
 from tools.record.page import readme
-from tools.record.significance import against, spread, tests_of
+from tools.record.significance import against, spread, tests_of, their_text
 from tools.record.submission import as_json, submission
 from tools.runlog import RunLog
 
@@ -90,10 +90,11 @@ def summary(entry: Entry) -> str:
     most, reasons = entry.most(entry.total_bytes), "; ".join(why_no_record(entry))
     tests = [f"lower than {against(entry.options)} by more than {test.reading}: t {test.t:.3f}, df {test.df:.2f}, "
              f"p {test.p:.4g}" for test in tests_of(entry)]
+    texts = [their_text(entry)] if tests else []
     return "\n".join([
         f"val_bpb {mean:.8f}" + ("" if std is None else f", std {std:.8f}, {len(entry.runs)} seeds"),
         f"{most:,} bytes at most (code {len(entry.shipped):,}), {CAP_BYTES - most:,} to spare",
-        f"no record: {reasons}" if reasons else "track 10min_16mb", *tests])
+        f"no record: {reasons}" if reasons else "track 10min_16mb", *texts, *tests])
 
 
 def write_record(options: argparse.Namespace) -> Path:

@@ -19,7 +19,7 @@ from tools.record.entry import (
     train_seconds,
     why_no_record,
 )
-from tools.record.significance import RECORDS, against, parse_against, spread, tests_of
+from tools.record.significance import RECORDS, against, parse_against, spread, tests_of, their_text
 from tools.runlog import RunLog, public_path
 
 PAGE = """# {name}: val_bpb {score}
@@ -50,7 +50,13 @@ It writes `final_model.int6.ptz`; with `EVAL_ONLY=1 ARTIFACT=final_model.int6.pt
 
 ## Compliance
 
+By the logs:
+
 {compliance}
+
+By the source of `train_gpt.py`; no log shows it:
+
+{source_rules}
 
 ## What ran
 
@@ -120,7 +126,7 @@ def compliance_list(entry: Entry) -> list[str]:
     lines = [
         f"at most {CAP_BYTES:,} bytes on every seed: {verdict(holds['artifact_under_16mb'])}, {size:,} (code "
         f"{len(entry.shipped):,}), {CAP_BYTES - size:,} to spare",
-        f"at most 600 s of training: {verdict(holds['training_under_600s'])}, {entry.most(train_seconds):.3f} s, "
+        f"at most 600 s of training: {verdict(holds['train_under_600s'])}, {entry.most(train_seconds):.3f} s, "
         "with every read of training data; compilation and warm-up steps, which are undone, come before",
         "rounding and compression, on no data, after that clock: "
         f"{entry.most(lambda run: run.pack_seconds):.1f} s",
@@ -129,9 +135,19 @@ def compliance_list(entry: Entry) -> list[str]:
         f"three seeds of one configuration: {verdict(holds['three_seeds'])}, {seeds}",
         f"whole validation split: {verdict(holds['full_validation_split'])}, `{run.dataset}`, {run.targets:,} targets, "
         f"{run.bytes:,} bytes, {run.bytes / run.targets:.6f} bytes a token, {split}; each target is scored once",
-        f"validation text in training: {'losses to log, no more' if run.val_lines else 'none'}",
-        "the evaluation reads the artifact, the tokenizer and the validation shards; no network, n-gram cache or SLOT"]
-    return lines + ([ttt_rule(entry)] if "ttt" in run.scores else [])
+        f"losses on the validation text during training: {len(run.val_lines) or 'no'} line(s) in each log"]
+    if run.val_sha256:
+        lines.append(f"its tokens have the sha256 {run.val_sha256}, in all logs")
+    return lines
+
+
+def source_list(entry: Entry) -> list[str]:
+    """What the rules ask for and no log can show: what train_gpt.py does as it stands in this project."""
+    lines = ["training reads the training shards; whether a validation document is among them, "
+             "`python data/prepare.py verify NAME` of the project says",
+             "the evaluation reads the artifact, the tokenizer and the validation shards; no network, n-gram cache or "
+             "SLOT"]
+    return lines + ([ttt_rule(entry)] if "ttt" in entry.first.scores else [])
 
 
 def ttt_rule(entry: Entry) -> str:
@@ -146,13 +162,14 @@ def ttt_rule(entry: Entry) -> str:
 def significance_part(entry: Entry) -> str:
     if not (tests := tests_of(entry)):
         return ""
-    whose, theirs = against(entry.options).removeprefix("#"), parse_against(entry.options.against)
+    whose, theirs = against(entry.options).removeprefix("#"), [one.bpb for one in parse_against(entry.options.against)]
     mean, std = spread(theirs)
     rows = [[test.reading, f"{test.margin:.6f}", f"{test.t:.3f}", f"{test.df:.2f}", f"{test.p:.4g}"] for test in tests]
     known = f"those of PR #{whose}" if whose in RECORDS else "these, which were given by hand"
     of = known if re.fullmatch(r"[\d., ]+", whose) else f"those in {whose.replace(',', ', ')}"
     return (f"\n## Significance\n\nWelch's t-test, one-sided, of the scores by seed against {of}, "
-            f"{', '.join(map(str, theirs))} (mean {mean:.8f}, std {std:.8f}); 0.005 nats are read in three ways.\n\n"
+            f"{', '.join(map(str, theirs))} (mean {mean:.8f}, std {std:.8f}); 0.005 nats are read in three ways. "
+            f"{their_text(entry)}.\n\n"
             + table(["lower by more than", "in bits per byte", "t", "df", "p"], rows) + "\n")
 
 
@@ -180,5 +197,6 @@ def readme(entry: Entry) -> bytes:
         results=results_table(entry), significance=significance_part(entry), command=command(entry),
         data=data_places(entry),
         timing=timing_table(entry), compliance="\n".join(f"* {line}" for line in compliance_list(entry)),
+        source_rules="\n".join(f"* {line}" for line in source_list(entry)),
         what="\n".join(f"* {line}" for line in what_ran(entry)))
     return page.encode()

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from scipy import stats
 
 from tools.files import Refused, read_bytes
-from tools.record.entry import Entry, compliance
+from tools.record.entry import SAME_RATIO, Entry, compliance, is_contests
 
 # val_bpb by seed of rows of the leaderboard, by pull request, from the logs in their folders.
 RECORDS = {
@@ -24,7 +24,8 @@ RECORDS = {
 }
 
 # The contest's scripts end each stage of the evaluation with such a line, the stage that counts last.
-SCORE = re.compile(r"^\S+ val_loss:\d+\.\d{8} val_bpb:(\d+\.\d{8})(?: eval_time:\d+ms)?\r?$", re.MULTILINE)
+SCORE = re.compile(r"^\S+ val_loss:(\d+\.\d{8}) val_bpb:(\d+\.\d{8})(?: eval_time:\d+ms)?\r?$", re.MULTILINE)
+TARGETS = re.compile(r"^bytes_per_token:\S+ targets:(\d+) bytes:\d+\r?$", re.MULTILINE)  # of our logs
 
 
 def spread(values: Iterable[float]) -> tuple[float, float | None]:
@@ -43,26 +44,74 @@ class Welch(NamedTuple):
     p: float
 
 
-def last_score(path: Path) -> float:
-    """The score in a log of any of the contest's scripts, or of ours: that of its last line of 8 decimals."""
-    if not (found := SCORE.findall(read_bytes(path).decode("utf-8", errors="replace"))):
+class Published(NamedTuple):
+    """A score to compare with, and what tells on which text it was scored; 0 where nothing does."""
+
+    bpb: float
+    bytes_per_token: float = 0.0
+    targets: int = 0
+
+
+def last_score(path: Path) -> Published:
+    """The score in a log of any of the contest's scripts, or of ours: that of its last line of 8 decimals.
+
+    Loss over bits per byte gives the bytes a token, to seven digits.
+    """
+    text = read_bytes(path).decode("utf-8", errors="replace")
+    if not (found := SCORE.findall(text)) or not all(loss_bpb := [*map(float, found[-1])]):
         raise Refused(f"{path} has no line 'STAGE val_loss:... val_bpb:...' of 8 decimals; is it a log of a whole run?")
-    return float(found[-1])
+    targets = TARGETS.findall(text)
+    return Published(loss_bpb[1], loss_bpb[0] / math.log(2) / loss_bpb[1], int(targets[-1]) if targets else 0)
 
 
-def parse_against(text: str) -> tuple[float, ...]:
+def parse_against(text: str) -> tuple[Published, ...]:
     """Scores by seed: those of a name in RECORDS, a list of numbers, or those of a list of logs."""
     if text.removeprefix("#") in RECORDS:
-        return RECORDS[text.removeprefix("#")]
+        return tuple(map(Published, RECORDS[text.removeprefix("#")]))
     parts = text.split(",")
     try:
-        values = tuple(map(float, parts))
+        found = tuple(Published(float(part)) for part in parts)
     except ValueError:
-        values = tuple(map(last_score, map(Path, parts))) if any(Path(part).is_file() for part in parts) else ()
-    if len(values) < 2 or not all(0 < value < 100 for value in values):
+        found = tuple(map(last_score, map(Path, parts))) if any(Path(part).is_file() for part in parts) else ()
+    if len(found) < 2 or not all(0 < one.bpb < 100 for one in found):
         raise Refused(f"--against {text}: give two or more scores in bits per byte, as in 1.0810,1.0812, or as many "
                       f"logs, or one of {', '.join(RECORDS)}")
-    return values
+    return found
+
+
+def record_of(text: str) -> str:
+    """The pull request whose scores --against names, or gives as numbers; empty if it is none of RECORDS."""
+    if (name := text.removeprefix("#")) in RECORDS:
+        return name
+    given = {one.bpb for one in parse_against(text)}
+    return next((name for name, values in RECORDS.items() if given <= {*values}), "")
+
+
+def their_text(entry: Entry) -> str:
+    """On which text the other scores stand, in one sentence. Raises Refused if it is known to be another one.
+
+    Bits per byte of one text compare whatever its tokens are. The whole validation split of the contest is one text.
+    """
+    run, given = entry.first, entry.options.against
+    ours, whole = f"{run.dataset}, {run.targets} targets", compliance(entry)["full_validation_split"]
+    if name := record_of(given):
+        if not whole:
+            raise Refused(f"--against {given}: that record is scored on the contest's whole validation split, these "
+                          f"logs are not ({ours})")
+        return f"These and #{name} are scored on the contest's whole validation split, here as {run.dataset}"
+    ratio, theirs = run.bytes / run.targets, parse_against(given)
+    if not theirs[0].bytes_per_token:
+        return (f"Numbers do not tell on which text they were scored: the test holds only if it is that of these logs "
+                f"({ours}, {run.bytes} bytes)")
+    for path, one in zip(given.split(","), theirs):
+        what = f"{f'{one.targets} targets, ' if one.targets else ''}{one.bytes_per_token:.6f} bytes a token"
+        contests = is_contests(one.targets, one.bytes_per_token)
+        same = abs(one.bytes_per_token - ratio) < SAME_RATIO and one.targets in (0, run.targets)
+        if contests != whole or not (contests or same):
+            raise Refused(f"--against {path}: it is scored on another validation text ({what}) than these logs "
+                          f"({ours}, {ratio:.6f} bytes a token); give logs of the same text")
+    kind = "the contest's whole validation split" if whole else "a text of as many bytes a token"
+    return f"Both are scored on {kind}, by the losses and scores in those logs"
 
 
 def against(options: argparse.Namespace) -> str:
@@ -86,8 +135,6 @@ def significance(ours: list[float], theirs: tuple[float, ...], bytes_per_token: 
 def tests_of(entry: Entry) -> list[Welch]:
     if not entry.options.against:
         return []
-    ratio = entry.first.bytes / entry.first.targets
-    if entry.options.against.removeprefix("#") in RECORDS and not compliance(entry)["full_validation_split"]:
-        raise Refused(f"--against {entry.options.against}: that record is scored on the contest's whole validation "
-                      f"split, these logs are not ({entry.first.dataset}, {entry.first.targets} targets)")
-    return significance([run.final.bpb for run in entry.runs], parse_against(entry.options.against), ratio)
+    their_text(entry)
+    theirs = tuple(one.bpb for one in parse_against(entry.options.against))
+    return significance([run.final.bpb for run in entry.runs], theirs, entry.first.bytes / entry.first.targets)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 
+from tools.record.credits import attribution
 from tools.record.entry import Entry, compliance, hardware, technique, why_no_record
-from tools.record.significance import against, spread, tests_of
+from tools.record.significance import against, spread, tests_of, their_text
 from tools.runlog import RunLog
 
 
@@ -23,7 +24,14 @@ def seed_result(entry: Entry, run: RunLog) -> dict[str, float]:
 def tests_as_json(entry: Entry) -> dict:
     tests = [dict(lower_by_more_than=test.reading, margin_bpb=test.margin, t_statistic=test.t, welch_df=test.df,
                   p_value=test.p) for test in tests_of(entry)]
-    return dict(against=against(entry.options), significance=tests) if tests else {}
+    return dict(against=against(entry.options), against_text=their_text(entry), significance=tests) if tests else {}
+
+
+def hashes(entry: Entry) -> dict:
+    """Those that the logs tell: of the tokens that are scored, and of each seed's artifact."""
+    found = dict(val_sha256=entry.first.val_sha256,
+                 artifact_sha256={str(run.seed): run.artifact_sha256 for run in entry.runs if run.artifact_sha256})
+    return {name: value for name, value in found.items() if value}
 
 
 def submission(entry: Entry, logs: list[str]) -> dict:
@@ -46,6 +54,7 @@ def submission(entry: Entry, logs: list[str]) -> dict:
         train_time_s_mean=mean["train_time_s"], eval_time_s_mean=mean["eval_time_s"], hardware=hardware(run),
         pytorch_version=run.versions["torch"], dataset=run.dataset, model_params=run.parameters,
         source_sha256=run.source_sha256, technique_summary=technique(entry), compliance=compliance(entry),
+        attribution=attribution(entry.settings), **hashes(entry),
         **tests_as_json(entry), logs=logs)
 
 
