@@ -2054,7 +2054,6 @@ def pack(tensors: dict, looped: bool, cfg) -> bytes:
         {
             "settings": artifact_settings(cfg),
             "looped": looped,
-            "run_id": cfg.run_id,
             "tokenizer_sha256": hashlib.sha256(Path(cfg.tokenizer_path).read_bytes()).hexdigest(),
             "tensors": [[name, str(a.dtype), list(a.shape)] for name, a in arrays.items()],
         }
@@ -2197,7 +2196,6 @@ class Artifact(NamedTuple):
     weights: dict  # fp32
     looped: bool
     sha256: str
-    run_id: str  # of its training
 
 
 def load_artifact(path: Path, env: Mapping) -> Artifact:
@@ -2223,7 +2221,7 @@ def load_artifact(path: Path, env: Mapping) -> Artifact:
         if hashlib.sha256(tokenizer.read_bytes()).hexdigest() != header["tokenizer_sha256"]:
             raise InputError(f"TOKENIZER_PATH={tokenizer} is not the tokenizer it was trained with")
         digest = hashlib.sha256(blob).hexdigest()
-        return Artifact(cfg, dequantize(tensors), header["looped"] is True, digest, str(header["run_id"]))
+        return Artifact(cfg, dequantize(tensors), header["looped"] is True, digest)
     except OSError as error:
         raise InputError(f"artifact {path} cannot be read: {error.strerror}") from None
     except (InputError, LookupError, TypeError, AttributeError) as error:
@@ -2739,7 +2737,7 @@ def run_training(cfg, ranks, log) -> dict:
     if ranks.is_main and cfg.artifact_path.exists():  # else a run that is killed would leave it under its own name
         aside = Path(f"{cfg.artifact_path}.before")
         cfg.artifact_path.replace(aside)
-        log(f"artifact:{cfg.artifact_path} of an earlier run is now {aside}")
+        log(f"{cfg.artifact_path.name} of an earlier run is now {aside.name}")
     try:
         on_signals(trainer.note_signal)
         costs = train(trainer, lambda: scorer.plain(trainer.forward), log)
@@ -2777,17 +2775,16 @@ def evaluations(scorer: Scorer, model: GPT, looped: bool) -> dict:
 
 def run_evaluation(artifact: Artifact, begin: float, ranks, log) -> dict:
     """Score an artifact, all that it knows of the training: plain, sliding, then adapting. It began at `begin`."""
-    cfg, weights, looped, sha256, run_id = artifact
+    cfg, weights, looped, sha256 = artifact
     model, scores = load_model(cfg, weights, ranks), {}
     scorer = Scorer(read_validation(cfg), cfg, ranks, log)
     passes, attention = evaluations(scorer, model, looped), choose_attention(cfg, ranks)
     log(
-        f"artifact:{cfg.artifact_path} sha256:{sha256} of:{run_id} variant:{cfg.variant} seed:{cfg.seed} "
+        f"artifact:{cfg.artifact_path} artifact_sha256:{sha256} variant:{cfg.variant} seed:{cfg.seed} "
         f"attention:{attention.name} dtype:{model.dtype} looped:{int(looped)} "
         f"stride:{cfg.eval_stride} eval_seq_len:{cfg.window} ttt_chunk:{cfg.ttt_chunk_tokens} "
         f"load_time:{1000 * (perf_counter() - begin):.0f}ms{attention.warning}",
         artifact_sha256=sha256,
-        artifact_run_id=run_id,
         attention=attention.name,
         dtype=str(model.dtype),
         eval_stride=cfg.eval_stride,
@@ -2800,7 +2797,7 @@ def run_evaluation(artifact: Artifact, begin: float, ranks, log) -> dict:
     seconds, count, size = perf_counter() - begin, len(scorer.bytes), int(scorer.bytes.sum())
     log(f"total_eval_time:{1000 * seconds:.0f}ms{ranks.memory()}", eval_seconds=seconds)
     log(
-        f"bytes_per_token:{size / count:.6f} targets:{count} bytes:{size} sha256:{scorer.sha256}",
+        f"bytes_per_token:{size / count:.6f} targets:{count} bytes:{size} val_sha256:{scorer.sha256}",
         targets=count,
         bytes=size,
         val_sha256=scorer.sha256,

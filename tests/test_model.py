@@ -309,7 +309,7 @@ def test_on_a_gpu_the_best_kernel_that_is_there_is_taken_or_the_one_asked_for(ca
         assert card.chosen(attention=name).attend.keywords == dict(backend=backend)
     assert card.chosen(attention="sdpa")[:2] == ("sdpa", t.attend_sdpa)
     card.capability = (8, 0)
-    assert card.chosen()[::2] == ("fa2", "WARNING: attention by fa2, without fa3: it runs on a Hopper GPU")
+    assert card.chosen()[::2] == ("fa2", "\nWARNING: attention by fa2, without fa3: it runs on a Hopper GPU")
     with pytest.raises(t.InputError, match="ATTENTION=fa3 cannot run: fa3: it runs on a Hopper GPU"):
         card.chosen(attention="fa3")
     monkeypatch.setitem(sys.modules, "flash_attn", None)
@@ -332,8 +332,8 @@ def test_a_broken_package_is_a_missing_one_and_the_log_says_why(card, monkeypatc
 
     monkeypatch.setattr(t.importlib, "import_module", fail)
     found = card.chosen()
-    assert found.name == "fa2" and found.warning.startswith("WARNING: attention by fa2, without fa3: ")
-    assert str(fault).split()[0] in found.warning and "\n" not in found.warning
+    assert found.name == "fa2" and found.warning.startswith("\nWARNING: attention by fa2, without fa3: ")
+    assert str(fault).split()[0] in found.warning and "\n" not in found.warning[1:]
     with pytest.raises(t.InputError, match=f"ATTENTION=fa3 cannot run: fa3: .*{str(fault).split()[0]}"):
         card.chosen(attention="fa3")
 

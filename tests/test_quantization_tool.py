@@ -36,7 +36,7 @@ def test_equal_bytes_are_equal_and_a_correction_helps(study):
     cfg, plans = study.plans(settings, gptq)
     size = study.size(t.quantize(study.weights, plans), "rans")
     (found, gap), = quantization.at_bytes(study, "SDClip 12.85, GPTQ (#1812)", [round(0.95 * size)], "rans")
-    assert found == pytest.approx(0.95 * size, rel=0.01)
+    assert found == pytest.approx(0.95 * size, rel=0.02)
     more, corrected = quantization.low_rank(study, "row maximum, int4", 32, 99)
     assert more > 0 and abs(corrected) < abs(quantization.low_rank(study, "row maximum, int4", 0, 0)[1])
     assert len(quantization.layouts(study, "row maximum, int4")) == 5

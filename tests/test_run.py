@@ -110,7 +110,7 @@ def test_bad_input_ends_in_one_line_and_overwrites_nothing(env, tmp_path, wrong,
     lines = done.stderr.strip().splitlines()
     assert done.returncode != 0 and len(lines) == 1 and re.search(words, lines[0]), done.stderr
     before = tmp_path / "final_model.int6.ptz.before"  # where it goes as soon as training begins, as the log says
-    assert (before if before.exists() else kept).read_bytes() == b"an earlier model" and before.exists() == (f"now {before}" in done.stdout)
+    assert (before if before.exists() else kept).read_bytes() == b"an earlier model" and before.exists() == (f"now {before.name}" in done.stdout)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -157,10 +157,11 @@ def test_what_cannot_act_on_an_artifact_is_refused(finished, tmp_path, settings)
 def test_an_evaluation_names_the_artifact_that_it_scores(finished, tmp_path):
     out = scoring(finished, tmp_path, VARIANT="smoke", RUN_ID="again").stdout
     digest = hashlib.sha256((finished[1] / "final_model.int6.ptz").read_bytes()).hexdigest()
-    assert f"sha256:{digest} of:test variant:smoke seed:1337 " in out and "variant:smoke seed:1337 overrides: RUN_ID=again" in out
+    assert f"artifact_sha256:{digest} variant:smoke seed:1337 " in out and "variant:smoke seed:1337 overrides: RUN_ID=again" in out
     facts = json.loads(out.splitlines()[-1].removeprefix("RESULT "))
-    assert (facts["artifact_sha256"], facts["artifact_run_id"], facts["seed"]) == (digest, "test", 1337)
-    assert facts["val_sha256"] == json.loads(finished[2].splitlines()[-1].removeprefix("RESULT "))["val_sha256"]
+    trained = json.loads(finished[2].splitlines()[-1].removeprefix("RESULT "))
+    assert facts["artifact_sha256"] == trained["artifact_sha256"] == digest and facts["seed"] == 1337
+    assert facts["val_sha256"] == trained["val_sha256"] and len(facts["val_sha256"]) == 64
 
 
 def test_a_run_id_names_one_log_inside_the_folder_of_logs(finished, tmp_path):

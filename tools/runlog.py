@@ -22,9 +22,9 @@ STEPS = {name: re.compile(pattern, re.ASCII) for name, pattern in dict(  # lines
     val=rf"{STEP} val_loss:(?P<loss>\d+\.\d{{4}}) val_bpb:(?P<bpb>\d+\.\d{{4}}) eval_time:\d+ms {CLOCK}").items()}
 FREE = re.compile(  # and those of which they tell nothing
     r"(nvidia-smi: |WARNING: attention |warmup_step:\d|gptq:(reserving|collected) |(late_qat|layer_loop):enabled |"
-    r"checkpoint:|averaging: |fit:factor |scoring:\d+/\d+ running_bpb:|peak memory allocated: ).*", re.ASCII)
+    r"checkpoint:|averaging: |\S+ of an earlier run is now |fit:factor |scoring:\d+/\d+ running_bpb:|peak memory allocated: ).*", re.ASCII)
 PLACE = re.compile(  # a path in the line of a checkpoint, of the artifact, or of the log itself
-    r"(?:^| )(?:checkpoint|artifact|log):(/.+?)(?= averaging:\w+ updates:| variant:\w+ seed:| artifact:|$)")
+    r"(?:^| )(?:checkpoint|artifact|log):(/.+?)(?= averaging:\w+ updates:| artifact_sha256:| variant:\w+ seed:| artifact:|$)")
 HASHES = ("val_sha256", "artifact_sha256")  # of the tokens that are scored, of the artifact: not in every log
 HASH = re.compile(rf" ?\b({'|'.join(HASHES)}):([0-9a-f]{{64}})\b")
 
