@@ -183,9 +183,9 @@ def test_a_plan_by_rows_keeps_its_clip_as_the_factor_moves(bits, sigmas, factor,
     codes, steps = t.quantize_rows(plan, factor)
     moved = max(factor, grid.top / 127)
     np.testing.assert_allclose(steps.double(), moved * plan.steps.double(), rtol=6e-4)
-    assert (codes[:, 0] == codes[0, 0]).all() and codes.abs().max() == codes[0, 0] <= 127
-    assert abs(float(codes[0, 0] * steps[0].float() - plan.clip[0])) <= float(steps[0]) * 0.5001
-    assert torch.equal(codes.float(), (w / steps.float()[:, None]).round().clamp(-int(codes[0, 0]), int(codes[0, 0])))
+    top = (plan.clip.double() / steps.double()).round().clamp(max=127)[:, None]
+    assert torch.equal(codes[:, :1].double(), top) and ((top * steps.double()[:, None] - plan.clip[:, None]).abs() <= 0.5001 * steps.double()[:, None]).all()
+    assert torch.equal(codes.double(), (w / steps.float()[:, None]).double().round().clamp(-top, top))
 
 
 def test_factor_one_is_the_plan_itself():
