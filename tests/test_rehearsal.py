@@ -43,7 +43,7 @@ def figures(text):
         seconds={key: told(f"{name} {pair} {time}", text)[2] for key, name in names.items()}, train_ms=clock,
         packing=told(r"quantize_and_pack:(\S+)s, off the training clock", text), eval_ms=told(r"total_eval_time:(\d+)ms", text),
         code=told(r"Code size: (\d+) bytes", text), model=told(r"Serialized model \S+ (\d+) bytes .*", text),
-        targets=told(r"bytes_per_token:\S+ targets:(\d+) bytes:\d+", text), bytes=told(r"bytes_per_token:\S+ targets:\d+ bytes:(\d+)", text),
+        targets=told(r"bytes_per_token:\S+ targets:(\d+) bytes:\d+(?: .*)?", text), bytes=told(r"bytes_per_token:\S+ targets:\d+ bytes:(\d+)(?: .*)?", text),
         parameters=told(r"model_params:(\d+) .*", text), sha256=told(r"source:\S+ sha256:(\w+) bytes:\d+", text))
 
 
