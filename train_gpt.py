@@ -64,22 +64,26 @@ class Unusable(InputError):
     """Raised by all ranks at once, after work worth keeping: a loss that is no number, a file over the cap."""
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal to any rank, raised by all ranks at once."""
+
+
 def knob(default: Any, help: str, low: float = 0, high: float = math.inf, choices: tuple = (), group: str = "") -> Any:
     """A Config field: its help, the closed range or the choices of each value; `group` opens a section of --help."""
     return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices, group=group))
 
 
-def positive(default: int, help: str, group: str = "") -> Any:
+def positive(default, help, group=""):
     """A knob of 1 or more."""
     return knob(default, help, low=1, group=group)
 
 
-def choice(default: str, help: str, *choices: str) -> Any:
+def choice(default, help, *choices):
     """A knob that takes one of the choices."""
     return knob(default, f"{help} ({' | '.join(choices)})", choices=choices)
 
 
-def fraction(default: float, help: str) -> Any:
+def fraction(default, help):
     """A knob of 0 to 1."""
     return knob(default, help, high=1)
 
@@ -285,11 +289,11 @@ class Config:
 
 # Of the options' first words those that other programs begin names with, too; words of the contest's names; and what
 # does here what its most used names do there.
-COMMON_WORDS = "CHECKPOINT DATA ENABLE INIT MAX MODEL NUM OUTPUT RUN"
+COMMON_WORDS = "CHECKPOINT DATA ENABLE INIT MAX MODEL NUM OUTPUT PARALLEL RUN"
 CONTEST_WORDS = """
 BIGRAM BINARIZE BITNET BLOCKS CALIB CASEOPS CHURN CLIP DECAY DETACH DIM EGGROLL EXPAND FP16 GATE GDN GPTQ INT4 INT6 INT8
 JEPA LAYER0 LAYERS LEGENDRE LEN LORA LOSS LQER LR LZMA MAMBA3 MTP MULT NGRAM NS PATTERNS POLAR POP PROJECTOR QAT QUANT
-RECUR RECURRENCE REFINER REG SEQ SHAPING SIGREG SLIDING SOFTCAP STRIDE TIE TTT TVERSKY UNTIE WALLCLOCK WD XNOR
+RECUR RECURRENCE REFINER REG SHAPING SIGREG SLIDING SOFTCAP STRIDE TIE TTT TVERSKY UNTIE WALLCLOCK WD XNOR
 """
 ANSWERS = dict(
     TTT_ENABLED="TTT_EPOCHS=0 turns it off",
@@ -299,6 +303,7 @@ ANSWERS = dict(
     LATE_QAT="LATE_QAT_THRESHOLD=0 turns it off",
     SLIDING_WINDOW_ENABLED="use EVAL_STRIDE",
     TARGET_MB="use MAX_ARTIFACT_BYTES",
+    PARALLEL_START_LAYER="use PARALLEL_RESIDUAL_START",
     LN_SCALE="LN_SCALE_POWER=0 turns it off",
     EMBED_LR="use TIED_EMBED_LR",
     MUON_WEIGHT_DECAY="use MUON_WD",
@@ -2355,7 +2360,9 @@ def calibrate(trainer: Trainer, clock: Clock, log) -> dict:
             trainer.observe()
             clock.synchronize()
             (elapsed,) = ranks.maximum(clock.seconds())
-            used, slowest = used + 1, max(slowest, elapsed - before)
+            # the first one loads kernels, so it counts only until there is another
+            slowest = max(slowest, elapsed - before) if used > 1 else elapsed - before
+            used += 1
     log(f"gptq:collected {sum(o.count > 0 for o in seen.values())} Hessians from {used} of {count} batches")
     return {name: curvature(observer, ranks) for name, observer in seen.items()}
 
@@ -2372,7 +2379,7 @@ def train(trainer: Trainer, validate, log) -> dict:
     for step in range(cfg.iterations):
         elapsed, step_seconds, stop = ranks.maximum(clock.seconds(), clock.step_seconds, trainer.stop)
         if stop:
-            raise KeyboardInterrupt
+            raise Stopped
         bar.update(fraction_done(step, elapsed, cfg) - bar.n)
         if step and out_of_time(elapsed, step_seconds, cfg):
             log(f"stopping_early: wallclock_cap {timing(step, elapsed)} step:{step}/{cfg.iterations}")
@@ -2398,13 +2405,15 @@ def train(trainer: Trainer, validate, log) -> dict:
     log(f"averaging:{cfg.averaging} updates:{average.count}{ranks.memory()}")
     costs = calibrate(trainer, clock, log) if cfg.quantizer == "gptq" else {}
     clock.synchronize()
-    steps, (seconds,) = pending[0], ranks.maximum(clock.seconds())
+    steps, (seconds, stop) = pending[0], ranks.maximum(clock.seconds(), trainer.stop)
     log(
         f"training ended: step:{steps}/{cfg.iterations} {timing(steps, seconds)}",
         iterations=cfg.iterations,
         steps=steps,
         train_seconds=seconds,
     )
+    if stop:
+        raise Stopped
     return costs
 
 
@@ -2609,7 +2618,7 @@ class Progress:
 
     def __init__(self, scorer: Scorer):
         self.bar = progress_bar("scoring", len(scorer.bytes), scorer.log)
-        self.bytes = F.pad(scorer.bytes, (0, 1))
+        self.bytes = scorer.bytes if self.bar.disable else F.pad(scorer.bytes, (0, 1))
         self.nll, self.size = torch.zeros(2, dtype=torch.float64, device=scorer.tokens.device)
 
     def __call__(self, nll: Tensor, places: Tensor):
@@ -2746,7 +2755,7 @@ def run_training(cfg, ranks, log) -> dict:
         save_artifact(coding_plans(weights, grids(model, cfg), cfg, costs), weights, trainer.looped, cfg, ranks, log)
     except (InputError, KeyboardInterrupt) as error:
         save_average(trainer.average, trainer.looped, cfg, log)
-        if isinstance(error, Unusable):  # all ranks have met it
+        if isinstance(error, (Unusable, Stopped)):  # all ranks have met it
             ranks.barrier()
         raise
     ranks.barrier()

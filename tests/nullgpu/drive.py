@@ -147,7 +147,7 @@ def watch_evaluation(t, meter):
 
 
 def stand_in(t):
-    """What no file and no kernel gives here: the pieces of a tokenizer, and that gradients reached all weights. And no line a minute: it waits."""
+    """What no file and no kernel gives here: the pieces of a tokenizer, and that gradients reached all weights."""
 
     def load_tokenizer(_, cfg):
         return SimpleNamespace(is_control=lambda i: i < 3, is_unknown=lambda i: i == 3, is_unused=lambda i: False, is_byte=lambda i: i < 259,
