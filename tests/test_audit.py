@@ -140,9 +140,16 @@ def test_a_changed_future_changes_no_earlier_score(nll_of, kind):
     assert noted(kind, "H1 future", future(partial(nll_of, kind), positions)) == 0
 
 
+@pytest.mark.parametrize("kind", ["pr1812", "pr490"])
+def test_a_rate_over_the_streams_own_length_is_the_published_one(nll_of, kind):
+    """TTT_COSINE_TOKENS=0 is that of as many targets as there are; another length is another rate."""
+    published, own, longer = (nll_of(kind, stream(), ttt_cosine_tokens=n) for n in (0, N - 1, 10 * N))
+    assert np.array_equal(published, own) and not np.array_equal(published, longer)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_cut_stream_has_the_scores_of_its_beginning(nll_of, kind):
-    """At a constant rate: a rate that falls over the stream knows how long it is. Batches of other sizes round differently."""
+    """Also where the rate falls, since it falls over a known length. Batches of other sizes round differently."""
     score = partial(nll_of, kind)
     assert noted(kind, "H2 truncation", truncation(score, (2, 16, 17, 18, 25, 34))) < 2e-6
 
