@@ -281,6 +281,23 @@ def test_the_patterns_choose_what_moves(changes, chosen, optimizer):
     assert names == {n for n in before if chosen(n)} and names
 
 
+def test_a_block_is_not_one_whose_number_begins_alike():
+    """pr150 freezes blocks 0 and 1 of 11."""
+    cfg = t.Config.from_env({"VARIANT": "pr150"})
+    with torch.device("meta"):
+        model = t.GPT(cfg)
+    chosen = set(map(id, t.adapting_parameters(model, cfg)))
+    assert {name.split(".")[1] for name, p in model.named_parameters() if name.startswith("blocks.") and id(p) in chosen} == set(map(str, range(2, 11)))
+    t.adapting_parameters(model, dataclasses.replace(cfg, ttt_params=("blocks.1.*",)))
+    assert {name.split(".")[1] for name, p in model.named_parameters() if p.requires_grad} == {"1"}
+
+
+def test_the_seed_draws_what_a_lora_begins_with():
+    cfg = cfg_of("lora")
+    starts = [[*t.lora_starts(make_model(CFG), dataclasses.replace(cfg, seed=seed)).values()] for seed in (1, 1, 2)]
+    assert all(torch.equal(a, b) and not torch.equal(a, c) for a, b, c in zip(*starts))
+
+
 @pytest.mark.parametrize("kind", ["lora", "document"])
 def test_adapters_leave_the_weights_bit_for_bit(kind):
     assert moved(cfg_of(kind))[0] == set()

@@ -54,6 +54,7 @@ def test_all_such_names_are_told_at_once_and_answers_name_options():
     ("NUM_HEADS", "7", "MODEL_DIM=512 must be a multiple of NUM_HEADS=7"), ("TRAIN_BATCH_TOKENS", "1000", "TRAIN_SEQ_LEN=2048"),
     ("ROPE_DIMS", "15", "ROPE_DIMS=15"), ("EMBED_BITS", "9", "2 to 8, or 16"), ("CLIP_SHARES", "0.5,0", "CLIP_SHARES"),
     ("CLIP_SHARES", "", "CLIP_SHARES"), ("EVAL_STRIDE", "100", "EVAL_STRIDE=100"), ("TTT_CHUNK_TOKENS", "3000", "TTT_CHUNK_TOKENS"),
+    ("MATRIX_LR", "inf", "not valid"), ("NUM_KV_HEADS", "3", "NUM_HEADS=8 must be a multiple of NUM_KV_HEADS=3"),
 ])
 def test_a_bad_value_is_one_line_that_names_it(name, text, words):
     with pytest.raises(t.InputError, match=words) as caught:
@@ -71,6 +72,12 @@ def test_settings_survive_the_trip_through_the_environment(variant):
 def test_any_number_survives_it_exactly(rate, layers, smear):
     cfg = t.Config(matrix_lr=rate, ve_layers=tuple(layers), smear_gate=smear)
     assert t.Config.from_env(t.as_env(vars(cfg))) == cfg
+
+
+def test_a_stride_divides_the_window_whatever_the_training_length():
+    assert t.Config(eval_seq_len=48, eval_stride=48, ttt_epochs=0).window == 48
+    with pytest.raises(t.InputError, match="EVAL_STRIDE=64 must divide the window of 96"):
+        t.Config(eval_seq_len=96, eval_stride=64, ttt_epochs=0)
 
 
 def test_the_configuration_is_frozen():

@@ -110,6 +110,27 @@ def test_bytes_of_any_text_are_those_of_its_decoded_text(dataset, text):
     assert counted_bytes(cfg, ids) == len(sp.decode(ids).encode())
 
 
+class Unused:
+    """A tokenizer of which one piece is out of use."""
+
+    def __init__(self, inner, unused):
+        self.inner, self.unused = inner, unused
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def is_unused(self, i):
+        return i == self.unused
+
+
+def test_an_unused_piece_is_a_boundary_of_no_bytes(cfg, monkeypatch):
+    sp = t.load_tokenizer(cfg)
+    word, letter = next(i for i in range(384) if sp.id_to_piece(i).startswith("\u2581") and len(sp.id_to_piece(i)) > 1), sp.piece_to_id("e")
+    before = counted_bytes(cfg, [letter, word]), counted_bytes(cfg, [word, letter])
+    monkeypatch.setattr(t, "load_tokenizer", lambda cfg: Unused(sp, letter))
+    assert (counted_bytes(cfg, [letter, word]), counted_bytes(cfg, [word, letter])) == (before[0] - 2, before[1] - 1)
+
+
 def test_the_byte_rule_on_single_pieces(cfg):
     sp = sentencepiece.SentencePieceProcessor(model_file=cfg.tokenizer_path)
     byte = sp.piece_to_id("<0xE2>")

@@ -79,6 +79,28 @@ def test_any_symbols_in_any_contexts_come_back_and_shares_add_up(count, symbols,
     assert np.array_equal(t.rans_decode(where, table, state, words), found)
 
 
+def test_a_state_that_grows_to_the_brim_gives_up_a_word_before_it_runs_over():
+    """Symbols of probability one half double a state of 2**16; the sixteenth of them would bring it to 2**32."""
+    symbols, contexts = np.repeat(np.array([1, 0], np.uint8), 15 * t.LANES), np.zeros(30 * t.LANES, np.uint8)
+    table = t.frequencies(symbols, contexts.astype(np.int64))
+    assert table[0, :2].tolist() == [2048, 2048]
+    assert np.array_equal(t.rans_decode(contexts, table, *t.rans_encode(symbols, contexts, table)), symbols)
+
+
+def test_a_single_flipped_bit_is_told_by_the_end_of_the_stream():
+    """Without the file's checksum: what is read is as long as before, nearly always, so that the states alone can tell."""
+    draw = np.random.default_rng(0)
+    symbols, contexts = draw.choice(4, 5000, p=(0.7, 0.1, 0.1, 0.1)).astype(np.uint8), draw.integers(0, 3, 5000).astype(np.uint8)
+    table = t.frequencies(symbols, contexts.astype(np.int64))
+    good = t.rans_encode(symbols, contexts, table)
+    for part, size in ((0, 32), (1, 16)):
+        for at in range(0, len(good[part]), 37):
+            bad = [array.copy() for array in good]
+            bad[part][at] ^= 1 << int(draw.integers(size))
+            with pytest.raises((ValueError, IndexError)):
+                t.rans_decode(contexts, table, *bad)
+
+
 @pytest.mark.parametrize("kind, rows, cols", [("zero", 400, 400), ("one", 300, 300), ("sparse", 700, 900)])
 def test_a_file_whose_codes_say_nearly_nothing_is_read(kind, rows, cols):
     codes = codes_of(kind, rows, cols)

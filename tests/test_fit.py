@@ -259,6 +259,19 @@ def observed(cfg, looped=False, ranks=None, batches=2):
     return seen, trainer
 
 
+def test_a_curvature_is_that_of_all_ranks(step_cfg):
+    """Two ranks have the parts of one rank's batch."""
+    (whole, _), *parts = observed(step_cfg), *(observed(step_cfg, ranks=t.Ranks(rank, 2)) for rank in range(2))
+    for name, one in whole.items():
+        mine, others = (seen[name] for seen, _ in parts)
+        queue = [others.inputs, others.outputs, others.lookups, others.count]
+        ranks = t.Ranks()
+        object.__setattr__(ranks, "sum_", lambda tensor, queue=queue: tensor + queue.pop(0))
+        for got, want in zip(t.curvature(mine, ranks), t.curvature(one, t.Ranks())):
+            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4 * float(want.abs().max()))
+        assert not queue
+
+
 @pytest.mark.parametrize("loops", [0, 2])
 def test_observers_sum_what_autograd_gives(step_cfg, loops):
     cfg = dataclasses.replace(step_cfg, num_loops=loops, loop_start=1, loop_end=2)

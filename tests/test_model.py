@@ -124,6 +124,14 @@ def test_rotary_tables_are_exact_and_have_as_many_rows_as_positions():
     assert len(torch.unique(torch.cat((model.cos, model.sin), -1).flatten(1), dim=0)) == 2048
 
 
+def test_a_window_longer_than_the_training_rows_has_its_rotations(cfg):
+    model, longer = (make_model(dataclasses.replace(cfg, eval_seq_len=n)) for n in (0, 64))
+    ids = torch.randint(2, cfg.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert longer.hidden(ids).shape == (2, 64, cfg.model_dim)
+        torch.testing.assert_close(longer.hidden(ids)[:, :32], model.hidden(ids[:, :32]), rtol=1e-4, atol=1e-4)
+
+
 def test_rotation_keeps_lengths_and_depends_on_distance_alone():
     cos, sin = t.rotary_tables(64, 8, 10_000.0)
     x = torch.randn(1, 1, 1, 8).expand(1, 64, 1, 8)
