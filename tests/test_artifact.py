@@ -113,6 +113,25 @@ def test_settings_of_a_malicious_header_build_nothing(cfg, tmp_path, env, change
         t.load_model(*t.load_artifact(path, env)[:2], t.Ranks())
 
 
+@pytest.mark.parametrize("name, text", [("MATRIX_LR", "0.5"), ("NUM_LAYERS", None), ("OUTPUT_DIR", "/tmp")])
+def test_a_setting_too_many_or_too_few_is_named(cfg, tmp_path, env, name, text):
+    digest = hashlib.sha256(open(cfg.tokenizer_path, "rb").read()).hexdigest()
+    settings = {k: v for k, v in (t.artifact_settings(cfg) | {name: text}).items() if v is not None}
+    (path := tmp_path / "x.ptz").write_bytes(sealed({"settings": settings, "looped": False, "tensors": [], "tokenizer_sha256": digest}))
+    with pytest.raises(t.InputError, match=f"its settings lack or add {name}"):
+        t.load_artifact(path, {k: env[k] for k in ("DATA_PATH", "TOKENIZER_PATH")})
+
+
+def test_an_average_that_no_step_went_into_is_not_saved(model, cfg, log):
+    average, log.active = t.Average(model), True
+    path = t.Path(cfg.output_dir, "final_model.average.ptz")
+    t.save_average(average, False, cfg, log)
+    assert not path.exists()
+    average.update(0.5)
+    t.save_average(average, False, cfg, log)
+    assert path.exists()
+
+
 @pytest.mark.parametrize("codes, steps", [((1000,), (1000, 1)), ((4, 4), (3,)), ((4, 4), (4, 4)), ((), ())])
 def test_codes_and_steps_that_do_not_match_are_refused(codes, steps):
     with pytest.raises(t.InputError, match="codes"):

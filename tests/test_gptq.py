@@ -320,6 +320,33 @@ def test_training_and_calibration_end_before_the_limit(gptq_cfg, monkeypatch, su
     assert used == 8 if slower == 1.0 else 0 < used < 8
 
 
+def calibrated(cfg, log, monkeypatch, seconds):
+    """(costs, batches taken) of a calibration whose batches take these seconds of a made-up clock, which stands at 3."""
+    trainer, now = trainer_of(cfg), [0.0]
+    monkeypatch.setattr(t, "perf_counter", lambda: now[0])
+    clock, inner, taken = t.Clock(torch.device("cpu"), 0.1), trainer.observe, []
+    now[0] = 3.0
+
+    def observe():
+        now[0] += seconds[len(taken)]
+        taken.append(inner())
+
+    monkeypatch.setattr(trainer, "observe", observe)
+    return t.calibrate(trainer, clock, log), len(taken)
+
+
+def test_a_first_batch_that_loads_kernels_does_not_set_the_pace(gptq_cfg, log, monkeypatch):
+    cfg = dataclasses.replace(gptq_cfg, max_wallclock_seconds=10.0, gptq_calibration_batches=30)
+    assert calibrated(cfg, log, monkeypatch, [2.0] + [0.1] * 29)[1] == 30
+    assert calibrated(cfg, log, monkeypatch, [2.0] + [0.1] * 4 + [1.0] * 25)[1] == 8  # until 8.4 s: two more might not end in time
+    assert calibrated(cfg, log, monkeypatch, [4.0] + [0.1] * 29)[1] == 1
+
+
+def test_one_batch_is_taken_even_if_no_time_is_left(gptq_cfg, log, monkeypatch):
+    costs, count = calibrated(dataclasses.replace(gptq_cfg, max_wallclock_seconds=3.0, gptq_reserve_seconds=1.0), log, monkeypatch, [0.1])
+    assert count == 1 and all(cost.inputs.isfinite().all() for cost in costs.values())
+
+
 def test_ranks_leave_the_calibration_together(tmp_path, env):
     """Three ranks of which one comes late to each look at the clock: without one clock for all they would wait for ever in the sums."""
     script = f"""

@@ -159,9 +159,9 @@ def test_late_qat_and_the_loops_switch_on_once_at_their_time_and_stay(variant):
     shares = [(i + 0.5) / 1000 for i in range(1000)]
     seen = []
     for step, share in enumerate(shares):
-        t.Trainer.switch(trainer, step, share, 1 - share, said.append)
+        t.Trainer.switch(trainer, step, share, 1 - share**2, said.append)
         seen.append((trainer.qat, trainer.looped))
-    qat_from = dict(pr150=0.0, pr455=0.9, pr490=0.85, pr1127=0.85, pr1812=2.0)[variant]
+    qat_from = dict(pr150=0.0, pr455=0.9, pr490=0.85, pr1127=0.85, pr1812=4.0)[variant] ** 0.5  # where the rate is 1 - share**2
     loops_from = 0.35 if variant == "pr1812" else 2.0
     assert seen == [(share >= qat_from, share >= loops_from) for share in shares]
     assert len(said) == (qat_from < 2) + (loops_from < 2)
