@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0  # the version that the tests ran with; on the contest's 
 
 CUDA_TORCH ?= torch==2.9.1  # the contest's: on Linux the package index gives its CUDA build (about 6 GB)
 
-.PHONY: demo test test-all test-cuda check-gpu compiler bench lint clean
+.PHONY: demo test test-all test-cuda mutants check-gpu compiler bench lint clean
 
 .venv/ready: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv
@@ -40,6 +40,9 @@ compiler:
 test-cuda: compiler .venv-cuda/$(strip $(CUDA_TORCH))
 	CUDA_VISIBLE_DEVICES= .venv-cuda/bin/python -m pytest
 	.venv-cuda/bin/python -m pytest tests/nullgpu --dist load --maxschedchunk 1
+
+mutants: .venv/ready  # which planted mistakes the default tests notice; more than an hour
+	.venv/bin/python -m tests.mutants
 
 check-gpu:  # with the torch of the machine: it needs nothing else
 	$(PYTHON) -m tools.bench.check_gpu

@@ -112,7 +112,7 @@ class Config:
         "flash",
         "sdpa",
     )
-    dtype: str = choice("auto", "activations; auto: bf16 on CUDA or AMX", "auto", "bf16", "fp32")
+    dtype: str = choice("auto", "activations; auto: bf16 on CUDA or AVX-512 BF16", "auto", "bf16", "fp32")
     compile: str = choice("auto", "torch.compile, which takes minutes; auto: on CUDA", "auto", "on", "off")
 
     variant: str = knob("card", "row of settings to start from; see VARIANTS", group="model")
@@ -1116,8 +1116,8 @@ def attend_padded(attend, q, k, v):
 
 
 def compute_dtype(cfg, device: torch.device) -> torch.dtype:
-    """The dtype of activations: bf16 where matrix units are made for it, fp32 elsewhere, unless DTYPE says."""
-    fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported()
+    """The dtype of activations: bf16 where the processor multiplies it, fp32 elsewhere, unless DTYPE says."""
+    fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if cfg.dtype == "bf16" or (cfg.dtype == "auto" and fast) else torch.float32
 
 

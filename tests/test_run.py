@@ -164,6 +164,12 @@ def test_an_evaluation_names_the_artifact_that_it_scores(finished, tmp_path):
     assert facts["val_sha256"] == trained["val_sha256"] and len(facts["val_sha256"]) == 64
 
 
+def test_the_seconds_of_an_evaluation_are_its_own(finished):
+    facts = json.loads(finished[2].splitlines()[-1].removeprefix("RESULT "))
+    stages = sum(score["seconds"] for stage, score in facts["scores"].items() if stage not in ("raw", "averaged"))
+    assert stages <= facts["eval_seconds"] < stages + facts["train_seconds"]
+
+
 def test_a_run_id_names_one_log_inside_the_folder_of_logs(finished, tmp_path):
     for name, words in (("test", "File exists; set another RUN_ID"), ("../../x", "must be a plain name"), ("a/b", "must be a plain name")):
         done = scoring(finished, finished[1], RUN_ID=name)

@@ -118,6 +118,11 @@ def test_the_last_steps_loss_is_looked_at(short, log, monkeypatch):
         t.train(trainer, None, log)
 
 
+def test_one_step_is_taken_however_little_time_there_is(short, log):
+    t.train(trainer_of(dataclasses.replace(short, max_wallclock_seconds=1e-6)), None, log)
+    assert log.facts["steps"] == 1
+
+
 def test_the_rate_ends_where_gptq_begins():
     cfg = t.Config(quantizer="gptq", gptq_reserve_seconds=100.0, max_wallclock_seconds=600.0, warmdown_iters=1000)
     # 0.1 s a step: the warmdown takes the last 100 of 500 s
