@@ -18,10 +18,11 @@ ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Files that take longest come first (a file stays on one worker), so that no worker is left with one at the end."""
     longest = ["test_variants", "test_audit", "test_run", "test_adapt", "test_reference", "test_muon"]
-    items.sort(key=lambda item: longest.index(item.path.stem) if item.path.stem in longest else len(longest))
+    if hasattr(config, "workerinput"):  # one process alone goes by the command line
+        items.sort(key=lambda item: longest.index(item.path.stem) if item.path.stem in longest else len(longest))
 
 
 @pytest.fixture(scope="session")
