@@ -111,12 +111,12 @@ def test_the_end_of_every_run_can_be_read(tmp_path):
 
 
 def test_a_log_of_the_contests_script_joins_a_race():
-    run = loglines.read_curve(ROOT / "logs" / "2026-11-21_race_baseline.txt")
-    assert (run.seed, run.bpb, tools.plot.batch_tokens(run)) == (1337, 2.54982797, 16384)
-    assert run.points["train"][-1] == (110, 898652 / 60_000, 4.3239) and run.points["val"] == [(111, 906545 / 60_000, 4.3236)]
-    other = loglines.read_curve(ROOT / "logs" / "2026-11-21_race_demo.txt")
+    run = loglines.read_curve(ROOT / "logs" / "2026-11-22_race_baseline.txt")
+    assert (run.seed, run.bpb, tools.plot.batch_tokens(run)) == (1337, 2.03392503, 2048)
+    assert run.points["train"][-1] == (3020, 898070 / 60_000, 3.5061) and run.points["val"] == [(3027, 900138 / 60_000, 3.4702)]
+    other = loglines.read_curve(ROOT / "logs" / "2026-11-22_race_same_shape.txt")
     panel, = tools.plot.draw_curves({"demo": [other], "baseline": [run]}, ["tokens"]).axes
-    assert panel.lines[4].get_xdata()[-1] == pytest.approx(110 * 16384 / 1e6) and panel.lines[4].get_label() == "baseline, final 2.5498 bpb"
+    assert panel.lines[4].get_xdata()[-1] == pytest.approx(3020 * 2048 / 1e6) and panel.lines[4].get_label() == "baseline, final 2.0339 bpb"
 
 
 def cut_off(figure):
