@@ -133,3 +133,15 @@ def test_ranks_together_take_the_gradient_of_one(cfg, rows, world):
             total = total + torch.cat([p.grad.flatten() for p in model.parameters()]) / size
         gradients.append(total)
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_moves_the_weights_by_at_most_the_clip(cfg):
+    ids = torch.randint(2, cfg.vocab_size, (4, 33), generator=torch.Generator().manual_seed(0))
+    moved = []
+    for clip in (0.0, 1e-3, 1e6):
+        model = make_model(cfg)
+        adapt = adaptation(model, dataclasses.replace(cfg, ttt_grad_clip=clip, ttt_lr=0.5))
+        before = torch.nn.utils.parameters_to_vector(model.parameters()).detach().double()
+        adapt.step(t.ScoredChunk(0, 0.0, False, None, ids[:, :-1], ids[:, 1:], torch.ones(4)), torch.arange(4))
+        moved.append(float((torch.nn.utils.parameters_to_vector(model.parameters()).detach().double() - before).norm()))
+    assert moved[1] == pytest.approx(0.5e-3, rel=0.02) and moved[0] == pytest.approx(moved[2], rel=1e-5) and moved[0] > 0.01
