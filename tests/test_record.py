@@ -541,12 +541,23 @@ def test_a_copy_of_a_log_under_another_seed_is_refused(write, texts, tmp_path, c
     assert message.endswith("one log is a copy of the other, or SEED changes nothing; each seed needs a run of its own")
 
 
+def delayed(text, seconds):
+    """A log all of whose clocks are later: those of three short runs of one machine may meet by chance."""
+    def clock(line):
+        now = int(line[3]) + 1000 * seconds
+        return f"{line[1]}train_time:{now}ms step_avg:{now / int(line[2]):.2f}ms"
+
+    text = forged(text, train_seconds=facts_of(text)["train_seconds"] + seconds)
+    return re.sub(r"^(step:(\d+)/.* )train_time:(\d+)ms step_avg:\S+ms", clock, text, flags=re.M)
+
+
 def test_one_number_that_two_logs_share_is_chance(write, texts, tmp_path):
+    texts = [delayed(text, seconds) for text, seconds in zip(texts, (0, 100, 200))]
     row = next(line for line in texts[0].splitlines() if line.startswith("step:1/12 train"))
     other = re.sub(r"^step:1/12 train.*", row, texts[1], flags=re.M)
-    clock = facts_of(texts[0])["train_seconds"]
+    clock = facts_of(other)["train_seconds"]
     assert command.main([*map(str, write([texts[0], other, texts[2]])), *ARGS, "--out", str(tmp_path / "out")]).is_dir()
-    assert "2 losses, clocks or lines of steps" in refusal(write([texts[0], forged(other, train_seconds=clock), texts[2]]), tmp_path, "--name", "b")
+    assert "2 losses, clocks or lines of steps" in refusal(write([forged(texts[0], train_seconds=clock), other, texts[2]]), tmp_path, "--name", "b")
 
 
 @pytest.mark.parametrize("place", ["own line", "val_loader", "RESULT"])
