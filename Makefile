@@ -41,7 +41,7 @@ test-cuda: compiler .venv-cuda/$(strip $(CUDA_TORCH))
 	CUDA_VISIBLE_DEVICES= .venv-cuda/bin/python -m pytest
 	.venv-cuda/bin/python -m pytest tests/nullgpu --dist load --maxschedchunk 1
 
-mutants: .venv/ready  # which planted mistakes the default tests notice; more than an hour
+mutants: .venv/ready  # which planted mistakes the default tests notice; long
 	.venv/bin/python -m tests.mutants
 
 check-gpu:  # with the torch of the machine: it needs nothing else
