@@ -34,7 +34,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
-from itertools import groupby, islice, product
+from itertools import groupby, islice, pairwise, product
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple, get_args, get_type_hints
@@ -46,6 +46,7 @@ import torch.nn.functional as F
 from numpy import ndarray as Array
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 BOS = 1  # the contest's id for "a document begins"
 PACKAGES = ("numpy", "sentencepiece", "tqdm", "zstandard")
@@ -104,10 +105,11 @@ class Config:
     tokenizer_path: str = knob("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model of the shards")
     attention: str = choice(
         "auto",
-        "kernel; auto: fa3, else fa2, else sdpa, which leaves the choice to torch",
+        "kernel; auto: fa3, else fa2, else flex if documents are kept apart, else sdpa: torch's own choice",
         "auto",
         "fa3",
         "fa2",
+        "flex",
         "cudnn",
         "flash",
         "sdpa",
@@ -130,6 +132,7 @@ class Config:
     rope_dims: int = knob(16, "head dims that rotate; 0 rotates all")
     qk_gain_init: float = knob(1.5, "initial gain of each query head after QK-norm")
     qk_gains: int = knob(1, "gains per query head; 2: one for the dims that rotate, one for the rest", 1, 2)
+    document_attention: bool = knob(False, "no token attends to another document's; else rows are read as one text")
     xsa_last_n: int = knob(4, "last blocks whose heads exclude their own value; 0 is none")
     value_residual: bool = knob(False, "mix each layer's values with the first layer's")
     gated_attention: bool = knob(False, "gate each head by a sigmoid of its layer's whole input")
@@ -157,6 +160,8 @@ class Config:
 
     train_batch_tokens: int = positive(786_432, "tokens per step, over all ranks", group="training")
     train_seq_len: int = knob(2048, "tokens per training sequence", 2, 2**20)
+    early_seq_lens: tuple[int, ...] = knob((), "the same earlier in the run, one value a stage", 2, 2**20)
+    early_seq_ends: tuple[float, ...] = knob((), "fraction of the run at which each of those stages ends", high=1)
     loader: str = choice("stream", "training rows: one after the other, or shuffled", "stream", "shuffled")
     micro_batch_tokens: int = positive(98_304, "most tokens per forward pass of one rank; the rest accumulates")
     iterations: int = positive(20_000, "most optimizer steps")
@@ -164,6 +169,7 @@ class Config:
     warmup_steps: int = knob(20, "steps per graph that compile and are then undone")
     warmdown_iters: int = knob(3500, "last steps over which the rate falls to 0; 0 is none")
     warmdown_frac: float = fraction(0.0, "last fraction of the run over which it falls; 0 is none")
+    min_lr: float = fraction(0.0, "fraction of the peak below which it does not fall")
     matrix_lr: float = knob(0.025, "Muon: spectral norm of a step on a matrix")
     scalar_lr: float = knob(0.025, "AdamW: gains, gates and mixes")
     tied_embed_lr: float = knob(0.035, "AdamW: embedding tables")
@@ -174,6 +180,7 @@ class Config:
     muon_momentum_warmup_frac: float = fraction(0.0, "fraction of the run that it takes instead; 0: steps")
     muon_momentum_cooldown: float = fraction(1.0, "it falls back with the rate, down to this fraction; 1: stays")
     muon_backend_steps: int = positive(5, "Newton-Schulz iterations")
+    muon_coefficients: str = choice("quintic", "of those: all alike, or Polar Express's", "quintic", "polar")
     muon_row_normalize: bool = knob(False, "scale each row of a step to length 1 before (MuonEq-R)")
     muon_wd: float = knob(0.04, "decoupled weight decay of matrices")
     muon_wd_mlp: float = knob(-1.0, "the same for the MLP's; -1 is MUON_WD", -1)
@@ -221,8 +228,13 @@ class Config:
         "document", "what adapts: the model, to all before, or to each document a LoRA of its own", "stream", "document"
     )
     ttt_chunk_tokens: int = positive(128, "targets per chunk: scored first, trained on after")
-    ttt_params: tuple[str, ...] = knob(("*",), "parameters that adapt, by shell patterns; !pattern takes some out")
-    ttt_lora_rank: int = knob(8, "adapt q, v and the head by terms of this rank, and nothing else; 0: the weights")
+    ttt_first_chunk_tokens: int = knob(0, "a document's first chunk; each is then as long as all before; 0: all alike")
+    ttt_params: tuple[str, ...] = knob(
+        ("*.c_q.weight", "*.c_v.weight", "tok_emb.weight"), "what adapts, by shell patterns; !pattern takes some out"
+    )
+    ttt_lora_rank: int = knob(8, "adapt blocks' matrices and tok_emb of those, by terms of this rank; 0: the weights")
+    ttt_lora_scale: float = knob(1.0, "factor of those terms")
+    ttt_softcap: bool = knob(False, "adapt two caps of the logits with them, above 0 and below")
     ttt_optimizer: str = choice("adamw", "of test-time training", "sgd", "adamw")
     ttt_lr: float = knob(0.02, "rate of the first chunk")
     ttt_cosine_floor: float = fraction(1.0, "the rate falls over the stream to this fraction; 1: constant")
@@ -230,6 +242,7 @@ class Config:
     ttt_momentum: float = knob(0.9, "SGD's momentum, AdamW's first beta", high=0.99999)
     ttt_nesterov: bool = knob(False, "SGD looks ahead")
     ttt_beta2: float = knob(0.95, "AdamW's second beta", high=0.99999)
+    ttt_weight_decay: float = knob(0.0, "AdamW's decay")
     ttt_z_loss: float = knob(0.0, "weight of the squared log-partition in its loss")
     ttt_temperature: float = knob(1.0, "divides the logits that are scored", 0.1, 10)
     ttt_batch_seqs: int = positive(64, "sequences per step over all ranks, or documents per step of one")
@@ -243,7 +256,7 @@ class Config:
             for v in value if isinstance(value, tuple) else (value,):
                 if not isinstance(v, str) and not m["low"] <= v <= m["high"]:
                     raise InputError(f"{name}={v} must lie in [{m['low']:g}, {m['high']:g}]: {m['help']}")
-        for holds, text in model_rules(self) + run_rules(self):
+        for holds, text in model_rules(self) + run_rules(self) + evaluation_rules(self):
             if not holds:
                 raise InputError(text.format(**vars(self), window=self.window))
 
@@ -375,8 +388,7 @@ def model_rules(c: Config) -> list:
 
 
 def run_rules(c: Config) -> list:
-    """The same for batches, time and evaluation."""
-    document = c.ttt_scope == "document"
+    """The same for batches and time."""
     return [
         (
             c.train_batch_tokens % c.train_seq_len == 0,
@@ -387,11 +399,27 @@ def run_rules(c: Config) -> list:
             "MICRO_BATCH_TOKENS={micro_batch_tokens} must be at least TRAIN_SEQ_LEN={train_seq_len}",
         ),
         (
+            all(c.train_batch_tokens % n == 0 and n <= c.train_seq_len for n in c.early_seq_lens),
+            "EARLY_SEQ_LENS={early_seq_lens} must divide TRAIN_BATCH_TOKENS={train_batch_tokens}, "
+            "none above TRAIN_SEQ_LEN={train_seq_len}",
+        ),
+        (
+            len(c.early_seq_ends) == len(c.early_seq_lens) and sorted({*c.early_seq_ends}) == [*c.early_seq_ends],
+            "EARLY_SEQ_ENDS={early_seq_ends} must rise, one for each of EARLY_SEQ_LENS={early_seq_lens}",
+        ),
+        (
             c.time_limit > 0,
             "GPTQ_RESERVE_SECONDS={gptq_reserve_seconds} leaves no time to train of "
             "MAX_WALLCLOCK_SECONDS={max_wallclock_seconds}; lower it",
         ),
         (Path(c.run_id).name == c.run_id, "RUN_ID={run_id} must be a plain name: it names a file in OUTPUT_DIR/logs"),
+    ]
+
+
+def evaluation_rules(c: Config) -> list:
+    """The same for scoring and test-time training."""
+    document = c.ttt_scope == "document"
+    return [
         (c.window % c.eval_stride == 0, "EVAL_STRIDE={eval_stride} must divide the window of {window}"),
         (
             document or c.ttt_chunk_tokens % c.window == 0,
@@ -410,8 +438,13 @@ def run_rules(c: Config) -> list:
             "TTT_SCOPE=document learns at a constant rate, so leave TTT_COSINE_FLOOR={ttt_cosine_floor} at 1",
         ),
         (
-            not c.ttt_lora_rank or c.ttt_params == ("*",),
-            "TTT_LORA_RANK={ttt_lora_rank} adapts no weights, so leave TTT_PARAMS={ttt_params} at *",
+            c.ttt_softcap <= c.ttt_lora_rank,
+            "TTT_SOFTCAP=1 needs TTT_LORA_RANK={ttt_lora_rank} above 0",
+        ),
+        (
+            c.ttt_first_chunk_tokens <= c.ttt_chunk_tokens * document,
+            "TTT_FIRST_CHUNK_TOKENS={ttt_first_chunk_tokens} needs TTT_SCOPE=document, and TTT_CHUNK_TOKENS="
+            "{ttt_chunk_tokens} to be no less",
         ),
         (
             not document or c.ttt_grad_clip == 0,
@@ -434,6 +467,7 @@ def option_groups() -> dict:
 
 STREAM_TTT = dict(
     ttt_epochs=3,
+    ttt_params=("*",),
     ttt_scope="stream",
     ttt_chunk_tokens=32_768,
     ttt_lora_rank=0,
@@ -523,6 +557,7 @@ VARIANTS: dict[str, dict] = {
         embed_bits=16,
         table_bits=6,
         ttt_epochs=1,
+        ttt_params=Config.ttt_params,
         ttt_lora_rank=8,
         ttt_optimizer="adamw",
         ttt_lr=0.01,
@@ -961,9 +996,9 @@ class TokenStream:
 class RowOrder:
     """Where each training row starts in the stream: one after the other, or all in a new random order every epoch."""
 
-    def __init__(self, stream: TokenStream, cfg):
+    def __init__(self, stream: TokenStream, seq_len: int, cfg):
         sizes = np.array([len(s) for s in stream.shards])
-        self.seq_len, self.seed = cfg.train_seq_len, cfg.seed if cfg.loader == "shuffled" else None
+        self.seq_len, self.seed = seq_len, cfg.seed if cfg.loader == "shuffled" else None
         self.firsts, self.counts = stream.ends - sizes, (sizes - 1) // self.seq_len - 1
         if self.seed is not None and self.counts.max() < 1:
             raise InputError(f"LOADER=shuffled needs a shard of {2 * self.seq_len + 1} tokens; DATA_PATH has none")
@@ -989,35 +1024,36 @@ class Batches:
     """Batches whose row i is the same for any number of ranks. A thread fetches the next while one is computed."""
 
     def __init__(self, stream: TokenStream, cfg, ranks):
-        self.total, self.seq_len = cfg.train_batch_tokens // cfg.train_seq_len, cfg.train_seq_len
-        if self.total % ranks.world:
-            raise InputError(
-                f"TRAIN_BATCH_TOKENS / TRAIN_SEQ_LEN = {self.total} rows do not divide by {ranks.world} ranks"
-            )
-        self.stream, self.order, self.ranks = stream, RowOrder(stream, cfg), ranks
-        rows = self.total // ranks.world
-        self.micro_steps = next(
-            n for n in range(1, rows + 1) if rows % n == 0 and rows // n * self.seq_len <= cfg.micro_batch_tokens
-        )
+        self.stream, self.cfg, self.ranks = stream, cfg, ranks
+        self.orders = {n: RowOrder(stream, n, cfg) for n in (*cfg.early_seq_lens, cfg.train_seq_len)}
+        for rows in (cfg.train_batch_tokens // n for n in self.orders):
+            if rows % ranks.world:
+                raise InputError(
+                    f"TRAIN_BATCH_TOKENS / TRAIN_SEQ_LEN = {rows} rows do not divide by {ranks.world} ranks"
+                )
         self.reader = ThreadPoolExecutor(1)
-        self.seek(0)
+        self.seek(0, stage(0.0, cfg).seq_len)
 
-    def seek(self, step: int):
-        self.step = step
-        self.pending = self.reader.submit(self.load, step)
+    def seek(self, step: int, seq_len: int):
+        """Go on with the batch of this step, in rows of this length."""
+        rows = self.cfg.train_batch_tokens // seq_len // self.ranks.world
+        fits = (n for n in range(1, rows + 1) if rows % n == 0 and rows // n * seq_len <= self.cfg.micro_batch_tokens)
+        self.step, self.seq_len, self.micro_steps = step, seq_len, next(fits)
+        self.pending = self.reader.submit(self.load, step, seq_len, self.micro_steps)
 
-    def load(self, step: int) -> tuple:
+    def load(self, step: int, seq_len: int, micro_steps: int) -> tuple:
         """This rank's inputs and targets of a step, (micro_steps, rows, seq_len) int64 on the device."""
-        rows = self.ranks.part(range(step * self.total, (step + 1) * self.total))
-        tokens = [self.stream.read(self.order(row), self.seq_len + 1) for row in rows]
-        tokens = torch.from_numpy(np.stack(tokens)).view(self.micro_steps, -1, self.seq_len + 1)
+        total = self.cfg.train_batch_tokens // seq_len
+        rows = self.ranks.part(range(step * total, (step + 1) * total))
+        tokens = [self.stream.read(self.orders[seq_len](row), seq_len + 1) for row in rows]
+        tokens = torch.from_numpy(np.stack(tokens)).view(micro_steps, -1, seq_len + 1)
         if self.ranks.device.type == "cuda":
             tokens = tokens.pin_memory().to(self.ranks.device, non_blocking=True)
         return tokens[..., :-1].contiguous(), tokens[..., 1:].contiguous()
 
     def __next__(self) -> tuple:
         batch = self.pending.result()
-        self.seek(self.step + 1)
+        self.seek(self.step + 1, self.seq_len)
         return batch
 
 
@@ -1044,6 +1080,28 @@ def load_byte_table(cfg, device: torch.device) -> ByteTable:
         space[i] = piece.startswith("\u2581") and not sp.is_byte(i)
         base[i] = 1 if sp.is_byte(i) else len(piece[int(space[i]) :].encode())
     return ByteTable(*(torch.from_numpy(a).to(device) for a in (base, space, boundary)))
+
+
+CASE_MARKS = "\ue001\ue002\ue003\ue004"  # in the pieces of a tokenizer for text whose capitals are marked (PR #1729)
+
+
+def target_bytes(stream: Array, cfg, device: torch.device) -> Tensor:
+    """UTF-8 bytes of the text of each target, int64 (N-1,), by the tokenizer's rule; if its text has case marks, which
+    stand for none of it, by the sidecar fineweb_val_bytes_*.bin: one count a token of the split, 0 for BOS.
+    """
+    sp, paths = load_tokenizer(cfg), sorted(Path(cfg.data_path).glob("fineweb_val_bytes_*.bin"))
+    if not set(CASE_MARKS).intersection("".join(map(sp.id_to_piece, range(cfg.vocab_size)))):
+        tokens = torch.from_numpy(stream.astype(np.int64)).to(device)
+        return load_byte_table(cfg, device).count(tokens[:-1], tokens[1:])
+    counts = np.concatenate([read_shard(path) for path in paths] or [stream[:0]])
+    if len(counts) != sum(len(read_shard(path)) for path in find_shards(cfg, "val")):
+        raise InputError(
+            f"TOKENIZER_PATH has case marks, so DATA_PATH={cfg.data_path} needs fineweb_val_bytes_*.bin with "
+            f"a count for each token of its validation split, not {len(counts)}; `data/prepare.py tokenize --case` makes it"
+        )
+    if (counts[: len(stream)][stream == BOS]).any():
+        raise InputError(f"fineweb_val_bytes_*.bin in {cfg.data_path} counts bytes of BOS: it is another split's")
+    return torch.from_numpy(counts[1 : len(stream)].astype(np.int64)).to(device)
 
 
 def load_tokenizer(cfg) -> Any:
@@ -1089,31 +1147,65 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest), dim=-1).type_as(x)
 
 
-def attend_sdpa(q, k, v, scale=None, backend=None):
+def attend_sdpa(q, k, v, documents=None, scale=None, backend=None):
     """Causal attention by torch, by its own choice or by an SDPBackend; RuntimeError if that can't.
 
-    q: (B, T, H, C); k, v: (B, T, K, C), H a multiple of K; returns (B, T, H, C).
+    q: (B, T, H, C); k, v: (B, T, K, C), H a multiple of K; returns (B, T, H, C). None crosses `documents`, the number
+    (B, T) of each token's, where they are given.
     """
+    mask = None if documents is None else (documents[:, None, :, None] == documents[:, None, None]).tril()
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if q.is_cuda and q.dtype == torch.float32:
         # for fp32 there is one kernel that keeps no (T, T) scores, and it knows no groups
         k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
     with sdpa_kernel(backend) if backend else nullcontext():
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=True)
     return y.transpose(1, 2)
 
 
-def attend_flash(kernel, q, k, v, scale=None):
-    """The same by flash_attn_func of a FlashAttention package; old ones return more than the output."""
-    y = kernel(q, k, v, softmax_scale=scale, causal=True)
-    return y[0] if isinstance(y, tuple) else y
+def attend_flex(q, k, v, documents=None, scale=None):
+    """The same, where there are documents, by FlexAttention, which leaves out empty blocks and must be compiled."""
+    if documents is None:
+        return attend_sdpa(q, k, v, scale=scale)
+
+    def allowed(b, head, i, j):
+        return (i >= j) & (documents[b, i] == documents[b, j])
+
+    rows, length = documents.shape
+    mask = create_block_mask(allowed, rows, None, length, length, q.device)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=True).transpose(1, 2)
 
 
-def attend_padded(attend, q, k, v):
+def segments(documents) -> Tensor:
+    """The bounds of rows and of the documents in them, int32, rising, for all rows one after the other: as many for any
+    batch. Of more than a document per 128 tokens the last ones see those before them.
+    """
+    tokens, begins = documents.numel(), F.pad(documents.diff() != 0, (1, 0)).flatten()
+    inside = torch.nonzero_static(begins, size=tokens // 128, fill_value=0).flatten()
+    rows = torch.arange(0, tokens + 1, documents.size(1), device=documents.device)
+    return torch.cat((rows, inside)).sort().values.int()
+
+
+def attend_flash(kernels, q, k, v, documents=None, scale=None):
+    """The same by the two functions of a FlashAttention package, of which one takes segments; old ones return more
+    than the output.
+    """
+    whole, varlen = kernels
+    if documents is None:
+        y = whole(q, k, v, softmax_scale=scale, causal=True)
+    else:
+        bounds, length = segments(documents), documents.size(1)
+        flat = (t.flatten(0, 1) for t in (q, k, v))
+        y = varlen(*flat, bounds, bounds, length, length, softmax_scale=scale, causal=True)
+    return (y[0] if isinstance(y, tuple) else y).view(q.shape)
+
+
+def attend_padded(attend, q, k, v, documents=None):
     """The same by a kernel that takes heads of a multiple of 8 channels: 60 (PR #1127) run as 64, at their scale."""
     channels = q.size(-1)
     q, k, v = (F.pad(t, (0, -channels % 8)) for t in (q, k, v))
-    return attend(q, k, v, scale=channels**-0.5)[..., :channels]
+    return attend(q, k, v, documents, scale=channels**-0.5)[..., :channels]
 
 
 def compute_dtype(cfg, device: torch.device) -> torch.dtype:
@@ -1141,23 +1233,36 @@ def load_attention(name: str, cfg, ranks) -> Callable:
     if ranks.device.type != "cuda" or compute_dtype(cfg, ranks.device) != torch.bfloat16:
         raise ImportError("it runs on a GPU, in bf16")
     if name in TORCH_KERNELS:
+        if cfg.document_attention:
+            raise ImportError("it cannot keep documents apart")
         return partial(attend_sdpa, backend=TORCH_KERNELS[name])
+    if name == "flex":
+        if not cfg.document_attention or not ranks.compiles(cfg):
+            raise ImportError("it is there to keep documents apart, compiled")
+        return attend_flex
     if name == "fa3" and torch.cuda.get_device_capability(ranks.device)[0] != 9:
         raise ImportError("it runs on a Hopper GPU")
+    return partial(attend_flash, flash_kernels(name, ranks.compiles(cfg)))
+
+
+def flash_kernels(name: str, traced: bool) -> tuple:
+    """flash_attn_func and flash_attn_varlen_func of a package. ImportError if they are not there or not traced."""
     module, namespace = FLASH_PACKAGES[name]
     try:
-        kernel = importlib.import_module(module).flash_attn_func
+        package = importlib.import_module(module)
+        kernels = package.flash_attn_func, package.flash_attn_varlen_func
     except (OSError, RuntimeError, AttributeError) as error:  # a wheel that was built for another torch or CUDA
         raise ImportError(f"{module} cannot be loaded ({' '.join(str(error).split())})") from None
-    if ranks.compiles(cfg) and not hasattr(getattr(torch.ops, namespace), "_flash_attn_forward"):
+    if traced and not hasattr(getattr(torch.ops, namespace), "_flash_attn_forward"):
         raise ImportError(f"this {module} registers no operator that torch.compile could trace; take a newer one")
-    return partial(attend_flash, kernel)
+    return kernels
 
 
 def choose_attention(cfg, ranks) -> Attention:
     """A kernel that is asked for by name must be there; `auto` takes the best that is."""
     missing = []
-    for name in ("fa3", "fa2", "sdpa") if cfg.attention == "auto" else (cfg.attention,):
+    best = ("fa3", "fa2", "flex", "sdpa") if cfg.document_attention else ("fa3", "fa2", "sdpa")
+    for name in best if cfg.attention == "auto" else (cfg.attention,):
         try:
             attend = load_attention(name, cfg, ranks)
         except ImportError as error:
@@ -1295,7 +1400,7 @@ class CausalSelfAttention(nn.Module):
         if cfg.attn_gate_dims:  # of a few channels (PR #1812)
             self.gates.append(HeadGate(cfg.attn_gate_dims, cfg.num_heads, 2.0, bias=False))
 
-    def forward(self, x, rotary, value_embedding, first_value, scale):
+    def forward(self, x, rotary, documents, value_embedding, first_value, scale):
         """(what to add to the stream, this layer's own values), for the normalized input x (B, T, D)."""
         heads, gain = (-1, self.head_dim), self.q_gain
         if self.gain_spans:  # one for what is rotated, one for the rest
@@ -1308,7 +1413,7 @@ class CausalSelfAttention(nn.Module):
         if self.value_mix is not None:
             first, rest = self.value_mix.type_as(x)
             v = first * first_value + rest * v
-        y = self.attend(q, k, v)
+        y = self.attend(q, k, v, documents)
         y = exclude_own_value(y, v) if self.exclusive else y
         for gate in self.gates:
             y = y * gate(x)
@@ -1345,11 +1450,12 @@ class Block(nn.Module):
         self.mlp_scale = filled(1.0, cfg.model_dim)
         self.resid_mix = nn.Parameter(torch.tensor([[1.0], [0.0]]).repeat(1, cfg.model_dim))
 
-    def forward(self, x, x0, rotary, value_embedding, first_value):
+    def forward(self, x, x0, rotary, documents, value_embedding, first_value):
         """(the stream after it, its attention's own values)."""
         keep, add = self.resid_mix.type_as(x)
         x = torch.addcmul(keep * x, add, x0)
-        update, own = self.attn(norm(x, self.input_scale), rotary, value_embedding, first_value, self.attn_scale)
+        read = norm(x, self.input_scale)
+        update, own = self.attn(read, rotary, documents, value_embedding, first_value, self.attn_scale)
         after = x + update
         return after + self.mlp(norm(x if self.parallel else after, self.input_scale), self.mlp_scale), own
 
@@ -1367,8 +1473,9 @@ class GPT(nn.Module):
     def __init__(self, cfg, attend: Callable = attend_sdpa, dtype: torch.dtype = torch.float32):
         super().__init__()
         dim, skips = cfg.model_dim, len(layer_order(cfg, True)) // 2
-        self.dtype, self.softcap = dtype, cfg.logit_softcap
+        self.dtype, self.softcap, self.apart = dtype, cfg.logit_softcap, cfg.document_attention
         self.order, self.looped_order = layer_order(cfg, False), layer_order(cfg, True)
+        self.cap_steps: nn.Parameter | None = None  # test-time training's: logs of what multiplies the cap, by sign
         self.tok_emb = Table(cfg.vocab_size, dim)
         self.embed_scale = filled(1.0, dim) if cfg.embed_scale else None
         self.bigram = BigramHashEmbedding(cfg) if cfg.bigram_vocab_size else None
@@ -1408,13 +1515,20 @@ class GPT(nn.Module):
                 bound = p.size(1) ** -0.5
                 nn.init.uniform_(p, -bound, bound, generator=draw)
 
-    def hidden(self, ids, looped=False):
-        """Final normalized states (B, T, D) of token ids (B, T): the one path for training, scoring and adapting."""
+    def embed(self, ids):
+        """The stream (B, T, D) that the first block reads."""
         x = self.tok_emb(ids) if self.embed_scale is None else self.tok_emb(ids) * self.embed_scale
         x = norm(x if self.bigram is None else x + self.bigram(ids)).to(self.dtype)
-        x = x0 = x if self.smear is None else self.smear(x, ids)
+        return x if self.smear is None else self.smear(x, ids)
+
+    def hidden(self, ids, looped=False, alone=False):
+        """Final normalized states (B, T, D) of token ids (B, T): the one path for training, scoring and adapting.
+        `alone`: each row is of one document.
+        """
+        x = x0 = self.embed(ids)
         values = self.value_embed(ids, x.dtype) if self.value_embed is not None else {}
         rotary = self.cos[: ids.size(1)], self.sin[: ids.size(1)]
+        documents = (ids == BOS).cumsum(1) if self.apart and not alone else None
         order = self.looped_order if looped else self.order
         skips, first_value = [], None
         for position, layer in enumerate(order):
@@ -1425,7 +1539,7 @@ class GPT(nn.Module):
                     x = torch.addcmul(x, weight, skip)
                 else:  # PR #1127
                     x = torch.lerp(weight * skip, x, self.skip_gates[row].sigmoid().type_as(x))
-            x, value = self.blocks[layer](x, x0, rotary, values.get(layer), first_value)
+            x, value = self.blocks[layer](x, x0, rotary, documents, values.get(layer), first_value)
             first_value = value if first_value is None else first_value
             if row < 0:
                 skips.append(x)
@@ -1433,11 +1547,14 @@ class GPT(nn.Module):
 
     def logits(self, hidden, temperature=1.0):
         """Soft-capped fp32 logits (..., V) of final states (..., D), by the tied embedding."""
-        return self.softcap / temperature * torch.tanh(self.tok_emb.project(hidden).float() / self.softcap)
+        raw, cap = self.tok_emb.project(hidden).float(), self.softcap
+        if self.cap_steps is not None:  # PR #1923
+            cap = cap * torch.where(raw > 0, *self.cap_steps).exp()
+        return cap / temperature * torch.tanh(raw / cap)
 
-    def forward(self, ids, targets, looped=False, temperature=1.0, z_loss=0.0):
+    def forward(self, ids, targets, looped=False, temperature=1.0, z_loss=0.0, alone=False):
         """Cross-entropy in nats, fp32 (B, S), of the targets (B, S) of the last S <= T positions of ids (B, T)."""
-        logits = self.logits(self.hidden(ids, looped)[:, -targets.size(1) :], temperature)
+        logits = self.logits(self.hidden(ids, looped, alone)[:, -targets.size(1) :], temperature)
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
         return losses + z_loss * logits.logsumexp(-1).square() if z_loss else losses  # arXiv:2204.02311
 
@@ -1451,17 +1568,29 @@ def parameter_roles(model: nn.Module) -> dict:
 
 # ---- Optimizer: gradients -> weights. Muon for matrices, sharded over ranks; AdamW for tables and scalars.
 
+NEWTON_SCHULZ = dict(
+    quintic=((3.4445, -4.7750, 2.0315),),  # kellerjordan.github.io/posts/muon
+    polar=(  # arXiv:2505.16932: the best cubic in s of each step after those before it
+        (8.156554524902461, -22.48329292557795, 15.878769915207462),
+        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+    ),
+)
 
-def orthogonalize(g: Tensor, steps: int) -> Tensor:
+
+def orthogonalize(g: Tensor, steps: int, coefficients: str = "quintic") -> Tensor:
     """Push the singular values of each matrix in g (N, R, C) towards 1 by a quintic Newton-Schulz iteration.
 
-    Five steps land them in about [0.7, 1.2], which trains as well as exactly 1 (kellerjordan.github.io/posts/muon).
+    Five steps land them in about [0.7, 1.2], which trains as well as exactly 1; by Polar Express in [0.86, 1.14].
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
+    every = NEWTON_SCHULZ[coefficients]
     tall = g.size(-2) > g.size(-1)
     x = g.mT if tall else g
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    for i in range(steps):
+        a, b, c = every[min(i, len(every) - 1)]
         s = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
@@ -1486,7 +1615,7 @@ class Muon(torch.optim.Optimizer):
             update = grad + momentum * buffer.mul_(momentum).add_(grad)
             if cfg.muon_row_normalize:
                 update = F.normalize(update, dim=-1, eps=1e-7)
-            return orthogonalize(update.to(dtype), cfg.muon_backend_steps)
+            return orthogonalize(update.to(dtype), cfg.muon_backend_steps, cfg.muon_coefficients)
 
         self.direction = ranks.compile(direction, cfg)
 
@@ -1584,11 +1713,32 @@ def fraction_done(step, elapsed, cfg) -> float:
 
 
 def lr_scale(step, elapsed, step_seconds, cfg) -> float:
-    """Share of the peak rate: 1, then linear to 0 at ITERATIONS or the time limit, whichever is first at this speed."""
+    """Share of the peak rate: 1, then linear to 0 at ITERATIONS or the time limit, whichever is first at this speed,
+    but not below MIN_LR.
+    """
     steps_left = min(cfg.iterations - step, (cfg.time_limit - elapsed) / max(step_seconds, 1e-9))
     by_steps = steps_left / cfg.warmdown_iters if cfg.warmdown_iters else 1.0
     by_fraction = (1 - fraction_done(step, elapsed, cfg)) / cfg.warmdown_frac if cfg.warmdown_frac else 1.0
-    return min(1.0, max(0.0, min(by_steps, by_fraction)))
+    return min(1.0, max(cfg.min_lr, min(by_steps, by_fraction)))
+
+
+class Stage(NamedTuple):
+    """What stays the same while one graph trains."""
+
+    seq_len: int
+    looped: bool
+
+
+def stage(done, cfg) -> Stage:
+    """The stage at a fraction of the run: rows grow (PR #2014), and the loops are switched on once."""
+    lengths = *cfg.early_seq_lens, cfg.train_seq_len
+    passed = sum(done >= end for end in cfg.early_seq_ends)
+    return Stage(lengths[passed], cfg.num_loops > 0 and done >= cfg.enable_looping_at)
+
+
+def stages(cfg) -> list:
+    """Those that a run meets, in their order."""
+    return list(dict.fromkeys(stage(done, cfg) for done in sorted((0.0, *cfg.early_seq_ends, cfg.enable_looping_at))))
 
 
 def out_of_time(elapsed, step_seconds, cfg) -> bool:
@@ -2304,30 +2454,37 @@ class Trainer:
         self.model.zero_grad(set_to_none=True)
 
     def switch(self, step: int, done: float, scale: float, log):
-        """Turn late QAT and the loops on when their time has come; both stay on."""
+        """Turn late QAT on, and begin the next stage, when their time has come."""
         if not self.qat and scale < self.cfg.late_qat_threshold:
             self.qat = True
             log(f"late_qat:enabled step:{step} scale:{scale:.4f}")
-        if not self.looped and self.cfg.num_loops and done >= self.cfg.enable_looping_at:
+        seq_len, looped = stage(done, self.cfg)
+        if looped and not self.looped:
             self.looped = True
             log(f"layer_loop:enabled step:{step} frac:{done:.3f} order:{self.model.looped_order}")
+        if seq_len != self.batches.seq_len:
+            self.batches.seek(step, seq_len)
+            log(f"train_seq_len:{seq_len} step:{step} frac:{done:.3f} grad_accum_steps:{self.batches.micro_steps}")
 
     def warm_up(self, log) -> float:
         """Run the steps that training will run, then undo them. Returns the seconds of the last, 0 if unknown."""
         cfg, parts, seconds = self.cfg, (self.model, self.optimizers.muon, self.optimizers.adam), 0.0
         states, position = copy.deepcopy([part.state_dict() for part in parts]), self.batches.step
-        looped = (True, False) if cfg.num_loops else (False,)
         qat = (True, False) if cfg.late_qat_threshold else (False,)
-        for self.looped, self.qat in product(looped, qat):
+        for (seq_len, self.looped), self.qat in product(reversed(stages(cfg)), qat):
+            self.batches.seek(position, seq_len)
             for i in range(cfg.warmup_steps):
                 begin = perf_counter()
                 self.step(1.0, cfg.muon_momentum).value()
                 seconds = perf_counter() - begin if i else 0.0  # the first one compiles
-                log(f"warmup_step:{i + 1}/{cfg.warmup_steps} late_qat:{int(self.qat)} looped:{int(self.looped)}")
+                log(
+                    f"warmup_step:{i + 1}/{cfg.warmup_steps} late_qat:{int(self.qat)} looped:{int(self.looped)} "
+                    f"train_seq_len:{seq_len}"
+                )
         self.qat = self.looped = False
         for part, state in zip(parts, states):
             part.load_state_dict(state)
-        self.batches.seek(position)
+        self.batches.seek(position, stage(0.0, cfg).seq_len)
         return seconds
 
 
@@ -2465,7 +2622,7 @@ class Scorer:
             stream = stream[: cfg.val_max_tokens + 1]
         check_tokens(stream, cfg.vocab_size, "the validation stream")
         self.tokens = torch.from_numpy(stream.astype(np.int64)).to(ranks.device)
-        self.bytes = load_byte_table(cfg, ranks.device).count(self.tokens[:-1], self.tokens[1:])
+        self.bytes = target_bytes(stream, cfg, ranks.device)
         self.documents = document_spans(stream)
         self.sha256 = hashlib.sha256(stream.astype("<u2").tobytes()).hexdigest()
         self.cfg, self.ranks, self.log = cfg, ranks, log
@@ -2550,6 +2707,13 @@ class Scorer:
         chunk_tokens = self.cfg.window * 1024 if self.cfg.ttt_scope == "document" else self.cfg.ttt_chunk_tokens
         return self.evaluate([(self.chunks(forward, self.cfg.eval_stride, chunk_tokens), adapt)])
 
+    def chunk_bounds(self, targets: int) -> list:
+        """Where the chunks of a document of so many targets, or of more, begin, and where the last of them ends."""
+        bounds, size = [0], self.cfg.ttt_chunk_tokens
+        while bounds[-1] < targets:
+            bounds.append(bounds[-1] + min(size, bounds[-1] or self.cfg.ttt_first_chunk_tokens or size))
+        return bounds
+
     def document_batches(self) -> list:
         """This rank's batches of documents, in each of which the shortest lasts 4/5 of the longest or more.
 
@@ -2557,7 +2721,7 @@ class Scorer:
         """
 
         def chunks(document):
-            return -(-(document[1] - document[0]) // self.cfg.ttt_chunk_tokens)
+            return len(self.chunk_bounds(document[1] - document[0])) - 1
 
         batches: list[list] = []
         for document in sorted(self.documents, key=chunks, reverse=True):
@@ -2588,15 +2752,15 @@ class Scorer:
         """Chunk by chunk: the n-th one of all documents of these spans (B, 2), of which the longest is given, and the
         places (B, n) of its targets in the stream, or the one behind its end where a document has none left.
         """
-        device, size = self.tokens.device, self.cfg.ttt_chunk_tokens
+        device, bounds = self.tokens.device, self.chunk_bounds(longest)
         first, end = spans.split(1, dim=1)
-        for index, high in enumerate(range(size, longest + size, size)):
+        for index, (low, high) in enumerate(pairwise(bounds)):
             offsets = torch.arange(high - min(high, self.cfg.window), high + 1, device=device)
             tokens = self.tokens[(first + offsets).clamp(max=end)]  # one that has ended repeats its last, and weighs 0
-            inputs, targets = tokens[:, :-1], tokens[:, -size:]
+            inputs, targets = tokens[:, :-1], tokens[:, low - high :]
             with torch.no_grad():
                 losses = forward(inputs, targets).double()
-            places = first + torch.arange(high - size, high, device=device)
+            places = first + torch.arange(low, high, device=device)
             ended = places >= end
             # a document that ends here teaches nothing; times B, since `Adaptation` takes the mean over all B at once
             weight = (first + high < end).flatten() * float(len(spans))
@@ -2637,35 +2801,43 @@ class Progress:
 class LoRA(nn.Module):
     """A term of low rank that a Linear adds, zero at first (arXiv:2106.09685): one for all rows, or one for each."""
 
-    def __init__(self, down: Tensor, fan_out: int, rows: int):
+    def __init__(self, down: Tensor, fan_out: int, rows: int, scale: float):
         super().__init__()
         self.down = nn.Parameter(down.repeat(rows, 1, 1))
         self.up = nn.Parameter(down.new_zeros(rows, fan_out, len(down)))
+        self.scale = scale
 
     def forward(self, x, y):
-        return y + x @ self.down.mT.type_as(x) @ self.up.mT.type_as(x)
+        return torch.add(y, x @ self.down.mT.type_as(x) @ self.up.mT.type_as(x), alpha=self.scale)
 
 
 def lora_starts(model: GPT, cfg) -> dict:
-    """What LoRA adapts, q, v and the head, each with the `down` (rank, fan_in) that it starts from; SEED draws them."""
-    draw, starts = torch.Generator().manual_seed(cfg.seed), {}
-    for linear in [m for b in model.blocks for m in (b.attn.c_q, b.attn.c_v)] + [model.tok_emb]:
-        fan_in = linear.weight.size(1)
-        down = (2 * torch.rand(cfg.ttt_lora_rank, fan_in, generator=draw) - 1) * fan_in**-0.5
-        starts[linear] = down.to(linear.weight.device)
+    """The Linears that LoRA adapts, each with the `down` (rank, fan_in) that it starts from; SEED draws them."""
+    chosen, draw, starts = {id(p) for p in adapting_parameters(model, cfg)}, torch.Generator().manual_seed(cfg.seed), {}
+    for linear in [m for m in model.blocks.modules() if isinstance(m, Linear)] + [model.tok_emb]:
+        if id(linear.weight) in chosen:
+            fan_in = linear.weight.size(1)
+            down = (2 * torch.rand(cfg.ttt_lora_rank, fan_in, generator=draw) - 1) * fan_in**-0.5
+            starts[linear] = down.to(linear.weight.device)
+    if not starts:
+        raise InputError("TTT_PARAMS chooses no matrix of a block and not tok_emb.weight, which a LoRA could adapt")
     return starts
 
 
-def attach_lora(model: GPT, starts: dict, rows: int) -> list:
+def attach_lora(model: GPT, starts: dict, rows: int, cfg) -> list:
     """Freeze the model and give each Linear of `starts` a fresh adapter for so many rows; returns their parameters."""
     model.requires_grad_(False)
     for linear, down in starts.items():
-        linear.adapter = LoRA(down, linear.weight.size(0), rows)
-    return [p for linear in starts for p in linear.adapter.parameters()]
+        linear.adapter = LoRA(down, linear.weight.size(0), rows, cfg.ttt_lora_scale)
+    params = [p for linear in starts for p in linear.adapter.parameters()]
+    if cfg.ttt_softcap:
+        model.cap_steps = nn.Parameter(model.cos.new_zeros(2, rows, 1, 1))
+        params.append(model.cap_steps)
+    return params
 
 
 def adapting_parameters(model: GPT, cfg) -> list:
-    """What test-time training may change, a LoRA aside; all else is frozen. Raises InputError if that is nothing."""
+    """What TTT_PARAMS chooses to adapt; all else is frozen. Raises InputError if that is nothing."""
     every, chosen = dict(model.named_parameters()), set()
     for pattern in cfg.ttt_params:
         fits = set(fnmatch.filter(every, pattern.removeprefix("!")))
@@ -2686,7 +2858,8 @@ class Adaptation:
     def __init__(self, params: list, forward: Callable, cfg, ranks):
         self.params, self.forward, self.cfg, self.ranks = params, forward, cfg, ranks
         if cfg.ttt_optimizer == "adamw":
-            self.optimizer = torch.optim.AdamW(params, cfg.ttt_lr, (cfg.ttt_momentum, cfg.ttt_beta2), weight_decay=0.0)
+            betas, decay = (cfg.ttt_momentum, cfg.ttt_beta2), cfg.ttt_weight_decay
+            self.optimizer = torch.optim.AdamW(params, cfg.ttt_lr, betas, weight_decay=decay)
         else:
             self.optimizer = torch.optim.SGD(params, cfg.ttt_lr, cfg.ttt_momentum, nesterov=cfg.ttt_nesterov)
 
@@ -2720,8 +2893,8 @@ def adaptive_score(scorer: Scorer, model: GPT, params: list, forward: Callable) 
     starts = lora_starts(model, cfg) if cfg.ttt_lora_rank else {}
     if cfg.ttt_scope == "document":
         alone = Ranks(device=ranks.device)  # ranks do not meet
-        return scorer.by_document(score, lambda n: Adaptation(attach_lora(model, starts, n), learn, cfg, alone))
-    return scorer.sliding(score, Adaptation(params or attach_lora(model, starts, 1), learn, cfg, ranks))
+        return scorer.by_document(score, lambda n: Adaptation(attach_lora(model, starts, n, cfg), learn, cfg, alone))
+    return scorer.sliding(score, Adaptation(params or attach_lora(model, starts, 1, cfg), learn, cfg, ranks))
 
 
 # ---- Report and main.
@@ -2778,7 +2951,7 @@ def evaluations(scorer: Scorer, model: GPT, looped: bool) -> dict:
         f"final_int{cfg.matrix_bits}_sliding_window": lambda: scorer.sliding(forward),
     }
     if cfg.ttt_epochs:  # documents are not compiled: every length of context would be another graph
-        run = partial(model, looped=looped) if cfg.ttt_scope == "document" else forward
+        run = partial(model, looped=looped, alone=True) if cfg.ttt_scope == "document" else forward
         passes["legal_ttt"] = lambda: adaptive_score(scorer, model, params, run)
     return passes
 

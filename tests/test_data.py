@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import sentencepiece
@@ -140,3 +142,41 @@ def test_the_byte_rule_on_single_pieces(cfg):
     assert counted_bytes(cfg, [space]) == letters  # after a boundary its space is not counted
     assert counted_bytes(cfg, [byte, space]) == 1 + letters + 1
     assert counted_bytes(cfg, [0, 2, 3]) == 0  # pad, end and unknown
+
+
+# ---------------------------------------- a tokenizer with case marks
+
+@pytest.fixture(scope="module")
+def marked(tmp_path_factory, dataset):
+    """Settings of a validation split of 30 tokens, with a sidecar, for a tokenizer that has a case mark as a piece."""
+    folder = tmp_path_factory.mktemp("marked")
+    words = iter([f"{mark}some words of \ue001text" for mark in t.CASE_MARKS] * 20)
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=words, model_prefix=str(folder / "marked"), vocab_size=40, model_type="bpe", pad_id=0, bos_id=1,
+                                             eos_id=2, unk_id=3, user_defined_symbols=[*t.CASE_MARKS], minloglevel=2)
+    tokens = np.arange(4, 34)
+    tokens[[0, 12]] = t.BOS
+    counts = np.where(tokens == t.BOS, 0, tokens % 7)
+    for i, part in enumerate((slice(0, 20), slice(20, 30))):
+        write_shard(folder / f"fineweb_val_{i:06d}.bin", tokens[part])
+        write_shard(folder / f"fineweb_val_bytes_{i:06d}.bin", counts[part])
+    return t.Config(data_path=str(folder), tokenizer_path=str(folder / "marked.model"), vocab_size=40), tokens.astype("<u2"), counts
+
+
+def test_bytes_of_a_tokenizer_with_case_marks_are_the_sidecars(marked, dataset):
+    cfg, tokens, counts = marked
+    assert t.target_bytes(tokens, cfg, torch.device("cpu")).tolist() == counts[1:].tolist()
+    assert t.target_bytes(tokens[:9], cfg, torch.device("cpu")).tolist() == counts[1:9].tolist()  # VAL_MAX_TOKENS
+    plain = dataclasses.replace(cfg, tokenizer_path=dataset["TOKENIZER_PATH"], vocab_size=384)
+    table = t.load_byte_table(plain, torch.device("cpu"))
+    ids = torch.from_numpy(tokens.astype(np.int64))
+    assert torch.equal(t.target_bytes(tokens, plain, torch.device("cpu")), table.count(ids[:-1], ids[1:]))  # it has no marks: its own rule
+
+
+@pytest.mark.parametrize("sizes, words", [((), "not 0;"), ((20,), "not 20;"), ((20, 11), "not 31;"), (("bos", 10), "counts bytes of BOS")])
+def test_a_sidecar_that_is_missing_or_of_another_split_is_an_error(marked, tmp_path, sizes, words):
+    cfg, tokens, counts = marked
+    write_shard(tmp_path / "fineweb_val_000000.bin", tokens)
+    for i, size in enumerate(sizes):
+        write_shard(tmp_path / f"fineweb_val_bytes_{i:06d}.bin", np.ones(20) if size == "bos" else np.zeros(size))
+    with pytest.raises(t.InputError, match=words):
+        t.target_bytes(tokens, dataclasses.replace(cfg, data_path=str(tmp_path)), torch.device("cpu"))

@@ -226,7 +226,7 @@ def costs_by_hand(model, batches, first, count, looped=False):
 
     model.tok_emb.project, sums = head, {n: [0.0, 0.0, np.zeros(len(m.weight)), 0] for n, m in modules.items()}
     for step in range(first, first + count):
-        for ids, targets in zip(*batches.load(step)):
+        for ids, targets in zip(*batches.load(step, batches.seq_len, batches.micro_steps)):
             calls.clear()
             loss = model(ids, targets, looped).sum()
             for (name, x, scale, _), g in zip(calls, torch.autograd.grad(loss, [y for *_, y in calls])):
@@ -318,7 +318,7 @@ def test_the_cost_of_a_small_error_is_foreseen(step_cfg):
     """Random errors in one weight change the loss of each token by a gradient whose mean square the curvature tells."""
     cfg = dataclasses.replace(step_cfg, train_batch_tokens=512, micro_batch_tokens=512)
     seen, trainer = observed(cfg, batches=1)
-    ids, targets = batches_of(cfg).load(0)
+    ids, targets = next(batches_of(cfg))
     model = trainer.model
     for name in ("blocks.1.mlp.fc.weight", "blocks.2.attn.c_v.weight", "value_embed.embed.weight"):
         w, cost = model.get_parameter(name), t.curvature(seen[name], t.Ranks())

@@ -198,7 +198,7 @@ def hessians_by_hand(model, batches, first, count, looped=False):
     hook = linear.register_forward_hook(lambda module, args, output: seen.append(args[0].detach()))
     model.tok_emb.project = lambda x: heads.append(x.detach()) or reached(x)
     for step in range(first, first + count):
-        for ids, targets in zip(*batches.load(step)):
+        for ids, targets in zip(*batches.load(step, batches.seq_len, batches.micro_steps)):
             model(ids, targets, looped)
     hook.remove()
     del model.tok_emb.project
@@ -243,7 +243,7 @@ def test_the_share_of_each_rank_adds_up_to_the_hessians_of_one(gptq_cfg):
 def test_training_leaves_the_hessians_of_the_averaged_weights(gptq_cfg, log):
     cfg = dataclasses.replace(gptq_cfg, iterations=4)
     trainer = trainer_of(cfg)
-    trainer.batches.seek(0)
+    trainer.batches.seek(0, cfg.train_seq_len)
     costs, tokens = t.train(trainer, None, log), 3 * cfg.train_batch_tokens
     raw = {n: p.clone() for n, p in trainer.model.state_dict().items()}
     averaged = t.GPT(cfg)
@@ -443,7 +443,7 @@ def test_a_model_coded_by_gptq_predicts_the_training_set_better_than_one_rounded
     cfg = dataclasses.replace(gptq_cfg, matrix_bits=3, embed_bits=4, gptq_calibration_batches=8)
     trainer = trainer_of(cfg)
     weights, grid_of, hessians = weights_of(trainer.model), t.grids(trainer.model, cfg), hessians_of(trainer, 8)
-    ids = batches_of(cfg).load(0)[0].flatten(0, 1)
+    ids = next(batches_of(cfg))[0].flatten(0, 1)
     with torch.no_grad():
         exact, off = trainer.model.hidden(ids), []
         for found in ({}, hessians):

@@ -80,7 +80,7 @@ def test_going_back_gives_the_same_shuffled_batches_again(shuffled):
     batches = t.Batches(stream, cfg, t.Ranks())
     first = [next(batches) for _ in range(14)]
     for step in (0, 13, 5, 6, 3):  # 5 and 6 lie on both sides of, and across, the end of the first epoch
-        batches.seek(step)
+        batches.seek(step, cfg.train_seq_len)
         assert batches.step == step
         assert all(torch.equal(a, b) for a, b in zip(next(batches), first[step]))
     assert batches.step == 4 and all(torch.equal(a, b) for a, b in zip(next(batches), first[4]))

@@ -300,6 +300,7 @@ def card(monkeypatch):
     for module, namespace in t.FLASH_PACKAGES.values():
         package = ModuleType(module)
         package.flash_attn_func = lambda q, k, v, module=module, **how: (card.calls.append((module, how)), q)[1]
+        package.flash_attn_varlen_func = lambda q, *rest, module=module, **how: (card.calls.append((module, rest[2:], how)), q)[1]
         monkeypatch.setitem(sys.modules, module, package)
         monkeypatch.setattr(torch.ops, namespace, SimpleNamespace(_flash_attn_forward=None), raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: card.capability)
@@ -311,7 +312,7 @@ def test_on_a_gpu_the_best_kernel_that_is_there_is_taken_or_the_one_asked_for(ca
     q = torch.randn(1, 3, 2, 64)
     for name, module in dict(auto="flash_attn_interface", fa3="flash_attn_interface", fa2="flash_attn").items():
         found = card.chosen(attention=name)
-        assert found.attend(q, q, q) is q and card.calls.pop() == (module, dict(softmax_scale=None, causal=True))
+        assert torch.equal(found.attend(q, q, q), q) and card.calls.pop() == (module, dict(softmax_scale=None, causal=True))
         assert found.name == dict(auto="fa3").get(name, name) and found.warning == ""
     for name, backend in t.TORCH_KERNELS.items():
         assert card.chosen(attention=name).attend.keywords == dict(backend=backend)
@@ -373,13 +374,33 @@ def test_heads_of_any_width_run_through_a_kernel_for_multiples_of_8(channels, re
 
     def kernel(q, k, v, softmax_scale, causal):
         seen.append((q.size(-1), causal))
-        return returned(t.attend_sdpa(q, k, v, softmax_scale))
+        return returned(t.attend_sdpa(q, k, v, scale=softmax_scale))
 
     q, k, v = (torch.randn(2, 9, heads, channels) for heads in (4, 2, 2))
-    attend = partial(t.attend_flash, kernel)
+    attend = partial(t.attend_flash, (kernel, None))
     y = (partial(t.attend_padded, attend) if channels % 8 else attend)(q, k, v)
     torch.testing.assert_close(y.double(), naive_attention(q, k, v), rtol=1e-4, atol=1e-5)
     assert seen == [(-(-channels // 8) * 8, True)]
+
+
+def test_documents_are_kept_apart_by_the_best_kernel_that_can(card, monkeypatch):
+    q, ids = torch.randn(2, 130, 2, 64), torch.full((2, 130), 5)
+    ids[1, 100] = t.BOS
+    documents = (ids == t.BOS).cumsum(1)
+    assert card.chosen(document_attention=True).attend(q, q, q, documents) is not None
+    module, (bounds, again, longest, most), how = card.calls.pop()
+    assert module == "flash_attn_interface" and how == dict(softmax_scale=None, causal=True) and (longest, most) == (130, 130)
+    assert bounds is again and bounds.dtype == torch.int32 and bounds.tolist() == [0, 0, 130, 230, 260]
+    for name in t.TORCH_KERNELS:
+        with pytest.raises(t.InputError, match=f"ATTENTION={name} cannot run: {name}: it cannot keep documents apart"):
+            card.chosen(attention=name, document_attention=True)
+    for module, _ in t.FLASH_PACKAGES.values():
+        monkeypatch.setitem(sys.modules, module, None)
+    found = card.chosen(document_attention=True)
+    assert found[:2] == ("flex", t.attend_flex) and "without fa3" in found.warning
+    assert card.chosen(document_attention=True, compile="off").name == "sdpa" and card.chosen().name == "sdpa"
+    with pytest.raises(t.InputError, match="ATTENTION=flex cannot run: flex: it is there to keep documents apart, compiled"):
+        card.chosen(attention="flex")
 
 
 def test_heads_of_60_channels_are_padded_on_a_gpu(card):

@@ -96,15 +96,15 @@ def test_parallel_blocks_begin_where_they_are_said_to(cfg):
 def test_the_mlp_of_a_parallel_block_does_not_see_its_attention(cfg):
     block = make_model(dataclasses.replace(cfg, parallel_residual_start=1)).blocks[2]
     x, x0, rotary = torch.randn(1, 5, cfg.model_dim), torch.randn(1, 5, cfg.model_dim), t.rotary_tables(5, cfg.rope_dims, 1e4)
-    whole = block(x, x0, rotary, None, None)[0]
+    whole = block(x, x0, rotary, None, None, None)[0]
     attn_scale = block.attn_scale.detach().clone()
     with torch.no_grad():
         block.attn_scale.zero_()
-        no_attention = block(x, x0, rotary, None, None)[0]
+        no_attention = block(x, x0, rotary, None, None, None)[0]
         block.mlp_scale.zero_()
-        nothing = block(x, x0, rotary, None, None)[0]
+        nothing = block(x, x0, rotary, None, None, None)[0]
         block.attn_scale.copy_(attn_scale)
-        no_mlp = block(x, x0, rotary, None, None)[0]
+        no_mlp = block(x, x0, rotary, None, None, None)[0]
     torch.testing.assert_close(whole - nothing, (no_mlp - nothing) + (no_attention - nothing), rtol=1e-5, atol=1e-5)
 
 

@@ -27,6 +27,22 @@ def test_singular_values_of_an_orthogonalized_matrix_are_near_one(shape):
     assert cosine.min() > 0.97
 
 
+def test_polar_express_ends_nearer_to_one_from_any_singular_value():
+    """On diagonal matrices, whose singular values can be read off: against the five polynomials one after the other."""
+    values = np.geomspace(3e-3, 1, 200)
+    found = {}
+    for kind in ("quintic", "polar"):
+        x = values / (np.sqrt((values**2).sum()) + 1e-7)
+        for i in range(5):
+            a, b, c = t.NEWTON_SCHULZ[kind][min(i, len(t.NEWTON_SCHULZ[kind]) - 1)]
+            x = a * x + b * x**3 + c * x**5
+        found[kind] = x
+        stepped = t.orthogonalize(torch.diag(torch.from_numpy(values))[None], 5, kind)[0]
+        np.testing.assert_allclose(stepped, np.diag(x), atol=1e-9)
+    spread = {kind: np.abs(np.log(x[values > 0.05])).max() for kind, x in found.items()}
+    assert spread["polar"] < 0.1525 < 0.38 < spread["quintic"]
+
+
 def test_a_stack_is_orthogonalized_matrix_by_matrix():
     g = torch.randn(4, 24, 16)
     torch.testing.assert_close(t.orthogonalize(g, 5), torch.cat([t.orthogonalize(m[None], 5) for m in g]))

@@ -35,7 +35,7 @@ class Marker(torch.nn.Module):
         super().__init__()
         self.layer, self.seen = layer, seen
 
-    def forward(self, x, x0, rotary, value_embedding, first_value):
+    def forward(self, x, x0, rotary, documents, value_embedding, first_value):
         self.seen.append((self.layer, x[0, 0].detach().clone()))
         out = torch.zeros_like(x)
         out[..., len(self.seen) - 1] = 1.0

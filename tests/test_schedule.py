@@ -152,10 +152,17 @@ def test_neutral_schedule_values_are_the_plain_warm_up_whatever_the_clock_and_th
     assert [t.muon_momentum(9000, 0, s, cooling) for s in (1.0, 0.75, 0.5, 0.0)] == pytest.approx([0.99, 0.9725, 0.955, 0.955])
 
 
+def test_the_rate_falls_to_its_floor_and_stays(cfg):
+    cfg = dataclasses.replace(cfg, iterations=100, warmdown_iters=0, warmdown_frac=0.5, max_wallclock_seconds=0.0)
+    rates = {floor: [t.lr_scale(step, 0.0, 1.0, dataclasses.replace(cfg, min_lr=floor)) for step in range(101)] for floor in (0.0, 0.1)}
+    assert rates[0.1] == [max(rate, 0.1) for rate in rates[0.0]] and rates[0.1][-1] == 0.1 and rates[0.0][-1] == 0.0
+
+
 @pytest.mark.parametrize("variant", PUBLISHED)
 def test_late_qat_and_the_loops_switch_on_once_at_their_time_and_stay(variant):
     cfg, said = t.Config.from_env({"VARIANT": variant}), []
-    trainer = SimpleNamespace(cfg=cfg, qat=False, looped=False, model=SimpleNamespace(looped_order=[]))
+    batches = SimpleNamespace(seq_len=cfg.train_seq_len)
+    trainer = SimpleNamespace(cfg=cfg, qat=False, looped=False, batches=batches, model=SimpleNamespace(looped_order=[]))
     shares = [(i + 0.5) / 1000 for i in range(1000)]
     seen = []
     for step, share in enumerate(shares):

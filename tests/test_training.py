@@ -31,7 +31,7 @@ def gradients_of(trainer, monkeypatch):
 
 def test_a_batch_in_pieces_has_the_loss_and_the_gradient_of_the_whole(cfg, monkeypatch):
     whole, *pieces = (gradients_of(trainer_of(dataclasses.replace(cfg, micro_batch_tokens=n)), monkeypatch) for n in (256, 128, 64, 32))
-    ids, targets = trainer_of(dataclasses.replace(cfg, micro_batch_tokens=256)).batches.load(0)
+    ids, targets = trainer_of(dataclasses.replace(cfg, micro_batch_tokens=256)).batches.load(0, 32, 1)
     assert len(ids) == 1 and whole[0] == pytest.approx(float(make_model(cfg)(ids[0], targets[0]).detach().mean()), abs=1e-5)
     for loss, gradients in pieces:
         assert loss == pytest.approx(whole[0], abs=1e-5)
@@ -169,7 +169,8 @@ def test_the_average_is_what_is_exported_and_reported(env, tmp_path):
 
 @pytest.mark.parametrize("scope", ["stream", "document"])
 def test_every_pass_of_an_evaluation_loops_if_the_model_was_trained_to(cfg, log, scope):
-    changes = dict(stream=dict(ttt_lora_rank=0), document=dict(ttt_lora_rank=2, ttt_chunk_tokens=16, ttt_grad_clip=0.0, ttt_optimizer="adamw"))[scope]
+    changes = dict(stream=dict(ttt_lora_rank=0), document=dict(
+        ttt_lora_rank=2, ttt_params=t.Config.ttt_params, ttt_chunk_tokens=16, ttt_grad_clip=0.0, ttt_optimizer="adamw"))[scope]
     cfg = dataclasses.replace(cfg, num_loops=2, loop_start=1, loop_end=2, ttt_scope=scope, ttt_lr=0.0, val_max_tokens=200, **changes)
     model = make_model(cfg)
 

@@ -227,8 +227,8 @@ attention.register_autograd(lambda ctx, grad, _: attention_backward(*ctx.saved_t
                             setup_context=keep)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:
-    """flash_attn_func; q: (B, T, H, C), k and v: (B, T, K, C)."""
+def attend(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None, causal: bool = True) -> Tensor:
+    """flash_attn_func; q: (B, T, H, C), k and v: (B, T, K, C). Documents are counted as if they were one."""
     return attention(q.contiguous(), k.contiguous(), v.contiguous())[0]
 
 
