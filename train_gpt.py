@@ -477,6 +477,28 @@ STREAM_TTT = dict(
     ttt_batch_seqs=32,
     ttt_grad_clip=1.0,
 )  # PR #549
+SP8192 = dict(
+    data_path="./data/datasets/fineweb10B_sp8192",
+    tokenizer_path="./data/tokenizers/fineweb_8192_bpe.model",
+    vocab_size=8192,
+    loader="shuffled",
+    mlp_mult=4.0,
+    xsa_last_n=11,
+    attn_gate_dims=12,
+    skip_gates=True,
+    num_loops=2,
+    bigram_vocab_size=0,
+    ve_layers=(),
+    warmdown_iters=0,
+    scalar_lr=0.02,
+    tied_embed_lr=0.03,
+    muon_row_normalize=True,
+    muon_wd=0.095,
+    embed_wd=0.085,
+    ema_decay=0.9965,
+    late_qat_threshold=0.0,
+    quantizer="gptq",
+)  # what PR #1812 and PR #2135 share
 VARIANTS: dict[str, dict] = {
     "card": {},
     "pr150": dict(
@@ -563,42 +585,23 @@ VARIANTS: dict[str, dict] = {
         ttt_lr=0.01,
         ttt_beta2=0.95,
     ),
-    "pr1812": dict(
-        STREAM_TTT,
-        data_path="./data/datasets/fineweb10B_sp8192",
-        tokenizer_path="./data/tokenizers/fineweb_8192_bpe.model",
-        vocab_size=8192,
-        loader="shuffled",
-        mlp_mult=4.0,
+    "pr1812": SP8192
+    | STREAM_TTT
+    | dict(
         activation="silu",
         qk_gain_init=5.25,
         qk_gains=2,
-        xsa_last_n=11,
-        attn_gate_dims=12,
         parallel_residual_start=7,
-        skip_gates=True,
-        num_loops=2,
         smear_gate=False,
-        bigram_vocab_size=0,
-        ve_layers=(),
         embed_scale=True,
         iterations=50_000,
-        warmdown_iters=0,
         warmdown_frac=0.72,
         matrix_lr=0.022,
-        scalar_lr=0.02,
-        tied_embed_lr=0.03,
         muon_momentum_warmup_steps=0,
         muon_momentum_warmup_frac=0.22,
         muon_momentum_cooldown=0.25,
-        muon_row_normalize=True,
-        muon_wd=0.095,
         muon_wd_mlp=0.115,
-        embed_wd=0.085,
         adam_wd=0.005,
-        ema_decay=0.9965,
-        late_qat_threshold=0.0,
-        quantizer="gptq",
         matrix_clip_sigmas=13.3,
         embed_clip_sigmas=20.0,
         gptq_calibration_batches=64,
@@ -613,7 +616,25 @@ VARIANTS: dict[str, dict] = {
         ttt_cosine_floor=0.0,
         ttt_cosine_tokens=40_540_160,  # of the contest's split; published: 0
     ),
-    "frontier": dict(quantizer="gptq", mean_step=0.1, matrix_bits=8, compressor="rans", late_qat_threshold=0.0),
+    "frontier": dict(
+        SP8192,
+        document_attention=True,
+        qk_gain_init=5.0,
+        parallel_residual_start=8,
+        train_seq_len=3072,
+        early_seq_lens=(1024, 2048),  # PR #2014
+        early_seq_ends=(0.1, 0.7),
+        warmdown_frac=0.85,
+        min_lr=0.1,
+        matrix_lr=0.028,
+        muon_momentum=0.97,
+        adam_wd=0.02,
+        beta2=0.99,
+        mean_step=0.1,
+        matrix_bits=8,
+        gptq_calibration_batches=32,
+        compressor="rans",
+    ),
     "demo": dict(
         data_path="./data/datasets/demo_sp1024",
         tokenizer_path="./data/tokenizers/demo_1024_bpe.model",
@@ -2197,7 +2218,14 @@ def decompress(data: bytes, name: str) -> bytes:
 
 def artifact_settings(cfg) -> dict:
     """The settings that travel with the weights: what the model is and how it is scored, no path and nothing else."""
-    others = "matrix_bits", "train_seq_len", "train_batch_tokens", "micro_batch_tokens"
+    others = (
+        "matrix_bits",
+        "train_seq_len",
+        "train_batch_tokens",
+        "micro_batch_tokens",
+        "early_seq_lens",
+        "early_seq_ends",
+    )
     return as_env(cfg.group("model", "evaluation") | {k: vars(cfg)[k] for k in others})
 
 

@@ -12,7 +12,7 @@ from conftest import finals, make_model, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_gptq import batches_of, gaussian, gptq_by_hand, hessian_of, weights_of
-from test_variants import SMALL, STAGES, train_losses
+from test_variants import STAGES, scaled, train_losses
 
 import train_gpt as t
 
@@ -507,8 +507,7 @@ def test_a_run_with_fit_stays_under_its_cap_and_shows_its_trials(dataset, tmp_pa
 def card(dataset, tmp_path_factory):
     """(folder, log of one process, log of two) of a small `frontier`, the row with every option of this file."""
     folders = [tmp_path_factory.mktemp(f"card_{n}") for n in (1, 2)]
-    options = dict(VARIANT="frontier", RUN_ID="test", MEAN_STEP="0.02", TTT_CHUNK_TOKENS="16", VAL_MAX_TOKENS="400")
-    env = dict(dataset, **SMALL) | options
+    env = dataset | scaled("frontier") | dict(RUN_ID="test", MEAN_STEP="0.02", TTT_CHUNK_TOKENS="16", VAL_MAX_TOKENS="400")
     t.main([], env | {"OUTPUT_DIR": str(folders[0])})
     two = run(env | {"OUTPUT_DIR": str(folders[1])}, processes=2).stdout
     return folders[0], (folders[0] / "logs" / "test.txt").read_text(), two

@@ -18,8 +18,10 @@ SMALL = dict(
 
 
 def scaled(variant):
-    """The row of a published system, scaled down; the warmdown of pr1812 is a share of the run already."""
-    return {"VARIANT": variant} | {k: v for k, v in SMALL.items() if variant != "pr1812" or k != "WARMDOWN_ITERS"}
+    """A row, scaled down; the warmdown of some is a share of the run already, and the rows of `frontier` grow."""
+    row = t.VARIANTS[variant]
+    lengths = dict(EARLY_SEQ_LENS="8,16") if "early_seq_lens" in row else {}
+    return {"VARIANT": variant} | lengths | {k: v for k, v in SMALL.items() if "warmdown_frac" not in row or k != "WARMDOWN_ITERS"}
 
 
 PUBLISHED = dict(pr150=26_829_913, pr455=26_993_756, pr490=27_137_221, pr1127=25_485_176, pr1812=35_946_192)
