@@ -420,7 +420,7 @@ def test_validation_text_of_its_own_leaves_its_documents_out_of_training(documen
 def test_a_tokenizer_learns_from_no_validation_document_and_within_its_bounds(documents, tmp_path, monkeypatch):
     write_json_lines(tmp_path / "docs.jsonl", documents)
     learnt = []
-    monkeypatch.setattr(prepare, "train_tokenizer", lambda texts, size, path: learnt.extend(texts) or encode.train_tokenizer(learnt, size, path))
+    monkeypatch.setattr(prepare, "train_tokenizer", lambda texts, *how: learnt.extend(texts) or encode.train_tokenizer(learnt, *how))
     tokenize(tmp_path, tmp_path / "docs.jsonl", "--vocab-size", 400, "--name", "mine", "--val-docs", 3, "--tokenizer-docs", 20, "--workers", 1)
     assert learnt == documents[3:23]
     assert (tmp_path / "tokenizers" / "mine.model").is_file() and "mine.model" not in files_of(tmp_path)
