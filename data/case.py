@@ -8,10 +8,10 @@ A layout is a place for the marks, which are private-use characters. Before "The
 TITLE is a capital letter, ALLCAPS a word of two or more, NEXT v1's capital within a word; a mark in the text itself
 comes after an ESCAPE. A word is a run of ASCII letters; all other characters stay.
 
-Bytes are those of the published sidecars, fineweb_val_bytes_*.bin. SentencePiece normalizes the marked text (NFKC); each
-character that comes out has the UTF-8 bytes of what it was made of, the last one where several were, the space those of
-the white space that became it. Marks and BOS have none, a character in byte pieces has all in the last, and what
-normalization takes from either end of a document is no token's. So no token counts what normalization adds or drops.
+Bytes are those of the published sidecars, fineweb_val_bytes_*.bin. SentencePiece normalizes the marked text (NFKC). A
+character that comes out has the UTF-8 bytes of what it was made of: of several, the last; a space those of the white
+space that became it. Marks and BOS have none, a character in byte pieces has all in the last of them, and what
+normalization takes from either end of a document is no token's.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import numpy as np
 from train_gpt import InputError
 
 MARKS = TITLE, ALLCAPS, NEXT, ESCAPE = "\ue001\ue002\ue003\ue004"
-GAP = r"[\s\u200b-\u200f\u2581\ufeff\ufffd]"  # what normalization makes a space, or drops
+GAP = r"[\t\n\f\r \xa0\u1680\u2000-\u200c\u200e\u200f\u2028\u2029\u202f\u205f\u2581\u3000\ufeff\ufffd]"  # to be a space
 WORD = r"(?<![A-Za-z])([a-z]*[A-Z][A-Za-z]*)"  # that has a capital
 MARKED = re.compile(f"{ESCAPE}(.?)|{ALLCAPS}{GAP}*[A-Za-z]*|[{TITLE}{NEXT}]{GAP}*\\w?", re.DOTALL)
 
