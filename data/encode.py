@@ -260,7 +260,7 @@ def with_bytes(model: Path, document: np.ndarray, marked: str) -> np.ndarray:
     """The tokens of a document and, in a second row, the bytes of its original that each counts."""
     sp = processor(model)
     sizes = [case.normal_bytes(sp, part)[1 if number else 0 :] for number, part in enumerate(parts(model, marked))]
-    counts = case.token_bytes(sp, document[1:], np.concatenate([[], *sizes]).astype(np.int64))
+    counts = case.token_bytes(sp, document[1:], np.concatenate([np.empty(0, np.int64), *sizes]))
     if counts.max(initial=0) > 65535:
         raise InputError(f"a token that counts {counts.max():,} of them, of at most 65,535")
     return np.stack([document, np.append(0, counts).astype("<u2")])

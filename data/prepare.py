@@ -132,7 +132,8 @@ class Shards:
             self.flush()
         self.save(skip=0, done=True)
         tokens = sum(file["tokens"] for file in self.counts["files"])
-        return dict(documents=self.counts["documents"], tokens=tokens, **{kind: self.counts[kind] for kind in self.kinds})
+        files = {kind: self.counts[kind] for kind in self.kinds}
+        return dict(documents=self.counts["documents"], tokens=tokens, **files)
 
 
 def start_worker() -> None:
@@ -312,7 +313,7 @@ def sidecars(cfg: train_gpt.Config, split: str) -> list[Path]:
 
 
 def read_sidecar(cfg: train_gpt.Config) -> np.ndarray:
-    """The bytes of each token of the validation split (N,). Raises InputError where a shard has no sidecar of its size."""
+    """The bytes of each token of val (N,). Raises InputError where a shard has no sidecar of its size."""
     shards, counts = train_gpt.find_shards(cfg, "val"), []
     for shard in shards:
         path = shard.with_name(shard.name.replace("_val_", "_val_bytes_"))
@@ -320,8 +321,8 @@ def read_sidecar(cfg: train_gpt.Config) -> np.ndarray:
             raise InputError(f"{path} is missing: {cfg.tokenizer_path} is a case tokenizer, whose validation split is "
                              "scored by the bytes of the original text")
         counts.append(train_gpt.read_shard(path))
-        if len(counts[-1]) != len(train_gpt.read_shard(shard)):
-            raise InputError(f"{path} has {len(counts[-1])} counts, but {shard.name} {len(train_gpt.read_shard(shard))} tokens")
+        if (size := len(train_gpt.read_shard(shard))) != len(counts[-1]):
+            raise InputError(f"{path} has {len(counts[-1])} counts, but {shard.name} {size} tokens")
     if len(sidecars(cfg, "val")) > len(shards):
         raise InputError(f"{cfg.data_path}: {len(sidecars(cfg, 'val'))} sidecars, but {len(shards)} validation shards")
     return np.concatenate(counts)
@@ -425,8 +426,8 @@ def measure(cfg: train_gpt.Config, split: str, only: set[bytes] | None = None) -
         documents, tokens, largest = documents + len(split_up), tokens + len(block), max(largest, int(block.max()))
         total, tail = total + int(counts.sum()), np.concatenate([tail, counts])[-2048:]
     if rule.strange > tokens * STRANGE:
-        raise InputError(f"{cfg.data_path}: {rule.strange} of {tokens} counts of the sidecar are not those of the decoded "
-                         "text, more than normalization changes: it is of other tokens or another text")
+        raise InputError(f"{cfg.data_path}: {rule.strange} of {tokens} counts of the sidecar are not those of the "
+                         "decoded text, more than normalization changes: it is of other tokens or another text")
     over = (tokens - 1) % 2048
     row_bytes = total - int(tail[len(tail) - over :].sum())
     return Totals(documents, tokens, total, largest, tokens - 1 - over, row_bytes, digests, rule.changed)
@@ -442,8 +443,9 @@ def check_text(cfg: train_gpt.Config, inputs: list[Path]) -> None:
         found = encode_block(model, block, sidecar)
         there = stored[..., at : at + found.tokens.shape[-1]]
         if not np.array_equal(there, found.tokens):
-            raise InputError(f"{cfg.data_path}: the validation split is not what lines {block.first} to "
-                             f"{block.first + block.lines - 1} of {block.path} make: {what_differs(there, found.tokens)}")
+            lines = f"lines {block.first} to {block.first + block.lines - 1} of {block.path}"
+            raise InputError(f"{cfg.data_path}: the validation split is not what {lines} make: "
+                             f"{what_differs(there, found.tokens)}")
         at, size = at + there.shape[-1], size + found.text_bytes
     if at < stored.shape[-1]:
         raise InputError(f"{cfg.data_path}: the validation split has {stored.shape[-1]} tokens, the text {at}")
