@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import case
 import numpy as np
 import sentencepiece
 import zstandard
@@ -131,13 +132,15 @@ def processor(model: Path) -> sentencepiece.SentencePieceProcessor:
     return sp
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> None:
-    """Train a SentencePiece BPE model with the contest's options and write it to `path`."""
-    model = io.BytesIO()
+def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path, layout: str | None = None) -> None:
+    """Train a SentencePiece BPE model with the contest's options, and a case layout's, and write it to `path`."""
+    model, options = io.BytesIO(), CONTEST_TRAINER
+    if layout:
+        texts, options = (case.encode(text, layout) for text in texts), options | case.LAYOUTS[layout].trainer
     lines = (line for text in texts for line in text.splitlines() if line.strip())
     try:
         sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=model, vocab_size=vocab_size,
-                                                 minloglevel=2, **CONTEST_TRAINER)
+                                                 minloglevel=2, **options)
     except RuntimeError as error:
         raise InputError(f"SentencePiece could not train {vocab_size} pieces: {error}") from None
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -154,8 +157,17 @@ def sample(blocks: Iterator[Block], megabytes: float) -> Iterator[str]:
             yield text
 
 
+@functools.cache
+def layout_of(model: Path) -> str | None:
+    """The case layout of the tokenizer at `model`."""
+    return case.layout_of(processor(model))
+
+
 class Encoded(NamedTuple):
-    """Documents of one block: their tokens in a row, the length and the digest of each, and the bytes of their text."""
+    """Documents of one block: their tokens in a row, the length and the digest of each, and the bytes of their text.
+
+    For a sidecar there are two rows: the second has the bytes of each token.
+    """
 
     tokens: np.ndarray
     lengths: list[int]
@@ -202,44 +214,69 @@ def can_cut(model: Path) -> bool:
     return is_bpe and is_known and "\u2581" in pieces and not any(re.search(r"\s|(?<!^)\u2581", p) for p in pieces)
 
 
-def encode_long(model: Path, text: str) -> np.ndarray:
-    """BOS and the pieces of one document, by parts. Raises InputError where one has more than LONGEST_PART characters.
+def parts(model: Path, text: str) -> Iterator[str]:
+    """A document in parts whose pieces are those of the whole, if the "a" that stands before each but the first goes.
 
-    A later part begins with a space, which would be stripped but for a letter before it, whose pieces are dropped.
+    It keeps the space that a later part begins with. Raises InputError where one has more than LONGEST_PART characters.
     """
-    sp, parts, at = processor(model), [np.full(1, train_gpt.BOS, "<u2")], 0
-    letter = sp.encode("a")
+    at = 0
     while at < len(text):
         cut = CUT.search(text, at + PART) if can_cut(model) else None
         end = cut.start() if cut else len(text)
         if (size := end - at) > LONGEST_PART:
             why = "that no space or line end parts" if can_cut(model) else "that this tokenizer can only take as a whole"
             raise InputError(f"{size:,} characters {why}, of at most {LONGEST_PART:,}; split the document")
-        ids = sp.encode("a" + text[at:end])[len(letter) :] if at else sp.encode(text[:end])
-        parts.append(np.fromiter(ids, "<u2", len(ids)))
+        yield "a" + text[at:end] if at else text[:end]
         at = end
-    return np.concatenate(parts)
 
 
-def encode_texts(model: Path, block: Block, texts: list[str]) -> list[np.ndarray]:
+def encode_long(model: Path, text: str) -> np.ndarray:
+    """BOS and the pieces of one document, by parts."""
+    sp, found = processor(model), [np.full(1, train_gpt.BOS, "<u2")]
+    letter = sp.encode("a")
+    for number, part in enumerate(parts(model, text)):
+        ids = sp.encode(part)[len(letter) if number else 0 :]
+        found.append(np.fromiter(ids, "<u2", len(ids)))
+    return np.concatenate(found)
+
+
+def encode_texts(model: Path, block: Block, texts: list[str], sidecar: bool = False) -> list[np.ndarray]:
     """BOS and the pieces of each text; long ones by parts. An error names the document's line and size."""
-    short = iter(processor(model).encode([t for t in texts if len(t) <= PART], add_bos=True, num_threads=1))
+    layout = layout_of(model)
+    marked = [case.encode(text, layout) for text in texts] if layout else texts
+    short = iter(processor(model).encode([t for t in marked if len(t) <= PART], add_bos=True, num_threads=1))
     documents = []
-    for line, text in enumerate(texts, block.first):
+    for line, text in enumerate(marked, block.first):
         try:
-            documents.append(np.array(next(short), "<u2") if len(text) <= PART else encode_long(model, text))
+            document = np.array(next(short), "<u2") if len(text) <= PART else encode_long(model, text)
+            documents.append(with_bytes(model, document, text) if sidecar else document)
         except InputError as error:
-            size = len(text.encode())
+            size = len(texts[line - block.first].encode())
             raise InputError(f"{block.path}, line {line}: a document of {size:,} bytes has {error}") from None
     return documents
 
 
-def encode_block(model: Path, block: Block) -> Encoded:
-    """Encode each document as BOS and its pieces."""
+def with_bytes(model: Path, document: np.ndarray, marked: str) -> np.ndarray:
+    """The tokens of a document and, in a second row, the bytes of its original that each counts."""
+    sp = processor(model)
+    sizes = [case.normal_bytes(sp, part)[1 if number else 0 :] for number, part in enumerate(parts(model, marked))]
+    counts = case.token_bytes(sp, document[1:], np.concatenate([np.empty(0, np.int64), *sizes]))
+    if counts.max(initial=0) > 65535:
+        raise InputError(f"a token that counts {counts.max():,} of them, of at most 65,535")
+    return np.stack([document, np.append(0, counts).astype("<u2")])
+
+
+def encode_block(model: Path, block: Block, sidecar: bool = False) -> Encoded:
+    """Encode each document as BOS and its pieces, with the bytes of each for a sidecar."""
     texts = list(block.texts())
-    documents = [document.tobytes() for document in encode_texts(model, block, texts)]
-    tokens = np.frombuffer(b"".join(documents), "<u2")
-    if np.count_nonzero(tokens == train_gpt.BOS) != len(documents):
+    documents = encode_texts(model, block, texts, sidecar)
+    tokens = np.concatenate(documents, -1)
+    if np.count_nonzero(token_row(tokens) == train_gpt.BOS) != len(documents):
         raise InputError(f"{block.path}, after line {block.first}: {model} makes a BOS inside of a document")
-    lengths, text_bytes = [len(d) // 2 for d in documents], sum(len(text.encode()) for text in texts)
-    return Encoded(tokens, lengths, [digest(d) for d in documents], text_bytes)
+    digests = [digest(token_row(d).tobytes()) for d in documents]
+    return Encoded(tokens, [d.shape[-1] for d in documents], digests, sum(len(text.encode()) for text in texts))
+
+
+def token_row(tokens: np.ndarray) -> np.ndarray:
+    """The tokens without the row of their bytes."""
+    return np.atleast_2d(tokens)[0]

@@ -171,7 +171,9 @@ def choose(hub: Hub, args: argparse.Namespace, published: dict) -> tuple[dict[st
     """(path here of each file of the variant that is wanted, by its name on the hub; the tokenizer's name there)."""
     dataset = f"fineweb10B_{args.variant}"
     shard = rf"datasets/{re.escape(dataset)}/fineweb_%s_\d+\.bin"
-    val, train = (sorted(n for n in hub.files if re.fullmatch(shard % split, n)) for split in ("val", "train"))
+    val, train, sidecars = (
+        sorted(n for n in hub.files if re.fullmatch(shard % kind, n)) for kind in ("val", "train", "val_bytes")
+    )
     if not val:
         there = {m[1] for n in hub.files if (m := re.match(r"datasets/fineweb10B_(\w+)/fineweb_val_\d+\.bin", n))}
         there = ", ".join(sorted(there)) or "no export"
@@ -181,18 +183,22 @@ def choose(hub: Hub, args: argparse.Namespace, published: dict) -> tuple[dict[st
         raise InputError(f"{dataset} has {len(train)} training shards; --train-shards {len(train)} brings them all")
     tokenizer = tokenizer_of(hub, args.variant, published)
     wanted = [n for i, n in enumerate(val + train) if i < len(val) + args.train_shards or (args.root / n).exists()]
-    return {tokenizer: args.root / "tokenizers" / Path(tokenizer).name, **{n: args.root / n for n in wanted}}, tokenizer
+    paths = {n: args.root / n for n in sidecars + wanted}
+    return {tokenizer: args.root / "tokenizers" / Path(tokenizer).name, **paths}, tokenizer
 
 
 def describe(hub: Hub, paths: dict[str, Path], split: str) -> dict:
-    """A split's entry of our manifest: documents, tokens, and name, tokens and sha256 of each shard."""
-    files, documents = [], 0
+    """A split's entry of our manifest: documents, tokens, and name, tokens and sha256 of each shard and sidecar."""
+    files: dict[str, list[dict]] = dict(files=[], sidecar=[])
+    documents = 0
     for name, path in paths.items():
         if f"_{split}_" in path.name:
-            shard, large = train_gpt.read_shard(path), hub.files[name].lfs
-            documents += int(np.count_nonzero(shard == train_gpt.BOS))
-            files.append(dict(name=path.name, tokens=len(shard), sha256=large.sha256 if large else file_hash(path)))
-    return dict(documents=documents, tokens=sum(f["tokens"] for f in files), files=files)
+            shard, large, is_sidecar = train_gpt.read_shard(path), hub.files[name].lfs, "_bytes_" in path.name
+            documents += 0 if is_sidecar else int(np.count_nonzero(shard == train_gpt.BOS))
+            file = dict(name=path.name, tokens=len(shard), sha256=large.sha256 if large else file_hash(path))
+            files["sidecar" if is_sidecar else "files"].append(file)
+    kinds = {kind: there for kind, there in files.items() if there or kind == "files"}
+    return dict(documents=documents, tokens=sum(f["tokens"] for f in files["files"]), **kinds)
 
 
 def check_published(hub: Hub, published: dict, dataset: str, splits: dict[str, dict]) -> None:
@@ -204,8 +210,10 @@ def check_published(hub: Hub, published: dict, dataset: str, splits: dict[str, d
         if split == "val" or files == len(found["files"]):
             wrong += [f"{kind}_{split} {n} instead of {stats[f'{kind}_{split}']}" for kind, n in counts.items()
                       if stats.get(f"{kind}_{split}", n) != n]
-        ours = hub.json(f"datasets/{dataset}/manifest.json").get(split, {}).get("files", [])
-        hashes = {f["name"]: f["sha256"] for f in ours}
-        wrong += [f"hash of {f['name']}" for f in found["files"] if hashes.get(f["name"], f["sha256"]) != f["sha256"]]
+        ours = hub.json(f"datasets/{dataset}/manifest.json").get(split, {})
+        hashes, there = (
+            {f["name"]: f["sha256"] for kind in ("files", "sidecar") for f in has.get(kind, [])} for has in (ours, found)
+        )
+        wrong += [f"hash of {name}" for name, value in there.items() if hashes.get(name, value) != value]
     if wrong:
         raise InputError(f"{dataset} is not what its manifest.json on the hub says: {', '.join(wrong)}")

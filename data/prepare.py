@@ -4,9 +4,11 @@
     python data/prepare.py download sp1024 --train-shards 80  # the contest's published export
     python data/prepare.py tokenize docs.jsonl.zst --tokenizer data/tokenizers/fineweb_1024_bpe.model --name mine_sp1024
     python data/prepare.py tokenize docs.jsonl --vocab-size 1024 --name mine_sp1024 --val-docs 500  # trains one
+    python data/prepare.py tokenize docs.jsonl --vocab-size 8192 --name mine_case --case ahead       # see case.py
     python data/prepare.py verify mine_sp1024
 
 A dataset is data/datasets/NAME/fineweb_{train,val}_%06d.bin and manifest.json; each document is BOS, then its pieces.
+That of a case tokenizer has fineweb_val_bytes_%06d.bin, too: the bytes of the original text that each token counts.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # where train_gpt.py is, which hub.py and encode.py import, too
 
+import case  # noqa: E402
 import hub  # noqa: E402
 from encode import (  # noqa: E402
     Block,
@@ -49,10 +52,12 @@ from encode import (  # noqa: E402
     digest,
     encode_block,
     json_blocks,
+    layout_of,
     lines_between,
     processor,
     read_blocks,
     sample,
+    token_row,
     train_tokenizer,
 )
 from hub import file_hash  # noqa: E402
@@ -63,10 +68,12 @@ from train_gpt import InputError  # noqa: E402
 SHARD_TOKENS = 100_000_000
 TOKEN_BLOCK = 1 << 22  # tokens that `verify` holds at a time
 DECODED_DOCUMENTS = 50_000  # of each split, whose text `verify` decodes: all of the contest's validation split
+STRANGE = 0.25  # of a sidecar's counts may differ from the decoded text's but for white space: one in 20,000 in English
 CONTEST_VAL_DOCS = 50_000
 # The validation split of each export in the logs of the records: targets in whole rows of 2,048, bytes a target.
 CONTEST_VAL = dict(fineweb10B_sp1024=(62_021_632, 2.435930), fineweb10B_sp4096=(45_508_608, 3.319681),
-                   fineweb10B_sp8192=(40_540_160, 3.726631))
+                   fineweb10B_sp8192=(40_540_160, 3.726631),
+                   fineweb10B_sp8192_lossless_caps_caseops_v1_reserved=(47_851_520, 3.157152))
 
 
 # ---------------------------------------- dataset: ids -> shards, by many processes, and again after a kill
@@ -74,25 +81,29 @@ CONTEST_VAL = dict(fineweb10B_sp1024=(62_021_632, 2.435930), fineweb10B_sp4096=(
 class Shards:
     """Writes a split as shards of at most SHARD_TOKENS tokens; files appear under their names when they are whole.
 
+    With a sidecar each shard has a second file of the same shape, with the bytes of each token.
     With each finished shard, progress.json tells how many lines were read before the block that filled it, and how many
     tokens from there on are in the shard: a run that goes on reads on from that line and leaves out those tokens.
     """
 
-    def __init__(self, folder: Path, split: str, progress: dict):
+    def __init__(self, folder: Path, split: str, progress: dict, sidecar: bool = False):
         self.folder, self.split, self.progress = folder, split, progress
-        self.counts = dict(progress.get(split) or dict(read=0, documents=0, skip=0, done=False, files=[]))
+        self.kinds = dict(files=split, sidecar=f"{split}_bytes") if sidecar else dict(files=split)
+        start = dict(read=0, documents=0, skip=0, done=False, **{kind: [] for kind in self.kinds})
+        self.counts = dict(progress.get(split) or start)
         self.skip, self.filled = self.counts["skip"], 0
-        self.buffer = np.zeros(train_gpt.SHARD_HEADER_BYTES // 2 + SHARD_TOKENS, "<u2")
-        self.room = self.buffer[train_gpt.SHARD_HEADER_BYTES // 2 :]
+        self.buffer = np.zeros((len(self.kinds), train_gpt.SHARD_HEADER_BYTES // 2 + SHARD_TOKENS), "<u2")
+        self.room = self.buffer[:, train_gpt.SHARD_HEADER_BYTES // 2 :]
 
     def add(self, tokens: np.ndarray, documents: int, read: int) -> None:
-        """Append the tokens of `documents` documents, which were `read` lines of the input."""
-        at = min(self.skip, len(tokens))
+        """Append the tokens (and in a second row their bytes) of `documents` documents: `read` lines of the input."""
+        size = tokens.shape[-1]
+        at = min(self.skip, size)
         self.skip -= at
-        while at < len(tokens):
-            part = tokens[at : at + SHARD_TOKENS - self.filled]
-            self.room[self.filled : self.filled + len(part)] = part
-            self.filled, at = self.filled + len(part), at + len(part)
+        while at < size:
+            count = min(size - at, SHARD_TOKENS - self.filled)
+            self.room[:, self.filled : self.filled + count] = tokens[..., at : at + count]
+            self.filled, at = self.filled + count, at + count
             if self.filled == SHARD_TOKENS:
                 self.flush()
                 self.save(skip=at)
@@ -101,13 +112,14 @@ class Shards:
 
     def flush(self) -> None:
         """Write what has been added since the last flush as one shard."""
-        self.buffer[: train_gpt.SHARD_HEADER_BYTES // 2].view("<i4")[:3] = (
-            train_gpt.SHARD_MAGIC, train_gpt.SHARD_VERSION, self.filled)
-        blob = memoryview(self.buffer[: train_gpt.SHARD_HEADER_BYTES // 2 + self.filled]).cast("B")
-        path = self.folder / f"fineweb_{self.split}_{len(self.counts['files']):06d}.bin"
-        train_gpt.write_file(path, blob)
-        file = dict(name=path.name, tokens=self.filled, sha256=hashlib.sha256(blob).hexdigest())
-        self.counts["files"] = [*self.counts["files"], file]
+        for (kind, name), row in zip(self.kinds.items(), self.buffer):
+            row[: train_gpt.SHARD_HEADER_BYTES // 2].view("<i4")[:3] = (
+                train_gpt.SHARD_MAGIC, train_gpt.SHARD_VERSION, self.filled)
+            blob = memoryview(row[: train_gpt.SHARD_HEADER_BYTES // 2 + self.filled]).cast("B")
+            path = self.folder / f"fineweb_{name}_{len(self.counts[kind]):06d}.bin"
+            train_gpt.write_file(path, blob)
+            file = dict(name=path.name, tokens=self.filled, sha256=hashlib.sha256(blob).hexdigest())
+            self.counts[kind] = [*self.counts[kind], file]
         self.filled = 0
 
     def save(self, **now: Any) -> None:
@@ -119,8 +131,9 @@ class Shards:
         if self.filled:
             self.flush()
         self.save(skip=0, done=True)
-        files = self.counts["files"]
-        return dict(documents=self.counts["documents"], tokens=sum(f["tokens"] for f in files), files=files)
+        tokens = sum(file["tokens"] for file in self.counts["files"])
+        files = {kind: self.counts[kind] for kind in self.kinds}
+        return dict(documents=self.counts["documents"], tokens=tokens, **files)
 
 
 def start_worker() -> None:
@@ -147,7 +160,7 @@ def encode_split(encoded: Iterator[Encoded], shards: Shards, seen: set[bytes]) -
     with tqdm(desc=shards.split, unit=" documents", disable=not sys.stderr.isatty()) as bar:
         for block in encoded:
             keep = [d not in seen for d in block.digests]
-            tokens = block.tokens if all(keep) else block.tokens[np.repeat(keep, block.lengths)]
+            tokens = block.tokens if all(keep) else block.tokens[..., np.repeat(keep, block.lengths)]
             shards.add(tokens, sum(keep), len(keep))
             documents, text_bytes = documents + len(keep), text_bytes + block.text_bytes
             bar.update(len(keep))
@@ -160,14 +173,15 @@ def build(folder: Path, model: Path, sources: dict[str, Iterator[Block]], worker
     Prints the rate and the memory of this run. The shards depend on the documents and the tokenizer alone.
     """
     started, documents, text_bytes, splits, seen = time.perf_counter(), 0, 0, {}, set()
-    processor(model)  # a tokenizer that cannot be used is told before any process starts
+    layout = layout_of(model)  # a tokenizer that cannot be used is told before any process starts
     with ProcessPoolExecutor(workers, initializer=start_worker) as pool:
         pool.submit(os.getpid).result()  # processes start here, before the progress bar has a thread
         for split in ("val", "train"):
-            shards = Shards(folder, split, progress)
+            sidecar = dict(sidecar=True) if layout and split == "val" else {}
+            shards = Shards(folder, split, progress, **sidecar)
             if not shards.counts["done"]:
                 blocks = lines_between(sources[split], shards.counts["read"])
-                encoded = in_order(pool, functools.partial(encode_block, model), blocks, 4 * workers)
+                encoded = in_order(pool, functools.partial(encode_block, model, **sidecar), blocks, 4 * workers)
                 done = encode_split(encoded, shards, seen)
                 documents, text_bytes = documents + done[0], text_bytes + done[1]
             splits[split] = shards.finish()
@@ -252,7 +266,8 @@ def unfinished(folder: Path, plan: dict | None) -> Iterator[tuple[Path, dict]]:
 
 def write_manifest(folder: Path, model: Path, splits: dict, **more: Any) -> None:
     """Write manifest.json, which `verify` compares the files with."""
-    manifest = dict(tokenizer=model.name, tokenizer_sha256=file_hash(model), **more, **splits)
+    layout = dict(case=layout_of(model)) if layout_of(model) else {}
+    manifest = dict(tokenizer=model.name, tokenizer_sha256=file_hash(model), **layout, **more, **splits)
     train_gpt.write_file(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
 
 
@@ -282,19 +297,86 @@ def write_dataset(folder: Path, model: Path, val: Iterable[str], train: Iterable
 # ---------------------------------------- verify
 
 def check_files(cfg: train_gpt.Config, split: str, expected: dict) -> None:
-    """The shards of a split are those of the manifest, bit for bit."""
-    paths = train_gpt.find_shards(cfg, split)
-    if [p.name for p in paths] != [f["name"] for f in expected["files"]]:
-        raise InputError(f"{cfg.data_path}: the {split} shards are not those of the manifest")
-    for path, file in zip(paths, expected["files"]):
-        if len(train_gpt.read_shard(path)) != file["tokens"] or file_hash(path) != file["sha256"]:
-            raise InputError(f"{path} is not the file of the manifest")
+    """The shards of a split, and their sidecars, are those of the manifest, bit for bit."""
+    found = dict(files=train_gpt.find_shards(cfg, split), sidecar=sidecars(cfg, split))
+    for kind, what in (("files", "shards"), ("sidecar", "sidecars")):
+        files = expected.get(kind, [])
+        if [p.name for p in found[kind]] != [f["name"] for f in files]:
+            raise InputError(f"{cfg.data_path}: the {split} {what} are not those of the manifest")
+        for path, file in zip(found[kind], files):
+            if len(train_gpt.read_shard(path)) != file["tokens"] or file_hash(path) != file["sha256"]:
+                raise InputError(f"{path} is not the file of the manifest")
 
 
-def count_bytes(table: train_gpt.ByteTable, tokens: np.ndarray) -> int:
-    """Bytes of all tokens but the first, by the contest's rule."""
-    ids = torch.from_numpy(tokens.astype(np.int64))
-    return int(table.count(ids[:-1], ids[1:]).sum())
+def sidecars(cfg: train_gpt.Config, split: str) -> list[Path]:
+    return sorted(Path(cfg.data_path).glob(f"fineweb_{split}_bytes_*.bin"))
+
+
+def read_sidecar(cfg: train_gpt.Config) -> np.ndarray:
+    """The bytes of each token of val (N,). Raises InputError where a shard has no sidecar of its size."""
+    shards, counts = train_gpt.find_shards(cfg, "val"), []
+    for shard in shards:
+        path = shard.with_name(shard.name.replace("_val_", "_val_bytes_"))
+        if not path.is_file():
+            raise InputError(f"{path} is missing: {cfg.tokenizer_path} is a case tokenizer, whose validation split is "
+                             "scored by the bytes of the original text")
+        counts.append(train_gpt.read_shard(path))
+        if (size := len(train_gpt.read_shard(shard))) != len(counts[-1]):
+            raise InputError(f"{path} has {len(counts[-1])} counts, but {shard.name} {size} tokens")
+    if len(sidecars(cfg, "val")) > len(shards):
+        raise InputError(f"{cfg.data_path}: {len(sidecars(cfg, 'val'))} sidecars, but {len(shards)} validation shards")
+    return np.concatenate(counts)
+
+
+class PlainBytes:
+    """The bytes of a split's tokens by the contest's rule."""
+
+    changed, strange = None, 0
+
+    def __init__(self, cfg: train_gpt.Config, split: str):
+        self.sp = processor(Path(cfg.tokenizer_path))
+        self.table = train_gpt.load_byte_table(cfg, torch.device("cpu"))
+
+    def count(self, block: np.ndarray, start: int) -> np.ndarray:
+        """Bytes of each token of whole documents, the first of which begins at token `start` of the split."""
+        ids = torch.from_numpy(block.astype(np.int64))
+        return np.append(0, self.table.count(ids[:-1], ids[1:]).numpy())
+
+    def check(self, document: np.ndarray, counts: np.ndarray) -> None:
+        """Raises InputError where a document counts other bytes than its text has."""
+        size = len(self.sp.decode(document[1:].tolist()).encode())
+        if counts.sum() != size:
+            raise InputError(f"tokens count {counts.sum()} bytes, their text has {size}")
+
+
+class CaseBytes:
+    """The bytes of a split's tokens in the original text: of val by its sidecar, of train by the pieces.
+
+    `changed` counts are not those of the decoded text: normalization has changed characters, which tokens do not tell.
+    Where that is not white space that became one space, they are `strange`, and few.
+    """
+
+    def __init__(self, cfg: train_gpt.Config, split: str):
+        self.sp = processor(Path(cfg.tokenizer_path))
+        self.sizes, self.strange = case.piece_bytes(self.sp), 0
+        self.has_space = np.array(["\u2581" in self.sp.id_to_piece(i) for i in range(self.sp.vocab_size())])
+        self.sidecar, self.changed = (read_sidecar(cfg), 0) if split == "val" else (None, None)
+
+    def count(self, block: np.ndarray, start: int) -> np.ndarray:
+        return self.sizes[block] if self.sidecar is None else self.sidecar[start : start + len(block)].astype(np.int64)
+
+    def check(self, document: np.ndarray, counts: np.ndarray) -> None:
+        """Raises InputError where counts cannot be those of the document; a mark and a BOS have none."""
+        text = self.sp.decode(document[1:].tolist())
+        expected = np.append(0, case.token_bytes(self.sp, document[1:], case.char_bytes(text)))
+        if self.sidecar is None:
+            if case.ESCAPE not in text and counts.sum() != expected.sum():
+                raise InputError(f"tokens count {counts.sum()} bytes, their text has {expected.sum()}")
+            return
+        if (wrong := np.flatnonzero((expected == 0) & (counts != 0))).size:
+            raise InputError(f"sidecar counts {counts[wrong[0]]} bytes for token {document[wrong[0]]}, which has none")
+        self.changed += np.count_nonzero(expected != counts)
+        self.strange += np.count_nonzero((expected > counts) | (expected < counts) & ~self.has_space[document])
 
 
 class Totals(NamedTuple):
@@ -307,11 +389,14 @@ class Totals(NamedTuple):
     row_targets: int
     row_bytes: int
     digests: set[bytes]
+    changed: int | None
 
     def __str__(self) -> str:
+        changed = "" if self.changed is None else (
+            f"; sidecar: {self.changed} counts are not the decoded text's, where normalization changed the original")
         return (f"{self.documents} documents (as many BOS), {self.tokens} tokens, {self.bytes} bytes, "
                 f"{self.bytes / max(self.tokens - 1, 1):.6f} bytes/token, largest id {self.largest}; in rows of 2048: "
-                f"{self.row_targets} targets, {self.row_bytes} bytes, {self.row_ratio:.6f} bytes/target")
+                f"{self.row_targets} targets, {self.row_bytes} bytes, {self.row_ratio:.6f} bytes/target{changed}")
 
     @property
     def row_ratio(self) -> float:
@@ -324,24 +409,55 @@ def measure(cfg: train_gpt.Config, split: str, only: set[bytes] | None = None) -
 
     Raises InputError on an id out of range, or when the first DECODED_DOCUMENTS count other bytes than their text has.
     """
-    table, sp = train_gpt.load_byte_table(cfg, torch.device("cpu")), processor(Path(cfg.tokenizer_path))
+    rule = (CaseBytes if layout_of(Path(cfg.tokenizer_path)) else PlainBytes)(cfg, split)
     documents = tokens = total = largest = 0
-    digests, tail = set(), np.empty(0, "<u2")
+    digests, tail = set(), np.empty(0, np.int64)
     blocks = document_blocks(train_gpt.find_shards(cfg, split), cfg.vocab_size)
     for block in tqdm(blocks, desc=split, disable=not sys.stderr.isatty()):
-        split_up = documents_of(block)
-        decoded = split_up[: max(DECODED_DOCUMENTS - documents, 0)]
-        text_bytes = sum(len(sp.decode(d[1:].tolist()).encode()) for d in decoded)
-        counted = count_bytes(table, block[: sum(map(len, decoded))])
-        if counted != text_bytes:
-            raise InputError(f"{cfg.data_path}: the {split} tokens count {counted} bytes, their text has {text_bytes}")
+        split_up, counts = documents_of(block), rule.count(block, tokens)
+        starts = np.cumsum([len(d) for d in split_up])[:-1]
+        try:
+            for document, counted in zip(split_up[: max(DECODED_DOCUMENTS - documents, 0)], np.split(counts, starts)):
+                rule.check(document, counted)
+        except InputError as error:
+            raise InputError(f"{cfg.data_path}: the {split} {error}") from None
         marks = (digest(d.tobytes()) for d in split_up)
         digests.update(m for m in marks if only is None or m in only)
         documents, tokens, largest = documents + len(split_up), tokens + len(block), max(largest, int(block.max()))
-        total, tail = total + count_bytes(table, block), np.concatenate([tail, block])[-2049:]
+        total, tail = total + int(counts.sum()), np.concatenate([tail, counts])[-2048:]
+    if rule.strange > tokens * STRANGE:
+        raise InputError(f"{cfg.data_path}: {rule.strange} of {tokens} counts of the sidecar are not those of the "
+                         "decoded text, more than normalization changes: it is of other tokens or another text")
     over = (tokens - 1) % 2048
-    row_bytes = total - count_bytes(table, tail[len(tail) - over - 1 :])
-    return Totals(documents, tokens, total, largest, tokens - 1 - over, row_bytes, digests)
+    row_bytes = total - int(tail[len(tail) - over :].sum())
+    return Totals(documents, tokens, total, largest, tokens - 1 - over, row_bytes, digests, rule.changed)
+
+
+def check_text(cfg: train_gpt.Config, inputs: list[Path]) -> None:
+    """The validation split is the beginning of a text: its tokens, and the bytes of each if it has a sidecar."""
+    model, at, size = Path(cfg.tokenizer_path), 0, 0
+    sidecar = layout_of(model) is not None
+    stored = np.concatenate([train_gpt.read_shard(path) for path in train_gpt.find_shards(cfg, "val")])
+    stored = np.stack([stored, read_sidecar(cfg)]) if sidecar else stored
+    for block in lines_between(read_blocks(inputs), 0, np.count_nonzero(token_row(stored) == train_gpt.BOS)):
+        found = encode_block(model, block, sidecar)
+        there = stored[..., at : at + found.tokens.shape[-1]]
+        if not np.array_equal(there, found.tokens):
+            lines = f"lines {block.first} to {block.first + block.lines - 1} of {block.path}"
+            raise InputError(f"{cfg.data_path}: the validation split is not what {lines} make: "
+                             f"{what_differs(there, found.tokens)}")
+        at, size = at + there.shape[-1], size + found.text_bytes
+    if at < stored.shape[-1]:
+        raise InputError(f"{cfg.data_path}: the validation split has {stored.shape[-1]} tokens, the text {at}")
+    print(f"val: each token{' and its bytes are' if sidecar else ' is'} what the text makes; it has {size} bytes")
+
+
+def what_differs(there: np.ndarray, found: np.ndarray) -> str:
+    """The first difference between tokens (and their bytes) and those of a text."""
+    if not np.array_equal(token_row(there), token_row(found)):
+        return "it has other tokens"
+    first = np.flatnonzero(there[1] != found[1])[0]
+    return f"token {found[0][first]} counts {there[1][first]} bytes instead of {found[1][first]}"
 
 
 def check_contest(name: str, val: Totals) -> None:
@@ -381,13 +497,15 @@ def read_manifest(folder: Path, args: argparse.Namespace) -> tuple[dict, Path]:
 
 
 def verify(args: argparse.Namespace) -> None:
-    """Headers, counts, token range, hashes, bytes against the decoded text, and no document in both splits."""
+    """Headers, counts, token range, hashes, bytes against the decoded text or --text, no document in both splits."""
     folder = args.root / "datasets" / args.name
     manifest, tokenizer = read_manifest(folder, args)
     size = processor(tokenizer).vocab_size()
     cfg = train_gpt.Config(data_path=str(folder), tokenizer_path=str(tokenizer), vocab_size=size)
     val = check_split(cfg, "val", manifest.get("val"), None)
     check_contest(args.name, val)
+    if args.text:
+        check_text(cfg, args.text)
     if not manifest or manifest["train"]["files"]:
         both = check_split(cfg, "train", manifest.get("train"), val.digests).digests
         if both:
@@ -449,7 +567,11 @@ def tokenize(args: argparse.Namespace) -> None:
     folder, val_docs = args.root / "datasets" / args.name, 0 if args.val else args.val_docs
     if args.tokenizer and not args.tokenizer.is_file():
         raise InputError(f"no tokenizer at {args.tokenizer}")
-    recipe = file_hash(args.tokenizer) if args.tokenizer else [args.vocab_size, args.tokenizer_docs, args.tokenizer_mb]
+    if args.tokenizer and args.case and layout_of(args.tokenizer) != args.case:
+        kind = f"of --case {layout_of(args.tokenizer)}" if layout_of(args.tokenizer) else "without case marks"
+        raise InputError(f"{args.tokenizer} is a tokenizer {kind}; --case {args.case} would need another")
+    options = [args.vocab_size, args.tokenizer_docs, args.tokenizer_mb, *filter(None, [args.case])]
+    recipe = file_hash(args.tokenizer) if args.tokenizer else options
     plan = dict(inputs=[identity(p) for p in args.inputs], val=val_docs or identity(args.val), tokenizer=recipe)
     with unfinished(folder, plan) as (partial, progress):
         if val_docs:
@@ -485,7 +607,7 @@ def own_tokenizer(args: argparse.Namespace, partial: Path, val_docs: int) -> Pat
         raise InputError(f"{final} is there already; use it with --tokenizer or choose another --name")
     if not model.exists():
         blocks = lines_between(read_blocks(args.inputs), val_docs, val_docs + args.tokenizer_docs)
-        train_tokenizer(sample(blocks, args.tokenizer_mb), args.vocab_size, model)
+        train_tokenizer(sample(blocks, args.tokenizer_mb), args.vocab_size, model, args.case)
     return model
 
 
@@ -534,6 +656,8 @@ def parser() -> argparse.ArgumentParser:
     encode.add_argument("--name", required=True, help="name of the dataset")
     encode.add_argument("--tokenizer", type=Path, help="SentencePiece model; without it one is trained")
     encode.add_argument("--vocab-size", type=positive, default=1024, help="pieces of a trained tokenizer")
+    encode.add_argument("--case", choices=case.LAYOUTS, help="lossless marks for capitals: the contest's v1, or ahead "
+                        "of the space; with --tokenizer it is the tokenizer's")
     encode.add_argument("--tokenizer-docs", type=positive, default=100_000, help="documents it is trained on, at most")
     encode.add_argument("--tokenizer-mb", type=positive, default=200, help="megabytes of them, held in memory, at most")
     encode.add_argument("--val", type=Path, help="JSON lines of the validation split")
@@ -545,6 +669,8 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("name")
     check.add_argument("--tokenizer", type=Path)
     check.add_argument("--no-manifest", action="store_true", help="of shards that another script has written")
+    check.add_argument("--text", type=Path, nargs="+", help="JSON lines that begin with the validation documents: "
+                       "compare each token, and its bytes in a sidecar, with what they make")
     check.set_defaults(run=verify)
     return cli
 

@@ -282,16 +282,17 @@ DOCUMENTS = st.lists(st.tuples(st.integers(1, 12), st.booleans()), min_size=1, m
 
 
 @given(documents=DOCUMENTS, size=st.integers(3, 30), parts=st.lists(st.integers(1, 6), min_size=1), others=st.lists(st.integers(1, 6), min_size=1),
-       kills=st.lists(st.integers(1, 3), max_size=3))
+       kills=st.lists(st.integers(1, 3), max_size=3), sidecar=st.booleans())
 @settings(max_examples=150, deadline=None)
-def test_a_split_that_is_killed_and_goes_on_has_the_same_shards(tmp_path_factory, documents, size, parts, others, kills):
+def test_a_split_that_is_killed_and_goes_on_has_the_same_shards(tmp_path_factory, documents, size, parts, others, kills, sidecar):
     """Documents of random lengths, some left out, in blocks that are cut otherwise after each kill."""
     folder, old, prepare.SHARD_TOKENS = tmp_path_factory.mktemp("shards"), prepare.SHARD_TOKENS, size
     tokens = [np.arange(n, dtype="<u2") + 100 * i for i, (n, _) in enumerate(documents)]
     kept = np.concatenate([x for x, (_, keep) in zip(tokens, documents) if keep] or [np.empty(0, "<u2")])
 
     def attempt(parts, patience):
-        shards = prepare.Shards(folder, "train", json.loads((folder / "progress.json").read_text()) if (folder / "progress.json").exists() else {})
+        journal = folder / "progress.json"
+        shards = prepare.Shards(folder, "train", json.loads(journal.read_text()) if journal.exists() else {}, sidecar)
         save, saves = shards.save, itertools.count(1)
         shards.save = lambda **now: save(**now) if next(saves) < patience else kill()
         at = shards.counts["read"]
@@ -300,7 +301,8 @@ def test_a_split_that_is_killed_and_goes_on_has_the_same_shards(tmp_path_factory
             if not block:
                 return shards.finish()
             joined = [tokens[i] for i in block if documents[i][1]]
-            shards.add(np.concatenate(joined or [np.empty(0, "<u2")]), len(joined), len(block))
+            row = np.concatenate(joined or [np.empty(0, "<u2")])
+            shards.add(np.stack([row, row + 7]) if sidecar else row, len(joined), len(block))
             at += len(block)
 
     def kill():
@@ -318,6 +320,9 @@ def test_a_split_that_is_killed_and_goes_on_has_the_same_shards(tmp_path_factory
     read = [t.read_shard(folder / f["name"]) for f in summary["files"]]
     np.testing.assert_array_equal(np.concatenate(read or [np.empty(0, "<u2")]), kept)
     assert [len(r) for r in read] == [f["tokens"] for f in summary["files"]] == [size] * (len(kept) // size) + [len(kept) % size] * (len(kept) % size > 0)
+    assert sidecar == ("sidecar" in summary)
+    for file, tokens in zip(summary.get("sidecar", []), read, strict=True) if sidecar else ():
+        np.testing.assert_array_equal(t.read_shard(folder / file["name"]), tokens + 7)
     assert (summary["documents"], summary["tokens"]) == (sum(keep for _, keep in documents), len(kept))
 
 
@@ -420,7 +425,7 @@ def test_validation_text_of_its_own_leaves_its_documents_out_of_training(documen
 def test_a_tokenizer_learns_from_no_validation_document_and_within_its_bounds(documents, tmp_path, monkeypatch):
     write_json_lines(tmp_path / "docs.jsonl", documents)
     learnt = []
-    monkeypatch.setattr(prepare, "train_tokenizer", lambda texts, size, path: learnt.extend(texts) or encode.train_tokenizer(learnt, size, path))
+    monkeypatch.setattr(prepare, "train_tokenizer", lambda texts, *how: learnt.extend(texts) or encode.train_tokenizer(learnt, *how))
     tokenize(tmp_path, tmp_path / "docs.jsonl", "--vocab-size", 400, "--name", "mine", "--val-docs", 3, "--tokenizer-docs", 20, "--workers", 1)
     assert learnt == documents[3:23]
     assert (tmp_path / "tokenizers" / "mine.model").is_file() and "mine.model" not in files_of(tmp_path)

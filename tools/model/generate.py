@@ -7,13 +7,15 @@
 Runs on the GPU if there is one; CUDA_VISIBLE_DEVICES= keeps it off. The tokenizer is TOKENIZER_PATH's unless it is
 named. The context is a document's start (BOS), the prompt and the text so far, of which the model sees its last window
 (EVAL_SEQ_LEN, or else TRAIN_SEQ_LEN). It ends after --max-tokens, or where the model begins a new document. Temperature
-0 takes the likeliest token; else the temperature comes first, then top-k, then top-p of what is left.
+0 takes the likeliest token; else the temperature comes first, then top-k, then top-p of what is left. A case tokenizer
+(data/case.py) has marks for the prompt's capitals, and what the model writes is printed without them.
 """
 
 from __future__ import annotations
 
 import argparse
 import codecs
+import itertools
 import math
 import os
 import signal
@@ -26,6 +28,7 @@ import torch
 from torch import Tensor
 
 import train_gpt
+from data import case
 from tools import command_line
 from train_gpt import BOS, InputError
 
@@ -87,8 +90,11 @@ def generate(args: argparse.Namespace, env: dict[str, str]) -> Iterator[str]:
         def next_logits(ids: Tensor) -> Tensor:
             return model.logits(model.hidden(ids.to(ranks.device), looped)[0, -1])
 
-        yield args.prompt
-        yield from pieces(sp, continuation(next_logits, [BOS, *sp.encode(args.prompt)], cfg.window, args))
+        layout = case.layout_of(sp)
+        prompt = case.encode(args.prompt, layout) if layout else args.prompt
+        text = pieces(sp, continuation(next_logits, [BOS, *sp.encode(prompt)], cfg.window, args))
+        marked = itertools.chain([prompt], text)
+        yield from case.decode_stream(marked) if layout else marked
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
