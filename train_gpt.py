@@ -1117,8 +1117,8 @@ def target_bytes(stream: Array, cfg, device: torch.device) -> Tensor:
     counts = np.concatenate([read_shard(path) for path in paths] or [stream[:0]])
     if len(counts) != sum(len(read_shard(path)) for path in find_shards(cfg, "val")):
         raise InputError(
-            f"TOKENIZER_PATH has case marks, so DATA_PATH={cfg.data_path} needs fineweb_val_bytes_*.bin with a count for "
-            f"each token of its validation split, not {len(counts)}; `data/prepare.py tokenize --case` makes it"
+            f"TOKENIZER_PATH has case marks, so DATA_PATH={cfg.data_path} needs fineweb_val_bytes_*.bin with a count "
+            f"for each token of its validation split, not {len(counts)}; `data/prepare.py tokenize --case` makes it"
         )
     if (counts[: len(stream)][stream == BOS]).any():
         raise InputError(f"fineweb_val_bytes_*.bin in {cfg.data_path} counts bytes of BOS: it is another split's")
