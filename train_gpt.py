@@ -46,7 +46,6 @@ import torch.nn.functional as F
 from numpy import ndarray as Array
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 BOS = 1  # the contest's id for "a document begins"
 PACKAGES = ("numpy", "sentencepiece", "tqdm", "zstandard")
@@ -105,11 +104,10 @@ class Config:
     tokenizer_path: str = knob("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model of the shards")
     attention: str = choice(
         "auto",
-        "kernel; auto: fa3, else fa2, else flex if documents are kept apart, else sdpa: torch's own choice",
+        "kernel; auto: fa3, else fa2, else sdpa, which leaves the choice to torch",
         "auto",
         "fa3",
         "fa2",
-        "flex",
         "cudnn",
         "flash",
         "sdpa",
@@ -1184,20 +1182,6 @@ def attend_sdpa(q, k, v, documents=None, scale=None, backend=None):
     return y.transpose(1, 2)
 
 
-def attend_flex(q, k, v, documents=None, scale=None):
-    """The same, where there are documents, by FlexAttention, which leaves out empty blocks and must be compiled."""
-    if documents is None:
-        return attend_sdpa(q, k, v, scale=scale)
-
-    def allowed(b, head, i, j):
-        return (i >= j) & (documents[b, i] == documents[b, j])
-
-    rows, length = documents.shape
-    mask = create_block_mask(allowed, rows, None, length, length, q.device)
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=True).transpose(1, 2)
-
-
 def segments(documents) -> Tensor:
     """The bounds of rows and of the documents in them, int32, rising, for all rows one after the other: as many for any
     batch. Of more than a document per 128 tokens the last ones see those before them.
@@ -1257,10 +1241,6 @@ def load_attention(name: str, cfg, ranks) -> Callable:
         if cfg.document_attention:
             raise ImportError("it cannot keep documents apart")
         return partial(attend_sdpa, backend=TORCH_KERNELS[name])
-    if name == "flex":
-        if not cfg.document_attention or not ranks.compiles(cfg):
-            raise ImportError("it is there to keep documents apart, compiled")
-        return attend_flex
     if name == "fa3" and torch.cuda.get_device_capability(ranks.device)[0] != 9:
         raise ImportError("it runs on a Hopper GPU")
     return partial(attend_flash, flash_kernels(name, ranks.compiles(cfg)))
@@ -1282,8 +1262,7 @@ def flash_kernels(name: str, traced: bool) -> tuple:
 def choose_attention(cfg, ranks) -> Attention:
     """A kernel that is asked for by name must be there; `auto` takes the best that is."""
     missing = []
-    best = ("fa3", "fa2", "flex", "sdpa") if cfg.document_attention else ("fa3", "fa2", "sdpa")
-    for name in best if cfg.attention == "auto" else (cfg.attention,):
+    for name in ("fa3", "fa2", "sdpa") if cfg.attention == "auto" else (cfg.attention,):
         try:
             attend = load_attention(name, cfg, ranks)
         except ImportError as error:

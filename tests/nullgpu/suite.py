@@ -12,7 +12,7 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 SCRIPT = HERE.parent.parent / "train_gpt.py"
-ROWS = "pr1812", "card", "pr490", "pr150", "pr455", "pr1127", "frontier"  # the longest first; frontier finds what card compiled
+ROWS = "frontier", "pr1812", "card", "pr490", "pr150", "pr455", "pr1127"  # the longest first
 PASSES = "roundtrip", "sliding_window", "legal_ttt"
 MOST_GIB = 70
 # ten steps in which the rate falls below every threshold of late QAT, one of warm-up a graph, no clock; the batch of one rank as it is
@@ -32,12 +32,12 @@ def write_shard(path, sizes, vocab_size):
     path.write_bytes(header.tobytes() + tokens.tobytes())
 
 
-def dataset(root, vocab_size):
+def dataset(root, vocab_size, longest=2300):
     """The variables of a dataset in `root`: enough documents that are longer than a window for one full batch of them."""
     folder = root / f"data{vocab_size}"
     folder.mkdir(parents=True, exist_ok=True)
     write_shard(folder / "fineweb_train_000000.bin", [500] * 5000, vocab_size)
-    write_shard(folder / "fineweb_val_000000.bin", [2300] * 64 + [400] * 66, vocab_size)
+    write_shard(folder / "fineweb_val_000000.bin", [longest] * 64 + [400] * 66, vocab_size)
     (folder / "tokenizer").write_text("hashed, never read: see drive.py")
     return dict(DATA_PATH=str(folder), TOKENIZER_PATH=str(folder / "tokenizer"), VOCAB_SIZE=str(vocab_size))
 

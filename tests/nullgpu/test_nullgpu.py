@@ -23,8 +23,10 @@ def compiler_cache(tmp_path_factory):
 def settings(row, folder, processes=1):
     """A short run of a row, at full size, in which each rank has the batch of one of eight."""
     tokens = (65_536 if row == "pr1127" else 98_304) * processes
-    env = suite.SHORT | suite.dataset(folder, 8192 if row == "pr1812" else 1024) | dict(VARIANT=row, TRAIN_BATCH_TOKENS=str(tokens))
-    return {name: text for name, text in env.items() if row != "pr1812" or name != "WARMDOWN_ITERS"}  # there it is a share of the run
+    large = row in ("pr1812", "frontier")
+    data = suite.dataset(folder, 8192 if large else 1024, longest=3400 if row == "frontier" else 2300)
+    env = suite.SHORT | data | dict(VARIANT=row, TRAIN_BATCH_TOKENS=str(tokens)) | (dict(ATTENTION="fa3") if row == "frontier" else {})
+    return {name: text for name, text in env.items() if not large or name != "WARMDOWN_ITERS"}  # there it is a share of the run
 
 
 # of 4 blocks unless the table of memory is asked for: the other rows have their parts at full depth
@@ -34,15 +36,16 @@ SHALLOW = dict(pr150=dict(NUM_LAYERS="4"), pr455=dict(NUM_LAYERS="4", VE_LAYERS=
 @pytest.mark.parametrize("row", suite.ROWS)
 def test_a_row_runs_whole(tmp_path, row):
     env = settings(row, tmp_path) | ({} if os.environ.get("NULLGPU_TABLE") else SHALLOW.get(row, {}))
-    trained = suite.Run(tmp_path / "run", env | dict(NULLGPU_STOP="trained"))
+    modules = "fa3_2026" if row == "frontier" else ""
+    trained = suite.Run(tmp_path / "run", env | dict(NULLGPU_STOP="trained"), modules=modules)
     assert trained.complaints() == [] and trained.seen()["training"] == 10
     assert ("late_qat:enabled" in trained.text) == (row not in ("pr1812", "frontier"))
-    assert ("layer_loop:enabled" in trained.text) == (row == "pr1812")
+    assert ("layer_loop:enabled" in trained.text) == (row in ("pr1812", "frontier")) and trained.text.count("\ntrain_seq_len:") == 2 * (row == "frontier")
     assert ("gptq:collected" in trained.text) == (row in ("pr490", "pr1812", "frontier"))
     given = {name: env[name] for name in ("DATA_PATH", "TOKENIZER_PATH", "ATTENTION")}
     # four rows with windows side by side, so that one graph serves the plain and the sliding pass; the others slide
-    given |= dict(EVAL_STRIDE="2048") if row in ("pr150", "pr455", "pr490", "pr1812") else {}
-    evaluated = suite.Run(tmp_path / "evaluation", given | dict(EVAL_ONLY="1", ARTIFACT=str(tmp_path / "run" / "final_model.int6.ptz")))
+    given |= dict(EVAL_STRIDE="2048") if row in ("pr150", "pr455", "pr490", "pr1812") else dict(EVAL_STRIDE="3072") if row == "frontier" else {}
+    evaluated = suite.Run(tmp_path / "evaluation", given | dict(EVAL_ONLY="1", ARTIFACT=str(tmp_path / "run" / "final_model.int6.ptz")), modules=modules)
     assert evaluated.complaints() == [] and sum(phase.endswith(suite.PASSES) for phase in evaluated.seen()) == 3
     assert "legal_ttt_exact" in evaluated.text
     peaks = trained.peaks() | evaluated.peaks()
@@ -68,12 +71,15 @@ def test_two_ranks_run_whole(tmp_path, row):
 
 # the row, ATTENTION, the folder of modules/ that stands in for its package, the kernel of the log, whether the log misses FlashAttention-3
 KERNELS = [("card", "auto", "fa3_2026", "fa3", False), ("card", "auto", "fa2", "fa2", True), ("card", "cudnn", "", "cudnn", False),
-           ("card", "flash", "", "flash", False), ("pr1127", "fa3", "fa3_2026", "fa3", False)]  # the last has heads of 60 channels, which are padded
+           ("card", "flash", "", "flash", False), ("documents", "auto", "fa2", "fa2", True), ("documents", "auto", "", "sdpa", True),
+           ("pr1127", "fa3", "fa3_2026", "fa3", False)]  # the last has heads of 60 channels, which are padded
 
 
 @pytest.mark.parametrize("row,name,modules,kernel,missing", KERNELS)
 def test_a_kernel_of_attention_trains_and_scores(tmp_path, row, name, modules, kernel, missing):
     shallow = dict(ATTENTION=name, NUM_LAYERS="2", XSA_LAST_N="1", VE_LAYERS="1" * (row == "card"), ITERATIONS="4", QUANTIZER="gptq")
+    if row == "documents":
+        row, shallow = "card", shallow | dict(DOCUMENT_ATTENTION="1", VE_LAYERS="")
     short = dict(EVAL_STRIDE="2048", VAL_MAX_TOKENS="70000")  # windows side by side in each pass, so that one graph serves both
     run = suite.Run(tmp_path / "run", settings(row, tmp_path) | shallow | short, modules=modules)
     assert run.complaints() == []

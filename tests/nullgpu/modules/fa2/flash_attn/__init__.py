@@ -52,3 +52,44 @@ def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, wi
                     deterministic=False, return_attn_probs=False):
     return FlashAttnFunc.apply(q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
                                torch.is_grad_enabled())
+
+
+@torch.library.custom_op("flash_attn::_flash_attn_varlen_forward", mutates_args=(), device_types="cuda")
+def _flash_attn_varlen_forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+                               softmax_scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty((q.size(1), q.size(0)), dtype=torch.float32)
+
+
+_flash_attn_varlen_forward.register_fake(_flash_attn_varlen_forward._init_fn)
+
+
+@torch.library.custom_op("flash_attn::_flash_attn_varlen_backward", mutates_args=("dq", "dk", "dv"), device_types="cuda")
+def _flash_attn_varlen_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+                                cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, softmax_scale: float,
+                                causal: bool) -> Tensor:
+    return torch.empty_like(softmax_lse)
+
+
+_flash_attn_varlen_backward.register_fake(_flash_attn_varlen_backward._init_fn)
+
+
+class FlashAttnVarlenFunc(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, cu_seqlens_q, cu_seqlens_k, *settings):
+        assert q.ndim == 3 and cu_seqlens_q.dtype == torch.int32
+        out, lse = torch.ops.flash_attn._flash_attn_varlen_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, *settings)
+        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k)
+        ctx.settings = settings
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        *saved, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
+        gradients = [torch.empty_like(t) for t in saved[:3]]
+        torch.ops.flash_attn._flash_attn_varlen_backward(dout, *saved, *gradients, cu_seqlens_q, cu_seqlens_k, *ctx.settings)
+        return *gradients, *[None] * 6
+
+
+def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False):
+    scale = q.size(-1) ** -0.5 if softmax_scale is None else softmax_scale
+    return FlashAttnVarlenFunc.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal)
