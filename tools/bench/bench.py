@@ -131,14 +131,16 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 # A row: a variant's trainer on random tokens
 
 def row_config(name: str, env: Mapping[str, str], folder: Path, world: int) -> t.Config:
-    """The settings of a row, with one micro-batch a rank and step unless TRAIN_BATCH_TOKENS says. Raises InputError."""
+    """The settings of a row, with one micro-batch a rank and step unless TRAIN_BATCH_TOKENS says, in rows of their full
+    length. Raises InputError.
+    """
     if name not in t.VARIANTS | SMALL:
         raise t.InputError(f"--variant {name} must be one of {', '.join(t.VARIANTS | SMALL)}")
     env = {"VARIANT": name} | SMALL.get(name, {}) | dict(env)
     cfg = t.Config.from_env(env)
     if "TRAIN_BATCH_TOKENS" not in env:
         cfg = replace(cfg, train_batch_tokens=min(cfg.train_batch_tokens, cfg.micro_batch_tokens * world))
-    return replace(cfg, output_dir=str(folder), fit=False, audit="", artifact="")
+    return replace(cfg, output_dir=str(folder), fit=False, audit="", artifact="", early_seq_lens=(), early_seq_ends=())
 
 
 def write_tokens(folder: Path, vocab_size: int, count: int = 2**21) -> None:
