@@ -15,6 +15,7 @@ from test_gptq import batches_of, gaussian, gptq_by_hand, hessian_of, weights_of
 from test_variants import STAGES, scaled, train_losses
 
 import train_gpt as t
+from tools.runlog import read_log
 
 CFG = t.Config.from_env({"VARIANT": "smoke", "QUANTIZER": "gptq", "MEAN_STEP": "0.02", "TOKENIZER_PATH": __file__, "ZSTD_LEVEL": "3"})
 
@@ -517,6 +518,7 @@ def test_a_run_with_a_mean_step_and_the_entropy_coder_passes_every_stage(card):
     folder, out, two = card
     scores, losses = finals(out), train_losses(out)
     assert list(scores) == [name.replace("int6", "int8") for name in STAGES] and all(0 < x < 8 for x in scores.values())
+    assert "train_seq_len:16 step:1 " in out and "train_seq_len:32 step:6 " in out and read_log(folder / "logs" / "test.txt").steps == 8
     assert "gptq:collected 67 Hessians from 2 of 2 batches" in out and "Serialized model int8+rans: " in out and "fit:factor 1.0000 bytes:" in out
     averaged = float(re.search(r"DIAGNOSTIC post_ema .*val_bpb:([\d.]+)", out)[1])
     assert scores["final_int8_roundtrip"] == pytest.approx(averaged, abs=0.02)

@@ -21,7 +21,7 @@ STEPS = {name: re.compile(pattern, re.ASCII) for name, pattern in dict(  # lines
     train=rf"{STEP} train_loss:\d+\.\d{{4}} {CLOCK}", stop=rf"stopping_early: wallclock_cap {CLOCK} {STEP}",
     val=rf"{STEP} val_loss:(?P<loss>\d+\.\d{{4}}) val_bpb:(?P<bpb>\d+\.\d{{4}}) eval_time:\d+ms {CLOCK}").items()}
 FREE = re.compile(  # and those of which they tell nothing
-    r"(nvidia-smi: |WARNING: attention |warmup_step:\d|gptq:collected |(late_qat|layer_loop):enabled |"
+    r"(nvidia-smi: |WARNING: attention |warmup_step:\d|gptq:collected |(late_qat|layer_loop):enabled |train_seq_len:\d+ step:|"
     r"checkpoint:|averaging: |\S+ of an earlier run is now |fit:factor |peak memory allocated: ).*", re.ASCII)
 PLACE = re.compile(  # a path in the line of a checkpoint, of the artifact, or of the log itself
     r"(?:^| )(?:checkpoint|artifact|log):(/.+?)(?= averaging:\w+ updates:| artifact_sha256:| variant:\w+ seed:| artifact:|$)")

@@ -1,0 +1,58 @@
+"""tools.ablation: whole runs of two parts, the table against numbers read from their logs in another way, and mistakes."""
+
+import json
+import re
+import statistics
+
+import pytest
+from conftest import tool
+
+PARTS = {"no smear gate": dict(SMEAR_GATE=0)}
+
+
+@pytest.fixture(scope="module")
+def done(dataset, tmp_path_factory):
+    """(file of parts, folder of runs, table)."""
+    folder = tmp_path_factory.mktemp("ablation")
+    base = dataset | dict(VARIANT="smoke", ITERATIONS=2, VAL_MAX_TOKENS=70, VAL_LOSS_EVERY=0, TTT_EPOCHS=0, MAX_WALLCLOCK_SECONDS=0)
+    (folder / "parts.json").write_text(json.dumps(dict(base=base, parts=PARTS)))
+    made = tool("tools.ablation", folder / "parts.json", "--out", folder / "runs", "--seeds", 1, 2, "--jobs", 2)
+    assert made.returncode == 0, made.stderr
+    return folder / "parts.json", folder / "runs", made.stdout
+
+
+def score(text):
+    return float(re.search(r"^final_int6_sliding_window_exact .*val_bpb:(\S+)$", text, re.M)[1])
+
+
+def test_a_difference_is_the_mean_over_seeds_of_part_less_base(done):
+    _, folder, text = done
+    bpb = {path.parent.parent.name: score(path.read_text()) for path in folder.glob("*/logs/run.txt")}
+    assert set(bpb) == {"base-1", "base-2", "no_smear_gate-1", "no_smear_gate-2"}
+    changes = [bpb[f"no_smear_gate-{seed}"] - bpb[f"base-{seed}"] for seed in (1, 2)]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.strip().splitlines()]
+    assert rows[0] == ["part", "runs", "parameters", "sliding, bits per byte", "against base"] and len(rows) == 4
+    assert rows[2][:2] == ["base", "2"] and rows[2][3:] == [f"{(bpb['base-1'] + bpb['base-2']) / 2:.4f}", ""]
+    assert rows[3][4] == f"{statistics.mean(changes):+.4f} ± {abs(changes[0] - changes[1]) / 2:.4f}"  # of two: half their distance
+    assert int(rows[2][2].replace(",", "")) - int(rows[3][2].replace(",", "")) == 32
+
+
+def test_runs_that_have_ended_are_not_made_again_and_others_are(done, tmp_path):
+    parts, folder, text = done
+    log = folder / "base-2" / "logs" / "run.txt"
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*/logs/run.txt")}
+    log.write_text(log.read_text().split("RESULT ")[0])  # as a run that was killed leaves it
+    again = tool("tools.ablation", parts, "--out", folder, "--seeds", 1, 2)
+    after = {path: path.stat().st_mtime_ns for path in before}
+    assert again.stdout == text and [path for path in before if before[path] != after[path]] == [log]
+
+
+@pytest.mark.parametrize("contents, words", [
+    ("[]", "is not "), ('{"base": {}}', "is not "), ('{"base": {}, "parts": {"a b": {}, "a-b": {}}}', "two parts have one name"),
+    ('{"base": {"VARIANT": "smoke", "DATA_PATH": "none"}, "parts": {}}', "base, seed 1, ended with 1: train_gpt.py: no fineweb_val_"), (None, "cannot read")])
+def test_mistakes_end_in_one_line(tmp_path, contents, words):
+    if contents:
+        (tmp_path / "parts.json").write_text(contents)
+    failed = tool("tools.ablation", tmp_path / "parts.json", "--out", tmp_path / "runs", "--seeds", 1)
+    assert failed.returncode == 1 and failed.stdout == "" and len(failed.stderr.strip().splitlines()) == 1
+    assert failed.stderr.startswith("tools.ablation: ") and words in failed.stderr
