@@ -130,7 +130,9 @@ class Config:
     rope_dims: int = knob(16, "head dims that rotate; 0 rotates all")
     qk_gain_init: float = knob(1.5, "initial gain of each query head after QK-norm")
     qk_gains: int = knob(1, "gains per query head; 2: one for the dims that rotate, one for the rest", 1, 2)
-    document_attention: bool = knob(False, "no token attends to another document's; else rows are read as one text")
+    document_attention: bool = knob(
+        False, "none attends to another document (GPUs: if those have 32 tokens on average)"
+    )
     xsa_last_n: int = knob(4, "last blocks whose heads exclude their own value; 0 is none")
     value_residual: bool = knob(False, "mix each layer's values with the first layer's")
     gated_attention: bool = knob(False, "gate each head by a sigmoid of its layer's whole input")
@@ -159,7 +161,7 @@ class Config:
     train_batch_tokens: int = positive(786_432, "tokens per step, over all ranks", group="training")
     train_seq_len: int = knob(2048, "tokens per training sequence", 2, 2**20)
     early_seq_lens: tuple[int, ...] = knob((), "the same earlier in the run, one value a stage", 2, 2**20)
-    early_seq_ends: tuple[float, ...] = knob((), "fraction of the run at which each of those stages ends", high=1)
+    early_seq_ends: tuple[float, ...] = knob((), "fraction of the run at which each of those stages ends", high=0.999)
     loader: str = choice("stream", "training rows: one after the other, or shuffled", "stream", "shuffled")
     micro_batch_tokens: int = positive(98_304, "most tokens per forward pass of one rank; the rest accumulates")
     iterations: int = positive(20_000, "most optimizer steps")
@@ -240,7 +242,7 @@ class Config:
     ttt_momentum: float = knob(0.9, "SGD's momentum, AdamW's first beta", high=0.99999)
     ttt_nesterov: bool = knob(False, "SGD looks ahead")
     ttt_beta2: float = knob(0.95, "AdamW's second beta", high=0.99999)
-    ttt_weight_decay: float = knob(0.0, "AdamW's decay")
+    ttt_weight_decay: float = knob(0.0, "weight decay of test-time training")
     ttt_z_loss: float = knob(0.0, "weight of the squared log-partition in its loss")
     ttt_temperature: float = knob(1.0, "divides the logits that are scored", 0.1, 10)
     ttt_batch_seqs: int = positive(64, "sequences per step over all ranks, or documents per step of one")
@@ -402,6 +404,15 @@ def run_rules(c: Config) -> list:
             "none above TRAIN_SEQ_LEN={train_seq_len}",
         ),
         (
+            c.muon_coefficients == "quintic" or c.muon_backend_steps >= 5,
+            "MUON_COEFFICIENTS={muon_coefficients} need 5 steps; MUON_BACKEND_STEPS={muon_backend_steps} are too few",
+        ),
+        (
+            c.min_lr < (c.late_qat_threshold or 2) and (c.averaging != "swa" or c.min_lr < c.swa_start_scale),
+            "MIN_LR={min_lr} must be below LATE_QAT_THRESHOLD={late_qat_threshold}, and below SWA_START_SCALE="
+            "{swa_start_scale} for AVERAGING=swa: what those start would never come",
+        ),
+        (
             len(c.early_seq_ends) == len(c.early_seq_lens) and sorted({*c.early_seq_ends}) == [*c.early_seq_ends],
             "EARLY_SEQ_ENDS={early_seq_ends} must rise, one for each of EARLY_SEQ_LENS={early_seq_lens}",
         ),
@@ -436,8 +447,8 @@ def evaluation_rules(c: Config) -> list:
             "TTT_SCOPE=document learns at a constant rate, so leave TTT_COSINE_FLOOR={ttt_cosine_floor} at 1",
         ),
         (
-            c.ttt_softcap <= c.ttt_lora_rank,
-            "TTT_SOFTCAP=1 needs TTT_LORA_RANK={ttt_lora_rank} above 0",
+            c.ttt_lora_rank > 0 or (c.ttt_softcap, c.ttt_lora_scale) == (False, 1.0),
+            "TTT_SOFTCAP and TTT_LORA_SCALE={ttt_lora_scale} act on a LoRA: set TTT_LORA_RANK={ttt_lora_rank} above 0",
         ),
         (
             c.ttt_first_chunk_tokens <= c.ttt_chunk_tokens * document,
@@ -630,7 +641,6 @@ VARIANTS: dict[str, dict] = {
         beta2=0.99,
         mean_step=0.1,
         matrix_bits=8,
-        gptq_calibration_batches=32,
         compressor="rans",
     ),
     "demo": dict(
@@ -1013,42 +1023,46 @@ class TokenStream:
 
 
 class RowOrder:
-    """Where each training row starts in the stream: one after the other, or all in a new random order every epoch."""
+    """Where training rows start in the stream: one after the other, or all in a new random order every epoch. Rows that
+    grow are cut from spans of a common multiple of their lengths, so that none is read twice.
+    """
 
-    def __init__(self, stream: TokenStream, seq_len: int, cfg):
+    def __init__(self, stream: TokenStream, cfg):
         sizes = np.array([len(s) for s in stream.shards])
-        self.seq_len, self.seed = seq_len, cfg.seed if cfg.loader == "shuffled" else None
-        self.firsts, self.counts = stream.ends - sizes, (sizes - 1) // self.seq_len - 1
-        if self.seed is not None and self.counts.max() < 1:
-            raise InputError(f"LOADER=shuffled needs a shard of {2 * self.seq_len + 1} tokens; DATA_PATH has none")
+        self.span, self.seed = math.lcm(cfg.train_seq_len, *cfg.early_seq_lens), cfg.seed
+        self.shuffled = cfg.loader == "shuffled"
+        self.firsts, self.counts = stream.ends - sizes, (sizes - 1) // self.span - 1
+        if self.shuffled and self.counts.max() < 1:
+            raise InputError(f"LOADER=shuffled needs a shard of {2 * self.span + 1} tokens; DATA_PATH has none")
         self.epoch, self.starts = -1, self.firsts
 
-    def __call__(self, row: int) -> int:
-        """First token of row 0, 1, 2, ..., of all ranks together."""
-        if self.seed is None:
-            return row * self.seq_len
-        epoch, i = divmod(row, int(self.counts.clip(0).sum()))
+    def __call__(self, read: int) -> int:
+        """First token of the row before which so many tokens were read, by all ranks together."""
+        if not self.shuffled:
+            return read
+        span, inside = divmod(read, self.span)
+        epoch, i = divmod(span, int(self.counts.clip(0).sum()))
         if epoch != self.epoch:
-            # each shard is cut into rows from a random offset on; PR #1493 so permutes the rows that a process owns
+            # each shard is cut from a random offset on; PR #1493 so permutes the rows that a process owns
             draw = np.random.default_rng((self.seed, epoch))
-            rows = [
-                first + draw.integers(self.seq_len) + self.seq_len * np.arange(count)
+            spans = [
+                first + draw.integers(self.span) + self.span * np.arange(count)
                 for first, count in zip(self.firsts, self.counts.clip(0))
             ]
-            self.epoch, self.starts = epoch, draw.permutation(np.concatenate(rows))
-        return int(self.starts[i])
+            self.epoch, self.starts = epoch, draw.permutation(np.concatenate(spans))
+        return int(self.starts[i]) + inside
 
 
 class Batches:
     """Batches whose row i is the same for any number of ranks. A thread fetches the next while one is computed."""
 
     def __init__(self, stream: TokenStream, cfg, ranks):
-        self.stream, self.cfg, self.ranks = stream, cfg, ranks
-        self.orders = {n: RowOrder(stream, n, cfg) for n in (*cfg.early_seq_lens, cfg.train_seq_len)}
-        for rows in (cfg.train_batch_tokens // n for n in self.orders):
-            if rows % ranks.world:
+        self.stream, self.order, self.cfg, self.ranks = stream, RowOrder(stream, cfg), cfg, ranks
+        for seq_len in (cfg.train_seq_len, *cfg.early_seq_lens):
+            if (rows := cfg.train_batch_tokens // seq_len) % ranks.world:
                 raise InputError(
-                    f"TRAIN_BATCH_TOKENS / TRAIN_SEQ_LEN = {rows} rows do not divide by {ranks.world} ranks"
+                    f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens} is {rows} rows of {seq_len} tokens, "
+                    f"which do not divide by {ranks.world} ranks"
                 )
         self.reader = ThreadPoolExecutor(1)
         self.seek(0, stage(0.0, cfg).seq_len)
@@ -1064,7 +1078,7 @@ class Batches:
         """This rank's inputs and targets of a step, (micro_steps, rows, seq_len) int64 on the device."""
         total = self.cfg.train_batch_tokens // seq_len
         rows = self.ranks.part(range(step * total, (step + 1) * total))
-        tokens = [self.stream.read(self.orders[seq_len](row), seq_len + 1) for row in rows]
+        tokens = [self.stream.read(self.order(row * seq_len), seq_len + 1) for row in rows]
         tokens = torch.from_numpy(np.stack(tokens)).view(micro_steps, -1, seq_len + 1)
         if self.ranks.device.type == "cuda":
             tokens = tokens.pin_memory().to(self.ranks.device, non_blocking=True)
@@ -1095,7 +1109,7 @@ def load_byte_table(cfg, device: torch.device) -> ByteTable:
     for i in range(cfg.vocab_size):
         if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i):
             continue
-        piece, boundary[i] = sp.id_to_piece(i), False
+        piece, boundary[i] = sp.id_to_piece(i).translate(dict.fromkeys(map(ord, CASE_MARKS))), False
         space[i] = piece.startswith("\u2581") and not sp.is_byte(i)
         base[i] = 1 if sp.is_byte(i) else len(piece[int(space[i]) :].encode())
     return ByteTable(*(torch.from_numpy(a).to(device) for a in (base, space, boundary)))
@@ -1105,22 +1119,28 @@ CASE_MARKS = "\ue001\ue002\ue003\ue004"  # in the pieces of a tokenizer for text
 
 
 def target_bytes(stream: Array, cfg, device: torch.device) -> Tensor:
-    """UTF-8 bytes of the text of each target, int64 (N-1,), by the tokenizer's rule; if its text has case marks, which
-    stand for none of it, by the sidecar fineweb_val_bytes_*.bin: one count a token of the split, 0 for BOS.
+    """UTF-8 bytes of the text of each target, int64 (N-1,), by the tokenizer's rule; if its text has case marks, of the
+    original, by the sidecar fineweb_val_bytes_*.bin: one count a token of the split, 0 for BOS.
     """
     sp, paths = load_tokenizer(cfg), sorted(Path(cfg.data_path).glob("fineweb_val_bytes_*.bin"))
+    tokens = torch.from_numpy(stream.astype(np.int64)).to(device)
+    by_rule = load_byte_table(cfg, device).count(tokens[:-1], tokens[1:])
     if not set(CASE_MARKS).intersection("".join(map(sp.id_to_piece, range(cfg.vocab_size)))):
-        tokens = torch.from_numpy(stream.astype(np.int64)).to(device)
-        return load_byte_table(cfg, device).count(tokens[:-1], tokens[1:])
+        return by_rule
     counts = np.concatenate([read_shard(path) for path in paths] or [stream[:0]])
     if len(counts) != sum(len(read_shard(path)) for path in find_shards(cfg, "val")):
         raise InputError(
             f"TOKENIZER_PATH has case marks, so DATA_PATH={cfg.data_path} needs fineweb_val_bytes_*.bin with a count "
             f"for each token of its validation split, not {len(counts)}; `data/prepare.py tokenize --case` makes it"
         )
-    if (counts[: len(stream)][stream == BOS]).any():
-        raise InputError(f"fineweb_val_bytes_*.bin in {cfg.data_path} counts bytes of BOS: it is another split's")
-    return torch.from_numpy(counts[1 : len(stream)].astype(np.int64)).to(device)
+    sizes = torch.from_numpy(counts[1 : len(stream)].astype(np.int64)).to(device)
+    excess = int((sizes - by_rule).sum())
+    if sizes[tokens[1:] == BOS].any() or abs(excess) > int(by_rule.sum()) // 100:
+        raise InputError(
+            f"fineweb_val_bytes_*.bin in {cfg.data_path} counts bytes of BOS, or {excess} more than its pieces have, "
+            "over 1 %: it is another split's, or its text is mostly white space, which needs a plain tokenizer"
+        )
+    return sizes
 
 
 def load_tokenizer(cfg) -> Any:
@@ -1174,8 +1194,8 @@ def attend_sdpa(q, k, v, documents=None, scale=None, backend=None):
     """
     mask = None if documents is None else (documents[:, None, :, None] == documents[:, None, None]).tril()
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    if q.is_cuda and q.dtype == torch.float32:
-        # for fp32 there is one kernel that keeps no (T, T) scores, and it knows no groups
+    if q.is_cuda and (q.dtype == torch.float32 or mask is not None):
+        # for these there is one kernel that keeps no (T, T) scores, and it knows no groups
         k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
     with sdpa_kernel(backend) if backend else nullcontext():
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=True)
@@ -1184,10 +1204,10 @@ def attend_sdpa(q, k, v, documents=None, scale=None, backend=None):
 
 def segments(documents) -> Tensor:
     """The bounds of rows and of the documents in them, int32, rising, for all rows one after the other: as many for any
-    batch. Of more than a document per 128 tokens the last ones see those before them.
+    batch. Of more than a document per 32 tokens the last ones see those before them.
     """
     tokens, begins = documents.numel(), F.pad(documents.diff() != 0, (1, 0)).flatten()
-    inside = torch.nonzero_static(begins, size=tokens // 128, fill_value=0).flatten()
+    inside = torch.nonzero_static(begins, size=tokens // 32, fill_value=0).flatten()
     rows = torch.arange(0, tokens + 1, documents.size(1), device=documents.device)
     return torch.cat((rows, inside)).sort().values.int()
 
@@ -1243,15 +1263,15 @@ def load_attention(name: str, cfg, ranks) -> Callable:
         return partial(attend_sdpa, backend=TORCH_KERNELS[name])
     if name == "fa3" and torch.cuda.get_device_capability(ranks.device)[0] != 9:
         raise ImportError("it runs on a Hopper GPU")
-    return partial(attend_flash, flash_kernels(name, ranks.compiles(cfg)))
+    return partial(attend_flash, flash_kernels(name, cfg.document_attention, ranks.compiles(cfg)))
 
 
-def flash_kernels(name: str, traced: bool) -> tuple:
-    """flash_attn_func and flash_attn_varlen_func of a package. ImportError if they are not there or not traced."""
+def flash_kernels(name: str, apart: bool, traced: bool) -> tuple:
+    """flash_attn_func and, if asked for, flash_attn_varlen_func of a package. ImportError if missing or untraceable."""
     module, namespace = FLASH_PACKAGES[name]
     try:
         package = importlib.import_module(module)
-        kernels = package.flash_attn_func, package.flash_attn_varlen_func
+        kernels = package.flash_attn_func, package.flash_attn_varlen_func if apart else None
     except (OSError, RuntimeError, AttributeError) as error:  # a wheel that was built for another torch or CUDA
         raise ImportError(f"{module} cannot be loaded ({' '.join(str(error).split())})") from None
     if traced and not hasattr(getattr(torch.ops, namespace), "_flash_attn_forward"):
@@ -1570,7 +1590,7 @@ def parameter_roles(model: nn.Module) -> dict:
 
 NEWTON_SCHULZ = dict(
     quintic=((3.4445, -4.7750, 2.0315),),  # kellerjordan.github.io/posts/muon
-    polar=(  # arXiv:2505.16932: the best cubic in s of each step after those before it
+    polar=(  # arXiv:2505.16932: the best polynomial of each step after those before it, for norms of up to 1 / 1.02
         (8.156554524902461, -22.48329292557795, 15.878769915207462),
         (4.042929935166739, -2.808917465908714, 0.5000178451051316),
         (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
@@ -1588,7 +1608,7 @@ def orthogonalize(g: Tensor, steps: int, coefficients: str = "quintic") -> Tenso
     every = NEWTON_SCHULZ[coefficients]
     tall = g.size(-2) > g.size(-1)
     x = g.mT if tall else g
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x = x / ((1.0 if coefficients == "quintic" else 1.02) * x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for i in range(steps):
         a, b, c = every[min(i, len(every) - 1)]
         s = x @ x.mT
@@ -2818,16 +2838,22 @@ class LoRA(nn.Module):
         return torch.add(y, x @ self.down.mT.type_as(x) @ self.up.mT.type_as(x), alpha=self.scale)
 
 
+def lora_targets(model: GPT, cfg) -> list:
+    """The Linears, of those in blocks and the head, that TTT_PARAMS chooses. Raises InputError if there is none."""
+    chosen = {id(p) for p in adapting_parameters(model, cfg)}
+    linears = [m for m in model.blocks.modules() if isinstance(m, Linear)] + [model.tok_emb]
+    if targets := [linear for linear in linears if id(linear.weight) in chosen]:
+        return targets
+    raise InputError("TTT_PARAMS chooses no matrix of a block and not tok_emb.weight, which a LoRA could adapt")
+
+
 def lora_starts(model: GPT, cfg) -> dict:
     """The Linears that LoRA adapts, each with the `down` (rank, fan_in) that it starts from; SEED draws them."""
-    chosen, draw, starts = {id(p) for p in adapting_parameters(model, cfg)}, torch.Generator().manual_seed(cfg.seed), {}
-    for linear in [m for m in model.blocks.modules() if isinstance(m, Linear)] + [model.tok_emb]:
-        if id(linear.weight) in chosen:
-            fan_in = linear.weight.size(1)
-            down = (2 * torch.rand(cfg.ttt_lora_rank, fan_in, generator=draw) - 1) * fan_in**-0.5
-            starts[linear] = down.to(linear.weight.device)
-    if not starts:
-        raise InputError("TTT_PARAMS chooses no matrix of a block and not tok_emb.weight, which a LoRA could adapt")
+    draw, starts = torch.Generator().manual_seed(cfg.seed), {}
+    for linear in lora_targets(model, cfg):
+        fan_in = linear.weight.size(1)
+        down = (2 * torch.rand(cfg.ttt_lora_rank, fan_in, generator=draw) - 1) * fan_in**-0.5
+        starts[linear] = down.to(linear.weight.device)
     return starts
 
 
@@ -2864,11 +2890,11 @@ class Adaptation:
 
     def __init__(self, params: list, forward: Callable, cfg, ranks):
         self.params, self.forward, self.cfg, self.ranks = params, forward, cfg, ranks
+        decay = dict(weight_decay=cfg.ttt_weight_decay)
         if cfg.ttt_optimizer == "adamw":
-            betas, decay = (cfg.ttt_momentum, cfg.ttt_beta2), cfg.ttt_weight_decay
-            self.optimizer = torch.optim.AdamW(params, cfg.ttt_lr, betas, weight_decay=decay)
+            self.optimizer = torch.optim.AdamW(params, cfg.ttt_lr, (cfg.ttt_momentum, cfg.ttt_beta2), **decay)
         else:
-            self.optimizer = torch.optim.SGD(params, cfg.ttt_lr, cfg.ttt_momentum, nesterov=cfg.ttt_nesterov)
+            self.optimizer = torch.optim.SGD(params, cfg.ttt_lr, cfg.ttt_momentum, nesterov=cfg.ttt_nesterov, **decay)
 
     def __call__(self, chunk: ScoredChunk):
         wave = 0.5 + 0.5 * math.cos(math.pi * chunk.progress)
@@ -3028,7 +3054,7 @@ def resolve(env: Mapping) -> tuple:
         cfg = replace(cfg, run_id=f"{cfg.variant}_seed{cfg.seed}_{kind}{time.strftime('%Y%m%d-%H%M%S')}")
     if cfg.ttt_epochs:
         with torch.device("meta"):  # better an error now than after training
-            adapting_parameters(GPT(cfg), cfg)
+            (lora_targets if cfg.ttt_lora_rank else adapting_parameters)(GPT(cfg), cfg)
     return cfg, artifact
 
 

@@ -24,7 +24,7 @@ KINDS = {
     "lora": dict(ttt_lora_rank=4, ttt_params=t.Config.ttt_params, ttt_optimizer="adamw", ttt_lr=0.02),
     "document": dict(ttt_scope="document", ttt_lora_rank=4, ttt_params=t.Config.ttt_params, ttt_optimizer="adamw", ttt_lr=0.02, ttt_beta2=0.95,
                      ttt_chunk_tokens=16, ttt_grad_clip=0.0, ttt_temperature=1.1),
-    "frontier": dict(ttt_scope="document", ttt_lora_rank=5, ttt_lora_scale=1.8, ttt_params=("blocks.*.weight", "tok_emb.*", "!*.c_k.*"), ttt_softcap=True,
+    "growing": dict(ttt_scope="document", ttt_lora_rank=5, ttt_lora_scale=1.8, ttt_params=("blocks.*.weight", "tok_emb.*", "!*.c_k.*"), ttt_softcap=True,
                      ttt_optimizer="adamw", ttt_lr=0.02, ttt_momentum=0.0, ttt_beta2=0.99, ttt_weight_decay=0.3, ttt_first_chunk_tokens=2,
                      ttt_chunk_tokens=12, ttt_epochs=1, ttt_grad_clip=0.0, document_attention=True),
 }
@@ -109,9 +109,9 @@ def test_a_document_teaches_the_next_one_nothing():
 def test_no_rate_and_no_epochs_reproduce_the_frozen_scores_bit_for_bit(kind, off):
     cfg, tokens = cfg_of(kind), text()
     (cold, chunks), (plain, same) = adapted(dataclasses.replace(cfg, **off), tokens), frozen(cfg, tokens)
-    if kind == "frontier":  # where outputs have an adapter, their scale is not folded into their weights
+    if kind == "growing":  # where outputs have an adapter, their scale is not folded into their weights
         torch.testing.assert_close(cold, plain, rtol=1e-5, atol=1e-5)
-    assert (kind == "frontier" or torch.equal(cold, plain)) and torch.equal(chunks, same)
+    assert (kind == "growing" or torch.equal(cold, plain)) and torch.equal(chunks, same)
     assert not torch.equal(adapted(cfg, tokens)[0], plain)
 
 
@@ -194,7 +194,7 @@ def test_the_temperature_divides_the_logits_that_are_scored(temperature):
 def test_the_first_chunk_has_the_scores_of_the_frozen_model(kind):
     cfg, tokens = cfg_of(kind), text()
     (warm, index), (plain, _) = adapted(cfg, tokens), frozen(cfg, tokens)
-    assert torch.equal(warm[index == 0], plain[index == 0]) or kind == "frontier"  # it rounds in another place
+    assert torch.equal(warm[index == 0], plain[index == 0]) or kind == "growing"  # it rounds in another place
     torch.testing.assert_close(warm[index == 0], plain[index == 0], rtol=1e-5, atol=1e-5)
     later = warm[index > 0] != plain[index > 0]
     assert later.double().mean() > 0.9
@@ -241,7 +241,7 @@ def test_it_trains_on_targets_that_were_scored_and_on_nothing_else(kind, monkeyp
             assert low < inside.min() and inside.max() <= high and (not cfg.ttt_scope == "document" or inside.max() < ends[first])
     seen = [index for index, *_ in events]
     expected = [*range(4), *range(2), 0] if kind == "document" else range(2)  # documents of 5, of 3 and of 2 chunks
-    if kind == "frontier":  # of 10, of 7 and 6, of 5, of 1
+    if kind == "growing":  # of 10, of 7 and 6, of 5, of 1
         expected = [*range(9), *range(6), *range(4)]
     assert seen == [i for i in expected for _ in range(cfg.ttt_epochs)]
 
@@ -374,9 +374,9 @@ def test_patterns_choose_the_matrices_that_a_lora_adapts(patterns, names):
     assert len(starts) == len(names - {""}) * CFG.num_layers + ("" in names)
 
 
-def test_a_lora_without_a_matrix_is_an_error():
+def test_a_lora_without_a_matrix_is_an_error_before_training():
     with pytest.raises(t.InputError, match="TTT_PARAMS chooses no matrix of a block"):
-        t.lora_starts(make_model(CFG), dataclasses.replace(LORA, ttt_params=("*.q_gain", "bigram.*")))
+        t.resolve(dict(VARIANT="card", TTT_PARAMS="*.q_gain,bigram.*"))
 
 
 def test_weight_decay_pulls_adapters_back(monkeypatch):
@@ -469,7 +469,7 @@ def test_nesterov_looks_ahead_and_adamw_has_its_betas():
     assert [kinds[k].defaults.get("nesterov") for k in ("sgd", "nesterov")] == [False, True]
     assert kinds["sgd"].defaults["momentum"] == CFG.ttt_momentum and kinds["sgd"].defaults["dampening"] == 0
     assert kinds["adamw"].defaults["betas"] == (0.9, 0.999) and kinds["document"].defaults["betas"] == (0.9, 0.95)
-    assert {kind: o.defaults["weight_decay"] for kind, o in kinds.items()} == dict.fromkeys(KINDS, 0.0) | dict(frontier=0.3)
+    assert {kind: o.defaults["weight_decay"] for kind, o in kinds.items()} == dict.fromkeys(KINDS, 0.0) | dict(growing=0.3)
 
 
 # ---- several ranks
@@ -553,7 +553,8 @@ DOCUMENT = dict(TTT_SCOPE="document", TTT_LORA_RANK="4", TTT_GRAD_CLIP="0", TTT_
 
 @pytest.mark.parametrize("given, words", [
     (DOCUMENT | dict(TTT_FIRST_CHUNK_TOKENS="17"), "TTT_FIRST_CHUNK_TOKENS=17 needs .* TTT_CHUNK_TOKENS=16 to be no less"),
-    (dict(TTT_FIRST_CHUNK_TOKENS="1"), "needs TTT_SCOPE=document"), (dict(TTT_SOFTCAP="1"), "TTT_SOFTCAP=1 needs TTT_LORA_RANK=0 above 0"),
+    (dict(TTT_FIRST_CHUNK_TOKENS="1"), "needs TTT_SCOPE=document"), (dict(TTT_SOFTCAP="1"), "TTT_SOFTCAP and .* act on a LoRA: set TTT_LORA_RANK=0 above 0"),
+    (dict(TTT_LORA_SCALE="2"), "TTT_LORA_SCALE=2.0 act on a LoRA"),
     (DOCUMENT | dict(TTT_LORA_RANK="0"), "TTT_LORA_RANK=0"), (DOCUMENT | dict(TTT_GRAD_CLIP="1"), "TTT_GRAD_CLIP=1.0"),
     (DOCUMENT | dict(TTT_CHUNK_TOKENS="33"), "TTT_CHUNK_TOKENS=33"),
     (dict(TTT_SCOPE="page"), "TTT_SCOPE=page"), (dict(TTT_CHUNK_TOKENS="33"), "TTT_CHUNK_TOKENS=33"),

@@ -4,6 +4,7 @@ AUDIT_TABLE=path, without xdist, writes the largest error of each test and kind 
 """
 
 import ast
+import dataclasses
 import json
 import os
 import re
@@ -30,6 +31,7 @@ SHARED = dict(num_layers=2, ve_layers=(1,), xsa_last_n=1, eval_seq_len=8, eval_s
 KINDS = {
     "plain": dict(ttt_epochs=0),
     "sgd": dict(ttt_lr=0.05),
+    "apart": dict(ttt_lr=0.05),  # with DOCUMENT_ATTENTION: an artifact of its own
     "pr1812": dict(ttt_lr=0.05, ttt_params=("*.weight", "!blocks.0.*"), ttt_nesterov=True, ttt_z_loss=1e-3, ttt_cosine_floor=0.0,
                    ttt_cosine_tokens=64),
     "pr490": dict(ttt_optimizer="adamw", ttt_params=("blocks.1.*", "*.attn_scale", "tok_emb.*"), ttt_cosine_floor=0.1, ttt_cosine_tokens=40,
@@ -37,7 +39,7 @@ KINDS = {
     "lora": dict(ttt_lora_rank=4, ttt_params=t.Config.ttt_params, ttt_optimizer="adamw", ttt_lr=0.02),
     "document": dict(ttt_scope="document", ttt_lora_rank=4, ttt_params=t.Config.ttt_params, ttt_optimizer="adamw", ttt_lr=0.02, ttt_beta2=0.95,
                      ttt_chunk_tokens=8, ttt_grad_clip=0.0, ttt_temperature=1.1, ttt_batch_seqs=3),
-    "frontier": dict(ttt_scope="document", ttt_lora_rank=5, ttt_lora_scale=1.8, ttt_params=("blocks.*.weight", "tok_emb.*", "!*.c_k.*"), ttt_softcap=True,
+    "growing": dict(ttt_scope="document", ttt_lora_rank=5, ttt_lora_scale=1.8, ttt_params=("blocks.*.weight", "tok_emb.*", "!*.c_k.*"), ttt_softcap=True,
                      ttt_optimizer="adamw", ttt_lr=0.02, ttt_momentum=0.0, ttt_beta2=0.99, ttt_weight_decay=0.3, ttt_first_chunk_tokens=2,
                      ttt_chunk_tokens=8, ttt_grad_clip=0.0, ttt_batch_seqs=3),
 }
@@ -68,9 +70,14 @@ def write_artifact(folder, tokenizer, size):
     cfg = t.Config.from_env({"VARIANT": "smoke", "TOKENIZER_PATH": str(tokenizer), "VOCAB_SIZE": str(size)} | t.as_env(SHARED))
     model = make_model(cfg)
     weights = {name: p.detach() for name, p in model.named_parameters()}
-    path = folder / "model.ptz"
-    t.write_file(path, t.pack(coded(weights, t.grids(model, cfg), cfg), False, cfg))
+    path, tensors = folder / "model.ptz", coded(weights, t.grids(model, cfg), cfg)
+    t.write_file(path, t.pack(tensors, False, cfg))
+    t.write_file(artifact_of("apart", path), t.pack(tensors, False, dataclasses.replace(cfg, document_attention=True)))
     return path, cfg
+
+
+def artifact_of(kind, path):
+    return path.with_stem("apart") if kind == "apart" else path
 
 
 @pytest.fixture(scope="session")
@@ -95,7 +102,7 @@ def stream(length=N, seed=0):
 def nll_of(tiny):
     """(kind, tokens, changed options) -> nll of each target."""
     def score(kind, tokens, **changes):
-        return audit(tiny[0], tokens, tokenizer_path=str(tiny[1]), **KINDS[kind] | changes)["nll"]
+        return audit(artifact_of(kind, tiny[0]), tokens, tokenizer_path=str(tiny[1]), **KINDS[kind] | changes)["nll"]
 
     return score
 
@@ -186,7 +193,7 @@ def test_a_reported_score_is_that_of_a_distribution_over_all_tokens(nll_of, kind
 def chunks_of(kind, length=N):
     """The chunk of each target: of the stream, or of its document."""
     size, firsts = (SHARED | KINDS[kind])["ttt_chunk_tokens"], FIRSTS if kind in DOCUMENTS else (0,)
-    ends = [2, 4, 8, *range(16, N, 8)] if kind == "frontier" else [*range(size, N + size, size)]
+    ends = [2, 4, 8, *range(16, N, 8)] if kind == "growing" else [*range(size, N + size, size)]
     return [sum(i - max(f for f in firsts if f <= i) >= end for end in ends) for i in range(length - 1)]
 
 
@@ -194,7 +201,7 @@ def chunks_of(kind, length=N):
 @pytest.mark.parametrize("length", [2, 17, 18, N])
 def test_each_target_is_scored_once_in_its_chunk(tiny, kind, length, monkeypatch):
     """H6. Scores count up: a target that were scored twice would have a sum, and one that were not 0."""
-    found = audit(tiny[0], stream(length), tokenizer_path=str(tiny[1]), **KINDS[kind])
+    found = audit(artifact_of(kind, tiny[0]), stream(length), tokenizer_path=str(tiny[1]), **KINDS[kind])
     assert found["chunk"].tolist() == chunks_of(kind, length) and found["chunk"].dtype == np.int64
     assert found.keys() == {"nll", "bytes", "chunk"} and {len(column) for column in found.values()} == {length - 1}
     assert found["nll"].dtype == np.float64 and (found["nll"] > 0).all()
@@ -226,8 +233,12 @@ def test_nothing_is_learned_after_the_last_score(nll_of, kind, monkeypatch):
 def test_no_epochs_are_the_plain_pass_bit_for_bit(nll_of, kind):
     """And a rate of 0, at a temperature of 1. Learning itself changes nearly every score behind the first chunk and none in it."""
     plain, warm = nll_of("plain", stream()), nll_of(kind, stream())
+    if kind == "apart":
+        crossing, plain = plain, nll_of(kind, stream(), ttt_epochs=0)
+        near = [i for i in range(FIRSTS[1], N - 1) if 0 < i - max(f for f in FIRSTS if f <= i) < 3]  # their windows begin in another one
+        assert np.array_equal(plain[: FIRSTS[1]], crossing[: FIRSTS[1]]) and (plain[near] != crossing[near]).mean() > 0.7
     assert noted(kind, "0 epochs", np.abs(nll_of(kind, stream(), ttt_epochs=0) - plain).max()) == 0
-    if kind == "frontier":  # its adapters of outputs round in another place
+    if kind == "growing":  # its adapters of outputs round in another place
         assert np.abs(nll_of(kind, stream(), ttt_lr=0.0) - nll_of("document", stream(), ttt_lr=0.0, ttt_temperature=1.0)).max() < 2e-6
     cold = nll_of(kind, stream(), ttt_lr=0.0)
     if kind in STREAMS:
@@ -383,7 +394,10 @@ def place(tiny, tmp_path_factory):
 def several(place, processes, troubles, **how):
     """Runs of [(kind, trouble)] in `processes`: (the finished process, the AUDIT files)."""
     files = [Path(place["OUTPUT_DIR"]) / f"{processes}_{kind}_{trouble}.npz" for kind, trouble in troubles]
-    plan = [[place | t.as_env(KINDS[kind]) | dict(AUDIT=str(file), RUN_ID=file.stem), trouble] for (kind, trouble), file in zip(troubles, files)]
+    plan = []
+    for (kind, trouble), file in zip(troubles, files):
+        own = dict(ARTIFACT=str(artifact_of(kind, Path(place["ARTIFACT"]))), AUDIT=str(file), RUN_ID=file.stem)
+        plan.append([place | t.as_env(KINDS[kind]) | own, trouble])
     done = run({"PYTHONPATH": str(ROOT)}, json.dumps(plan), processes=processes, script=ROOT / "tests" / "helpers" / "audit_ranks.py", **how)
     return done, [dict(np.load(file)) for file in files if file.exists()]
 
@@ -398,7 +412,7 @@ def test_processes_have_the_scores_of_one_also_if_one_of_them_is_late(tiny, plac
     assert all(int(calls) == 3 for (kind, _), (_, calls) in zip(runs, differ) if kind in STREAMS) and len(found) == len(runs)
     assert done.stdout.count("legal_ttt_exact") == len(runs) - 1  # the plain kind has none
     for (kind, trouble), file in list(zip(runs, found))[:-1]:
-        alone = audit(tiny[0], stream(), tokenizer_path=str(tiny[1]), **KINDS[kind])
+        alone = audit(artifact_of(kind, tiny[0]), stream(), tokenizer_path=str(tiny[1]), **KINDS[kind])
         assert (file["chunk"] == alone["chunk"]).all() and (file["bytes"] == alone["bytes"]).all()
         assert noted(kind, f"H7 {processes} ranks{' late' * bool(trouble)}", np.abs(file["nll"] - alone["nll"]).max()) < 1e-5
 

@@ -113,6 +113,9 @@ def test_an_unknown_argument_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("given, words", [
+    (dict(MIN_LR="0.15"), "MIN_LR=0.15 must be below LATE_QAT_THRESHOLD=0.15"),
+    (dict(MIN_LR="0.2", AVERAGING="swa", LATE_QAT_THRESHOLD="0"), "MIN_LR=0.2 must be .* below SWA_START_SCALE=0.2 for AVERAGING=swa"),
+    (dict(MUON_COEFFICIENTS="polar", MUON_BACKEND_STEPS="4"), "MUON_COEFFICIENTS=polar need 5 steps; MUON_BACKEND_STEPS=4 are too few"),
     (dict(WARMDOWN_FRAC="0.3"), "WARMDOWN_FRAC=0.3 and WARMDOWN_ITERS=3500 both set the warmdown; set one to 0"),
     (dict(VARIANT="pr1812", WARMDOWN_ITERS="100"), "WARMDOWN_FRAC=0.72 and WARMDOWN_ITERS=100"),
     (dict(MUON_MOMENTUM_WARMUP_FRAC="0.1"), "MUON_MOMENTUM_WARMUP_FRAC=0.1 and MUON_MOMENTUM_WARMUP_STEPS=1500 both")])

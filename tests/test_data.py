@@ -80,7 +80,7 @@ def test_micro_batches_hold_at_most_the_tokens_asked_for(cfg):
 
 
 def test_a_batch_that_does_not_divide_among_ranks_is_an_error(cfg):
-    with pytest.raises(t.InputError, match="8 rows do not divide by 3 ranks"):
+    with pytest.raises(t.InputError, match="TRAIN_BATCH_TOKENS=256 is 8 rows of 32 tokens, which do not divide by 3 ranks"):
         t.Batches(t.TokenStream(t.find_shards(cfg, "train"), cfg.vocab_size), cfg, t.Ranks(0, 3))
 
 
@@ -148,18 +148,21 @@ def test_the_byte_rule_on_single_pieces(cfg):
 
 @pytest.fixture(scope="module")
 def marked(tmp_path_factory, dataset):
-    """Settings of a validation split of 30 tokens, with a sidecar, for a tokenizer that has a case mark as a piece."""
+    """Settings of a validation split of 600 tokens, with a sidecar, for a tokenizer that has a case mark as a piece."""
     folder = tmp_path_factory.mktemp("marked")
     words = iter([f"{mark}some words of \ue001text" for mark in t.CASE_MARKS] * 20)
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=words, model_prefix=str(folder / "marked"), vocab_size=40, model_type="bpe", pad_id=0, bos_id=1,
                                              eos_id=2, unk_id=3, user_defined_symbols=[*t.CASE_MARKS], minloglevel=2)
-    tokens = np.arange(4, 34)
-    tokens[[0, 12]] = t.BOS
-    counts = np.where(tokens == t.BOS, 0, tokens % 7)
-    for i, part in enumerate((slice(0, 20), slice(20, 30))):
+    tokens = np.resize(np.arange(4, 40), 600)
+    tokens[[0, 12, 300]] = t.BOS
+    cfg = t.Config(data_path=str(folder), tokenizer_path=str(folder / "marked.model"), vocab_size=40)
+    ids = torch.from_numpy(tokens)
+    counts = np.append(0, t.load_byte_table(cfg, torch.device("cpu")).count(ids[:-1], ids[1:]).numpy())
+    counts[[20, 500]] += 1  # what normalization took away
+    for i, part in enumerate((slice(0, 400), slice(400, 600))):
         write_shard(folder / f"fineweb_val_{i:06d}.bin", tokens[part])
         write_shard(folder / f"fineweb_val_bytes_{i:06d}.bin", counts[part])
-    return t.Config(data_path=str(folder), tokenizer_path=str(folder / "marked.model"), vocab_size=40), tokens.astype("<u2"), counts
+    return cfg, tokens.astype("<u2"), counts
 
 
 def test_bytes_of_a_tokenizer_with_case_marks_are_the_sidecars(marked, dataset):
@@ -172,11 +175,13 @@ def test_bytes_of_a_tokenizer_with_case_marks_are_the_sidecars(marked, dataset):
     assert torch.equal(t.target_bytes(tokens, plain, torch.device("cpu")), table.count(ids[:-1], ids[1:]))  # it has no marks: its own rule
 
 
-@pytest.mark.parametrize("sizes, words", [((), "not 0;"), ((20,), "not 20;"), ((20, 11), "not 31;"), (("bos", 10), "counts bytes of BOS")])
+@pytest.mark.parametrize("sizes, words", [
+    ((), "not 0;"), ((400,), "not 400;"), ((400, 201), "not 601;"), (("bos", 200), "counts bytes of BOS"), (("twice", 200), "or [0-9]+ more .* over 1 %")])
 def test_a_sidecar_that_is_missing_or_of_another_split_is_an_error(marked, tmp_path, sizes, words):
     cfg, tokens, counts = marked
     write_shard(tmp_path / "fineweb_val_000000.bin", tokens)
     for i, size in enumerate(sizes):
-        write_shard(tmp_path / f"fineweb_val_bytes_{i:06d}.bin", np.ones(20) if size == "bos" else np.zeros(size))
+        parts = {"bos": np.where(np.arange(400) == 12, 9, counts[:400]), "twice": 2 * counts[:400], 200: counts[400:]}
+        write_shard(tmp_path / f"fineweb_val_bytes_{i:06d}.bin", parts[size] if size in parts else np.zeros(size))
     with pytest.raises(t.InputError, match=words):
         t.target_bytes(tokens, dataclasses.replace(cfg, data_path=str(tmp_path)), torch.device("cpu"))

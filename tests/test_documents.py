@@ -40,7 +40,7 @@ def varlen(q, k, v, bounds_q, bounds_k, longest_q, longest_k, softmax_scale, cau
 @given(rows=st.integers(1, 3), firsts=st.lists(st.integers(0, 599), max_size=4), seed=st.integers(0, 99))
 def test_a_document_has_the_attention_that_it_has_alone(attend, rows, firsts, seed):
     draw, ids = torch.Generator().manual_seed(seed), torch.full((rows, 200), 5)
-    ids.view(-1)[[at for at in firsts if at < rows * 200][: rows * 200 // 128]] = t.BOS  # as many as `segments` has room for
+    ids.view(-1)[[at for at in firsts if at < rows * 200]] = t.BOS
     q, k, v = (torch.randn(*ids.shape, heads, 8, generator=draw) for heads in (4, 2, 2))
     torch.testing.assert_close(attend(q, k, v, (ids == t.BOS).cumsum(1)).double(), alone(ids, q, k, v), rtol=1e-4, atol=1e-5)
 
@@ -49,12 +49,12 @@ def test_a_document_has_the_attention_that_it_has_alone(attend, rows, firsts, se
 @given(st.integers(1, 4), st.integers(1, 300), st.data())
 def test_segments_are_rows_and_documents_of_one_count_and_none_is_longer_than_a_row(rows, length, data):
     ids = torch.full((rows, length), 5)
-    for at in data.draw(st.lists(st.integers(0, rows * length - 1), max_size=12)):
+    for at in data.draw(st.lists(st.integers(0, rows * length - 1), max_size=40)):
         ids.view(-1)[at] = t.BOS
     bounds = t.segments((ids == t.BOS).cumsum(1)).tolist()
     begins = [i for i in range(rows * length) if i % length and ids.view(-1)[i] == t.BOS]
-    assert bounds == sorted(bounds) and len(bounds) == rows + 1 + rows * length // 128
-    assert set(bounds) == {*range(0, rows * length + 1, length), *begins[: rows * length // 128]}
+    assert bounds == sorted(bounds) and len(bounds) == rows + 1 + rows * length // 32
+    assert set(bounds) == {*range(0, rows * length + 1, length), *begins[: rows * length // 32]}
 
 
 def test_a_model_scores_each_document_as_it_does_alone(cfg):
@@ -106,6 +106,20 @@ def test_a_step_has_the_same_tokens_whatever_the_length_of_its_rows(cfg, tmp_pat
         assert torch.cat(parts).tolist() == [*range(256 * step, 256 * step + 256)]
 
 
+def test_shuffled_rows_that_grow_read_no_token_twice(cfg, tmp_path):
+    """Through an epoch of 3 spans of 96 tokens, the least common multiple of their lengths, and into the next."""
+    write_shard(tmp_path / "fineweb_train_000000.bin", range(96 * 4 + 1))
+    cfg = dataclasses.replace(cfg, loader="shuffled", train_seq_len=48, eval_seq_len=32, early_seq_lens=(16, 32), early_seq_ends=(0.25, 0.5),
+                              train_batch_tokens=96, micro_batch_tokens=48)
+    batches, read = t.Batches(t.TokenStream([tmp_path / "fineweb_train_000000.bin"], 65536), cfg, t.Ranks()), []
+    for step, length in enumerate((16, 32, 48, 48)):
+        batches.seek(step, length)
+        inputs, targets = next(batches)
+        assert torch.equal(targets, inputs + 1) and (inputs.diff(dim=2) == 1).all() and inputs.size(2) == length
+        read += inputs.flatten().tolist()
+    assert len(set(read[:288])) == 288 and len(set(read)) < len(read)
+
+
 def test_training_goes_through_its_stages_and_warms_each_of_them_up(growing):
     said, log = [], lambda text, **facts: said.append(text)
     log.active = False
@@ -134,5 +148,8 @@ def test_stages_that_cannot_be_are_named(given, words):
 
 def test_rows_of_every_length_must_divide_among_the_ranks(growing):
     stream = trainer_of(growing).batches.stream
-    with pytest.raises(t.InputError, match="= 8 rows do not divide by 3 ranks|= 32 rows do not divide by 3 ranks"):
-        t.Batches(stream, growing, t.Ranks(0, 3))
+    cfg = dataclasses.replace(growing, train_batch_tokens=320, micro_batch_tokens=64, early_seq_lens=(16, 20), eval_stride=4)
+    t.Batches(stream, cfg, t.Ranks(0, 2))  # 10 rows, at first 20, then 16
+    for world, words in ((4, "10 rows of 32 tokens, which do not divide by 4 ranks"), (5, "16 rows of 20 tokens, .* by 5 ranks")):
+        with pytest.raises(t.InputError, match=f"TRAIN_BATCH_TOKENS=320 is {words}"):
+            t.Batches(stream, cfg, t.Ranks(0, world))

@@ -30,7 +30,11 @@ def settings(row, folder, processes=1):
 
 
 # of 4 blocks unless the table of memory is asked for: the other rows have their parts at full depth
-SHALLOW = dict(pr150=dict(NUM_LAYERS="4"), pr455=dict(NUM_LAYERS="4", VE_LAYERS="2,3"))
+SHALLOW = dict(
+    pr150=dict(NUM_LAYERS="4"),
+    pr455=dict(NUM_LAYERS="4", VE_LAYERS="2,3"),
+    frontier=dict(NUM_LAYERS="4", LOOP_START="1", LOOP_END="2", NUM_LOOPS="1", XSA_LAST_N="4", PARALLEL_RESIDUAL_START="3"),
+)
 
 
 @pytest.mark.parametrize("row", suite.ROWS)

@@ -131,13 +131,15 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 # A row: a variant's trainer on random tokens
 
 def row_config(name: str, env: Mapping[str, str], folder: Path, world: int) -> t.Config:
-    """The settings of a row, with one micro-batch a rank and step unless TRAIN_BATCH_TOKENS says, in rows of their full
-    length. Raises InputError.
+    """The settings of a row, with one micro-batch a rank and step unless TRAIN_BATCH_TOKENS says, in rows of
+    TRAIN_SEQ_LEN. Raises InputError.
     """
     if name not in t.VARIANTS | SMALL:
         raise t.InputError(f"--variant {name} must be one of {', '.join(t.VARIANTS | SMALL)}")
     env = {"VARIANT": name} | SMALL.get(name, {}) | dict(env)
     cfg = t.Config.from_env(env)
+    if {"EARLY_SEQ_LENS", "EARLY_SEQ_ENDS"} & env.keys():
+        raise t.InputError("EARLY_SEQ_LENS, EARLY_SEQ_ENDS: rows are timed at one length; set TRAIN_SEQ_LEN")
     if "TRAIN_BATCH_TOKENS" not in env:
         cfg = replace(cfg, train_batch_tokens=min(cfg.train_batch_tokens, cfg.micro_batch_tokens * world))
     return replace(cfg, output_dir=str(folder), fit=False, audit="", artifact="", early_seq_lens=(), early_seq_ends=())
@@ -208,13 +210,17 @@ def profiled(trainer: t.Trainer, path: Path, steps: int) -> kernels.Summary:
     return kernels.summarize(json.loads(path.read_text(encoding="utf-8"))["traceEvents"])
 
 
+def one_byte_each(stream: np.ndarray, cfg: t.Config, device: torch.device) -> torch.Tensor:
+    """train_gpt.target_bytes without a tokenizer."""
+    return torch.ones(len(stream) - 1, dtype=torch.int64, device=device)
+
+
 def eval_seconds(trainer: t.Trainer) -> float:
     """Seconds of the sliding evaluation of a million tokens, from what some batches of windows take."""
     cfg, ranks = trainer.cfg, trainer.ranks
     windows = cfg.eval_batch_seqs * (8 if ranks.device.type == "cuda" else 1)
     tokens = np.random.default_rng(1).integers(2, cfg.vocab_size, cfg.window + windows * cfg.eval_stride + 1)
-    one = torch.ones(cfg.vocab_size, dtype=torch.int64, device=ranks.device)
-    with mock.patch.object(t, "load_byte_table", lambda cfg, device: t.ByteTable(one, one > 1, one > 1)):
+    with mock.patch.object(t, "target_bytes", one_byte_each):
         scorer = t.Scorer(tokens.astype(np.uint16), replace(cfg, val_max_tokens=0), ranks, t.Log(cfg, t.Ranks(rank=1)))
     for _ in range(2):  # the first one compiles
         settle(ranks.device)

@@ -187,12 +187,11 @@ def timed_evaluations(trainer: t.Trainer) -> Iterator[tuple[str, dict[str, Any]]
     chunk = stream or 2**17
     lengths = dict(roundtrip=2**21, sliding_window=max(2**21 // (cfg.window // cfg.eval_stride), chunk),
                    legal_ttt=2 * stream + cfg.window if stream else 2**19)
-    one = torch.ones(cfg.vocab_size, dtype=torch.int64, device=ranks.device)
     model = copy.deepcopy(trainer.model)  # what adapts stays on it
     for kind, count in lengths.items():
         torch.cuda.reset_peak_memory_stats()
         for targets in (min(count, max(stream, cfg.window * 2) + cfg.window), count):  # the first one compiles
-            with mock.patch.object(t, "load_byte_table", lambda cfg, device: t.ByteTable(one, one > 1, one > 1)):
+            with mock.patch.object(t, "target_bytes", bench.one_byte_each):
                 scorer = t.Scorer(random_text(cfg, targets + 1), replace(cfg, val_max_tokens=0), ranks, Silent())
             passes = t.evaluations(scorer, model, trainer.looped)
             with mock.patch.object(t, "progress_bar", lambda *_: Silent()):

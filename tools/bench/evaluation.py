@@ -24,8 +24,7 @@ SMALL = dict(model_dim=128, num_heads=4, num_kv_heads=2, train_seq_len=512, trai
 def scorer_and_model(tokens: np.ndarray, **settings: object) -> tuple[t.Scorer, t.GPT]:
     """A scorer of `tokens` and a random model, without a tokenizer: every token counts as one byte."""
     cfg = t.Config(**SMALL | settings)
-    one = torch.ones(cfg.vocab_size, dtype=torch.int64)
-    t.load_byte_table = lambda cfg, device: t.ByteTable(one, one > 1, one > 1)
+    t.target_bytes = lambda stream, cfg, device: torch.ones(len(stream) - 1, dtype=torch.int64)
     model = t.GPT(cfg)
     model.init_weights(cfg)
     return t.Scorer(tokens, cfg, t.Ranks(), t.Log(cfg, t.Ranks(rank=1))), model
