@@ -642,6 +642,7 @@ VARIANTS: dict[str, dict] = {
         mean_step=0.1,
         matrix_bits=8,
         compressor="rans",
+        eval_stride=1024,
     ),
     "demo": dict(
         data_path="./data/datasets/demo_sp1024",
