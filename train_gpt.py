@@ -1187,13 +1187,30 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest), dim=-1).type_as(x)
 
 
+class Documents(NamedTuple):
+    """What keeps documents apart, for either kind of kernel; a compiler drops the one that is not used."""
+
+    mask: Tensor  # (B, 1, T, T), whether a token may attend to one
+    bounds: Tensor  # int32, of rows and of the documents in them, rising, all rows one after the other
+
+
+def documents_of(ids: Tensor) -> Documents:
+    """Those of ids (B, T). There are as many bounds for any batch: of more than a document per 32 tokens the last ones
+    see those before them.
+    """
+    first, number = F.pad(ids[:, 1:] == BOS, (1, 0)), (ids == BOS).cumsum(1)
+    inside = torch.nonzero_static(first.flatten(), size=ids.numel() // 32, fill_value=0).flatten()
+    rows = torch.arange(0, ids.numel() + 1, ids.size(1), device=ids.device)
+    mask = (number[:, None, :, None] == number[:, None, None]).tril()
+    return Documents(mask, torch.cat((rows, inside)).sort().values.int())
+
+
 def attend_sdpa(q, k, v, documents=None, scale=None, backend=None):
     """Causal attention by torch, by its own choice or by an SDPBackend; RuntimeError if that can't.
 
-    q: (B, T, H, C); k, v: (B, T, K, C), H a multiple of K; returns (B, T, H, C). None crosses `documents`, the number
-    (B, T) of each token's, where they are given.
+    q: (B, T, H, C); k, v: (B, T, K, C), H a multiple of K; returns (B, T, H, C). Inside of Documents, if given.
     """
-    mask = None if documents is None else (documents[:, None, :, None] == documents[:, None, None]).tril()
+    mask = None if documents is None else documents.mask
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if q.is_cuda and (q.dtype == torch.float32 or mask is not None):
         # for these there is one kernel that keeps no (T, T) scores, and it knows no groups
@@ -1203,27 +1220,16 @@ def attend_sdpa(q, k, v, documents=None, scale=None, backend=None):
     return y.transpose(1, 2)
 
 
-def segments(documents) -> Tensor:
-    """The bounds of rows and of the documents in them, int32, rising, for all rows one after the other: as many for any
-    batch. Of more than a document per 32 tokens the last ones see those before them.
-    """
-    tokens, begins = documents.numel(), F.pad(documents.diff() != 0, (1, 0)).flatten()
-    inside = torch.nonzero_static(begins, size=tokens // 32, fill_value=0).flatten()
-    rows = torch.arange(0, tokens + 1, documents.size(1), device=documents.device)
-    return torch.cat((rows, inside)).sort().values.int()
-
-
 def attend_flash(kernels, q, k, v, documents=None, scale=None):
-    """The same by the two functions of a FlashAttention package, of which one takes segments; old ones return more
-    than the output.
+    """The same by the two functions of a FlashAttention package, of which one takes bounds; old ones return more than
+    the output.
     """
     whole, varlen = kernels
     if documents is None:
         y = whole(q, k, v, softmax_scale=scale, causal=True)
     else:
-        bounds, length = segments(documents), documents.size(1)
-        flat = (t.flatten(0, 1) for t in (q, k, v))
-        y = varlen(*flat, bounds, bounds, length, length, softmax_scale=scale, causal=True)
+        flat, ends, length = (t.flatten(0, 1) for t in (q, k, v)), (documents.bounds,) * 2, q.size(1)
+        y = varlen(*flat, *ends, length, length, softmax_scale=scale, causal=True)
     return (y[0] if isinstance(y, tuple) else y).view(q.shape)
 
 
@@ -1549,7 +1555,7 @@ class GPT(nn.Module):
         x = x0 = self.embed(ids)
         values = self.value_embed(ids, x.dtype) if self.value_embed is not None else {}
         rotary = self.cos[: ids.size(1)], self.sin[: ids.size(1)]
-        documents = (ids == BOS).cumsum(1) if self.apart and not alone else None
+        documents = documents_of(ids) if self.apart and not alone else None
         order = self.looped_order if looped else self.order
         skips, first_value = [], None
         for position, layer in enumerate(order):

@@ -42,16 +42,16 @@ def test_a_document_has_the_attention_that_it_has_alone(attend, rows, firsts, se
     draw, ids = torch.Generator().manual_seed(seed), torch.full((rows, 200), 5)
     ids.view(-1)[[at for at in firsts if at < rows * 200]] = t.BOS
     q, k, v = (torch.randn(*ids.shape, heads, 8, generator=draw) for heads in (4, 2, 2))
-    torch.testing.assert_close(attend(q, k, v, (ids == t.BOS).cumsum(1)).double(), alone(ids, q, k, v), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(attend(q, k, v, t.documents_of(ids)).double(), alone(ids, q, k, v), rtol=1e-4, atol=1e-5)
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 300), st.data())
-def test_segments_are_rows_and_documents_of_one_count_and_none_is_longer_than_a_row(rows, length, data):
+def test_bounds_are_rows_and_documents_of_one_count_and_none_is_longer_than_a_row(rows, length, data):
     ids = torch.full((rows, length), 5)
     for at in data.draw(st.lists(st.integers(0, rows * length - 1), max_size=40)):
         ids.view(-1)[at] = t.BOS
-    bounds = t.segments((ids == t.BOS).cumsum(1)).tolist()
+    bounds = t.documents_of(ids).bounds.tolist()
     begins = [i for i in range(rows * length) if i % length and ids.view(-1)[i] == t.BOS]
     assert bounds == sorted(bounds) and len(bounds) == rows + 1 + rows * length // 32
     assert set(bounds) == {*range(0, rows * length + 1, length), *begins[: rows * length // 32]}

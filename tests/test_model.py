@@ -386,7 +386,7 @@ def test_heads_of_any_width_run_through_a_kernel_for_multiples_of_8(channels, re
 def test_documents_are_kept_apart_by_the_best_kernel_that_can(card, monkeypatch):
     q, ids = torch.randn(2, 130, 2, 64), torch.full((2, 130), 5)
     ids[1, 100] = t.BOS
-    documents = (ids == t.BOS).cumsum(1)
+    documents = t.documents_of(ids)
     assert torch.equal(card.chosen(document_attention=True).attend(q, q, q, documents), q)
     module, (bounds, again, longest, most), how = card.calls.pop()
     assert module == "flash_attn_interface" and how == dict(softmax_scale=None, causal=True) and (longest, most) == (130, 130)
