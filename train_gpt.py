@@ -1135,11 +1135,12 @@ def target_bytes(stream: Array, cfg, device: torch.device) -> Tensor:
             f"for each token of its validation split, not {len(counts)}; `data/prepare.py tokenize --case` makes it"
         )
     sizes = torch.from_numpy(counts[1 : len(stream)].astype(np.int64)).to(device)
+    # normalization takes white space away, nearly all: 2 % of Python's documentation, 0.001 % of prose
     excess = int((sizes - by_rule).sum())
-    if sizes[tokens[1:] == BOS].any() or abs(excess) > 0.03 * int(by_rule.sum()):
+    if sizes[tokens[1:] == BOS].any() or abs(excess) > 0.2 * int(by_rule.sum()):
         raise InputError(
             f"fineweb_val_bytes_*.bin in {cfg.data_path} counts bytes of BOS, or {excess} more than its pieces have, "
-            "over 3 %: it is another split's, or its text is mostly white space, which needs a plain tokenizer"
+            "over 20 %: it is another split's; `data/prepare.py verify` tells where"
         )
     return sizes
 

@@ -18,7 +18,8 @@ import train_gpt as t
 from tools import command_line
 
 # Bytes a token of the contest's validation split by export; targets and bytes where the whole stream was published
-RATIOS = {"fineweb10B_sp1024": 2.435930, "fineweb10B_sp4096": 3.319681, "fineweb10B_sp8192": 3.726631}
+RATIOS = {"fineweb10B_sp1024": 2.435930, "fineweb10B_sp4096": 3.319681, "fineweb10B_sp8192": 3.726631,
+          "fineweb10B_sp8192_lossless_caps_caseops_v1_reserved": 3.157152}
 WHOLE = {"fineweb10B_sp8192": (40_540_802, 151_080_891)}
 
 
