@@ -408,7 +408,7 @@ def run_rules(c: Config) -> list:
             "MUON_COEFFICIENTS={muon_coefficients} need 5 steps; MUON_BACKEND_STEPS={muon_backend_steps} are too few",
         ),
         (
-            c.min_lr < (c.late_qat_threshold or 2) and (c.averaging != "swa" or c.min_lr < c.swa_start_scale),
+            c.min_lr < (c.late_qat_threshold or 2) and (c.averaging != "swa" or c.min_lr < (c.swa_start_scale or 2)),
             "MIN_LR={min_lr} must be below LATE_QAT_THRESHOLD={late_qat_threshold}, and below SWA_START_SCALE="
             "{swa_start_scale} for AVERAGING=swa: what those start would never come",
         ),
