@@ -236,7 +236,7 @@ class Config:
     ttt_lora_scale: float = knob(1.0, "factor of those terms")
     ttt_softcap: bool = knob(False, "adapt two caps of the logits with them, above 0 and below")
     ttt_optimizer: str = choice("adamw", "of test-time training", "sgd", "adamw")
-    ttt_lr: float = knob(0.02, "rate of the first chunk")
+    ttt_lr: float = knob(0.01, "rate of the first chunk")
     ttt_cosine_floor: float = fraction(1.0, "the rate falls over the stream to this fraction; 1: constant")
     ttt_cosine_tokens: int = knob(0, "targets over which it falls; 0: the stream's own, which no causal scorer knows")
     ttt_momentum: float = knob(0.9, "SGD's momentum, AdamW's first beta", high=0.99999)
@@ -673,6 +673,7 @@ VARIANTS: dict[str, dict] = {
         step_floor=0.0,
         fit=False,
         eval_stride=128,
+        ttt_lr=0.02,
     ),
     "smoke": dict(
         STREAM_TTT,

@@ -42,7 +42,7 @@ class Layout(NamedTuple):
 LAYOUTS = dict(
     v1=Layout(re.compile(f"([{MARKS}])|(){WORD}"), NEXT, dict(user_defined_symbols=list(MARKS))),
     ahead=Layout(re.compile(f"([{MARKS}])|((?:(?<!{GAP})(?<!^){GAP}+)?)(?!I(?![A-Za-z])){WORD}"), TITLE,
-                 dict(required_chars=TITLE + ALLCAPS, split_by_unicode_script=False)),
+                 dict(required_chars=TITLE + ALLCAPS)),
 )
 
 
