@@ -118,12 +118,16 @@ def test_no_rate_and_no_epochs_reproduce_the_frozen_scores_bit_for_bit(kind, off
 @pytest.mark.parametrize("size, window", [(16, 32), (32, 32), (10, 32), (1, 8)])
 def test_documents_alone_score_as_one_document_and_one_position_at_a_time(size, window):
     cfg, tokens = cfg_of("document", ttt_chunk_tokens=size, eval_seq_len=window, eval_stride=1, ttt_batch_seqs=2), text()
+    frozen_scores_are_those_of_one_at_a_time(cfg, tokens, range(0, 200, size), window)
+
+
+def frozen_scores_are_those_of_one_at_a_time(cfg, tokens, bounds, window):
+    """Documents of `text` whose chunks lie between these bounds."""
     model, expected, chunks = make_model(cfg), [], []
-    ends = [*FIRSTS[1:], len(tokens) - 1]
-    for first, end in zip(FIRSTS, ends):
+    for first, end in zip(FIRSTS, [*FIRSTS[1:], len(tokens) - 1]):
         for position in range(first, end):
-            chunk = (position - first) // size
-            start = first + max(0, (chunk + 1) * size - window)
+            chunk = next(i for i, high in enumerate(bounds[1:]) if position - first < high)
+            start = first + max(0, bounds[chunk + 1] - window)
             with torch.no_grad():
                 logits = model.logits(model.hidden(tokens[None, start : position + 1]))[0, -1] / cfg.ttt_temperature
             expected.append(float(F.cross_entropy(logits.double(), tokens[position + 1])))
@@ -145,18 +149,7 @@ def test_chunks_grow_from_the_first_to_their_full_length(first, size, bounds):
 
 def test_growing_chunks_score_as_one_document_and_one_position_at_a_time():
     cfg, tokens = cfg_of("document", ttt_first_chunk_tokens=3, ttt_chunk_tokens=16, eval_seq_len=16, eval_stride=1), text()
-    model, bounds, expected, chunks = make_model(cfg), [0, 3, 6, 12, 24, 40, 56, 72, 88, 104], [], []
-    for first, end in zip(FIRSTS, [*FIRSTS[1:], len(tokens) - 1]):
-        for position in range(first, end):
-            chunk = next(i for i, high in enumerate(bounds[1:]) if position - first < high)
-            start = first + max(0, bounds[chunk + 1] - 16)
-            with torch.no_grad():
-                logits = model.logits(model.hidden(tokens[None, start : position + 1]))[0, -1] / cfg.ttt_temperature
-            expected.append(float(F.cross_entropy(logits.double(), tokens[position + 1])))
-            chunks.append(chunk)
-    nll, index = frozen(cfg, tokens)
-    np.testing.assert_allclose(nll, expected, atol=2e-5)
-    assert index.tolist() == chunks
+    frozen_scores_are_those_of_one_at_a_time(cfg, tokens, [0, 3, 6, 12, 24, 40, 56, 72, 88, 104], 16)
 
 
 def test_two_caps_bind_the_logits_of_each_sign_and_each_row_by_its_own():
