@@ -1473,7 +1473,8 @@ class Block(nn.Module):
         super().__init__()
         self.attn, self.mlp = CausalSelfAttention(cfg, layer, attend), MLP(cfg)
         passes = cfg.num_loops + 1 if cfg.loop_start <= layer <= cfg.loop_end else 1
-        self.input_scale = (layer + 1) ** -cfg.ln_scale_power * passes**-0.5
+        depth = torch.tensor((layer + 1) ** -cfg.ln_scale_power * passes**-0.5, device="cpu")
+        self.register_buffer("input_scale", depth, persistent=False)  # no constant: one kernel then serves all layers
         self.parallel = layer >= cfg.parallel_residual_start >= 0
         self.attn_scale = filled(1.0, cfg.model_dim)
         self.mlp_scale = filled(1.0, cfg.model_dim)
@@ -2624,6 +2625,7 @@ class ScoredChunk(NamedTuple):
     inputs: Tensor  # (R, T) rows to learn from
     targets: Tensor  # (R, S), of the last S positions
     weight: Tensor  # (R,) of each row's loss
+    losses: Tensor | None = None  # (R, S), as scored, with their graph: to learn from them that once
 
 
 class Score(NamedTuple):
@@ -2773,18 +2775,20 @@ class Scorer:
                 mine.append(batch)
         return mine
 
-    def by_document(self, forward, adapter) -> Score:
-        """Score each document alone, side by side (PR #77), each with one of the n adapters that adapter(n) makes."""
+    def by_document(self, forward, adapter, keep=False) -> Score:
+        """Score each document alone, side by side (PR #77), each with one of the n adapters that adapter(n) makes; they
+        learn from the very losses that were scored, if those are to be kept.
+        """
         batches = self.document_batches()
         spans = torch.tensor([span for batch in batches for span in batch], device=self.tokens.device)
         split = spans.view(-1, 2).split([len(batch) for batch in batches])
         parts = (
-            (self.document_chunks(forward, span, max(end - first for first, end in batch)), adapter(len(batch)))
+            (self.document_chunks(forward, span, max(end - first for first, end in batch), keep), adapter(len(batch)))
             for batch, span in zip(batches, split)
         )
         return self.evaluate(parts, apart=True)
 
-    def document_chunks(self, forward, spans: Tensor, longest: int) -> Iterator:
+    def document_chunks(self, forward, spans: Tensor, longest: int, keep=False) -> Iterator:
         """Chunk by chunk: the n-th one of all documents of these spans (B, 2), of which the longest is given, and the
         places (B, n) of its targets in the stream, or the one behind its end where a document has none left.
         """
@@ -2794,8 +2798,8 @@ class Scorer:
             offsets = torch.arange(high - min(high, self.cfg.window), high + 1, device=device)
             tokens = self.tokens[(first + offsets).clamp(max=end)]  # one that has ended repeats its last, and weighs 0
             inputs, targets = tokens[:, :-1], tokens[:, low - high :]
-            with torch.no_grad():
-                losses = forward(inputs, targets).double()
+            with torch.set_grad_enabled(keep and high < longest):
+                losses = forward(inputs, targets)
             places = first + torch.arange(low, high, device=device)
             ended = places >= end
             # a document that ends here teaches nothing; times B, since `Adaptation` takes the mean over all B at once
@@ -2805,10 +2809,11 @@ class Scorer:
                     index,
                     0.0,
                     high >= longest,
-                    losses.masked_fill(ended, 0.0),
+                    losses.detach().double().masked_fill(ended, 0.0),
                     inputs,
                     targets,
                     weight,
+                    losses if keep else None,
                 ),
                 places.masked_fill(ended, len(self.bytes)),
             )
@@ -2899,11 +2904,11 @@ class Adaptation:
 
     def __init__(self, params: list, forward: Callable, cfg, ranks):
         self.params, self.forward, self.cfg, self.ranks = params, forward, cfg, ranks
-        decay = dict(weight_decay=cfg.ttt_weight_decay)
+        common = dict(weight_decay=cfg.ttt_weight_decay, fused=True)
         if cfg.ttt_optimizer == "adamw":
-            self.optimizer = torch.optim.AdamW(params, cfg.ttt_lr, (cfg.ttt_momentum, cfg.ttt_beta2), **decay)
+            self.optimizer = torch.optim.AdamW(params, cfg.ttt_lr, (cfg.ttt_momentum, cfg.ttt_beta2), **common)
         else:
-            self.optimizer = torch.optim.SGD(params, cfg.ttt_lr, cfg.ttt_momentum, nesterov=cfg.ttt_nesterov, **decay)
+            self.optimizer = torch.optim.SGD(params, cfg.ttt_lr, cfg.ttt_momentum, nesterov=cfg.ttt_nesterov, **common)
 
     def __call__(self, chunk: ScoredChunk):
         wave = 0.5 + 0.5 * math.cos(math.pi * chunk.progress)
@@ -2919,7 +2924,8 @@ class Adaptation:
         count, world = len(rows), self.ranks.world  # ranks split the rows, filled up with some of weight 0
         mine = torch.arange(count + -count % world, device=rows.device).chunk(world)[self.ranks.rank]
         weight, rows = (mine < count) * (world / count), rows[mine.clamp(max=count - 1)]
-        losses = self.forward(chunk.inputs[rows], chunk.targets[rows]).mean(1)
+        kept = chunk.losses is not None
+        losses = (chunk.losses[rows] if kept else self.forward(chunk.inputs[rows], chunk.targets[rows])).mean(1)
         (losses * weight * chunk.weight[rows]).sum().backward()
         self.ranks.mean_([p.grad for p in self.params])
         if self.cfg.ttt_grad_clip:
@@ -2935,7 +2941,8 @@ def adaptive_score(scorer: Scorer, model: GPT, params: list, forward: Callable) 
     starts = lora_starts(model, cfg) if cfg.ttt_lora_rank else {}
     if cfg.ttt_scope == "document":
         alone = Ranks(device=ranks.device)  # ranks do not meet
-        return scorer.by_document(score, lambda n: Adaptation(attach_lora(model, starts, n, cfg), learn, cfg, alone))
+        keep = (cfg.ttt_epochs, cfg.ttt_temperature, cfg.ttt_z_loss) == (1, 1.0, 0.0)  # what is learnt is what is scored
+        return scorer.by_document(score, lambda n: Adaptation(attach_lora(model, starts, n, cfg), learn, cfg, alone), keep)
     return scorer.sliding(score, Adaptation(params or attach_lora(model, starts, 1, cfg), learn, cfg, ranks))
 
 

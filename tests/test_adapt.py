@@ -269,6 +269,23 @@ def test_a_document_scores_alike_in_any_batch():
     np.testing.assert_allclose(one, all_, atol=1e-4)
 
 
+@pytest.mark.parametrize("changes, again", [({}, False), (dict(ttt_epochs=2), True), (dict(ttt_temperature=0.9), True), (dict(ttt_z_loss=0.01), True)])
+def test_what_is_learned_from_is_what_was_scored_if_that_is_the_same(changes, again, monkeypatch):
+    """One pass then does for both, bit for bit; else the scores are computed alone."""
+    cfg, tokens, inner = cfg_of("growing", **changes), text(), t.Scorer.by_document
+
+    def run(allowed):
+        model, passes = make_model(cfg), []
+        model.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+        with monkeypatch.context() as patch:
+            patch.setattr(t.Scorer, "by_document", lambda scorer, forward, adapter, keep: inner(scorer, forward, adapter, keep and allowed))
+            return adapted(cfg, tokens, model)[0], passes
+
+    (nll, passes), (apart, separate) = run(True), run(False)
+    assert torch.equal(nll, apart) and (passes == separate) == again
+    assert again or (len(passes), passes.count(True)) == (separate.count(False), separate.count(True))
+
+
 def plain_linear(weight):
     linear = torch.nn.Linear(*weight.T.shape, bias=False)
     linear.weight.data.copy_(weight)
@@ -485,13 +502,13 @@ def test_ranks_share_the_documents_and_score_each_target_once(length, marks, siz
         assert scorer.documents == list(zip(firsts, [*firsts[1:], length - 1]))
         inner = scorer.document_chunks
 
-        def counted(forward, spans, longest, inner=inner, rank=rank):
+        def counted(forward, spans, longest, keep, inner=inner, rank=rank):
             documents = spans.tolist()
             lasts = [-(-(end - first) // size) for first, end in documents]
             assert longest == max(end - first for first, end in documents)
             assert 0 < len(documents) <= batch and min(lasts) >= 0.8 * max(lasts), "nobody waits for a straggler"
             work[rank] += max(lasts) * (8 + len(lasts))
-            for chunk, places in inner(forward, spans, longest):
+            for chunk, places in inner(forward, spans, longest, keep):
                 assert chunk.nll.shape == places.shape == (len(documents), size) and chunk.nll.dtype == torch.float64
                 assert not chunk.nll[places == length - 1].any(), "what stands behind a document's end is no score"
                 scored.index_add_(0, places.flatten(), torch.ones(places.numel()))

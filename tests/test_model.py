@@ -215,7 +215,7 @@ def test_neutral_values_leave_the_maths_bit_identical(cfg, monkeypatch):
 
     def without_scale(self, *args):
         unscaled(self, *args)
-        self.input_scale = 1.0
+        self.input_scale = torch.tensor(1.0)
 
     monkeypatch.setattr(t.Block, "__init__", without_scale)
     assert torch.equal(transplanted(cfg, xsa_last_n=0), flat)
