@@ -2,6 +2,7 @@
 
 
 import pytest
+import torch
 from conftest import run
 
 import train_gpt as t
@@ -32,11 +33,25 @@ def test_it_starts_from_the_averaged_weights_and_leaves_them_alone(study):
 
 def test_equal_bytes_are_equal_and_a_correction_helps(study):
     study, _ = study
-    settings, gptq, _ = quantization.METHODS["SDClip 12.85, GPTQ (#1812)"]
-    cfg, plans = study.plans(settings, gptq)
-    size = study.size(t.quantize(study.weights, plans), "rans")
+    size = study.size(t.quantize(study.weights, study.plans("SDClip 12.85, GPTQ (#1812)")), "rans")
     (found, gap), = quantization.at_bytes(study, "SDClip 12.85, GPTQ (#1812)", [round(0.95 * size)], "rans")
     assert found == pytest.approx(0.95 * size, rel=0.02)
     more, corrected = quantization.low_rank(study, "row maximum, int4", 32, 99)
     assert more > 0 and abs(corrected) < abs(quantization.low_rank(study, "row maximum, int4", 0, 0)[1])
     assert len(quantization.layouts(study, "row maximum, int4")) == 5
+
+
+def test_a_part_is_coded_alone_and_counted_alone(study):
+    study, _ = study
+    label, sizes = "row maximum, int8", {}
+    for part, prefix in quantization.PARTS.items():
+        plans = study.plans(label, part)
+        tensors = t.quantize(study.weights, plans)
+        back = t.dequantize(tensors)
+        changed = {n for n, w in study.weights.items() if w.dim() == 2 and not torch.equal(back[n], w.half().float())}
+        assert changed == set(plans) and all(n.startswith(prefix) for n in plans)
+        sizes[part] = study.size({n: v for n, v in tensors.items() if n.startswith(prefix)}, "rans")
+    assert max(sizes["matrices"], sizes["token table"]) < sizes["all"] < sizes["matrices"] + sizes["token table"] + 20_000
+    for part, whole in sizes.items():
+        (size, gap), = quantization.at_bytes(study, label, [round(0.9 * whole)], "rans", part)
+        assert size == pytest.approx(0.9 * whole, rel=0.05) and abs(gap) < 1

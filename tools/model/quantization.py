@@ -47,6 +47,8 @@ METHODS = {  # label: (settings, whether GPTQ, the coder that it was published w
 RIVALS = ("row maximum, floor 1/31 (#455)", "clip search, floor 1/31 (#1233)", "SDClip 12.85, GPTQ (#1812)",
           "mean step, power 0", "mean step, power 0.75")
 CODERS = ("zstd", "brotli", "rans")
+SHARES = (0.5, 0.6, 0.7, 0.8, 1.0)  # of the bytes of the first rival
+PARTS = {"all": "", "matrices": "blocks.", "token table": "tok_emb."}  # how the names begin of what is coded
 
 
 class Study:
@@ -74,9 +76,12 @@ class Study:
         with torch.no_grad():
             return self.scorer.plain(lambda ids, targets: self.model(ids, targets, self.looped)).bpb
 
-    def plans(self, settings: dict, gptq: bool) -> tuple[t.Config, dict[str, t.Plan]]:
+    def plans(self, label: str, part: str = "all") -> dict[str, t.Plan]:
+        """How a method codes what belongs to a part; the rest stays as it is."""
+        settings, gptq, _ = METHODS[label]
         cfg = replace(self.cfg, **{"mean_step": 0.0} | settings)
-        return cfg, t.coding_plans(self.weights, t.grids(self.model, cfg), cfg, self.costs if gptq else {})
+        plans = t.coding_plans(self.weights, t.grids(self.model, cfg), cfg, self.costs if gptq else {})
+        return {name: plan for name, plan in plans.items() if name.startswith(PARTS[part])}
 
     def size(self, tensors: dict[str, torch.Tensor], coder: str) -> int:
         return len(t.pack(tensors, self.looped, replace(self.cfg, compressor=coder)))
@@ -93,39 +98,51 @@ def entropy(tensors: dict[str, torch.Tensor]) -> tuple[float, int]:
 
 def row(study: Study, label: str) -> str:
     """A line of the table of methods, at the step that each was published with."""
-    settings, gptq, _ = METHODS[label]
-    cfg, plans = study.plans(settings, gptq)
-    tensors = t.quantize(study.weights, plans)
+    tensors = t.quantize(study.weights, study.plans(label))
     sizes, (bits, count) = [study.size(tensors, coder) for coder in CODERS], entropy(tensors)
     bpb = study.score(t.dequantize(tensors))
     return (f"| {label} | {' | '.join(f'{s:,}' for s in sizes)} | {8 * min(sizes) / count:.3f} | {bits:.3f} | {bpb:.4f} "
             f"| {1000 * (bpb - study.base):+.2f} |")
 
 
-def at_bytes(study: Study, label: str, budgets: list[int], coder: str) -> list[tuple[int, float]]:
-    """(bytes, gap in bits per byte) of a method whose steps are scaled to come out at each budget, by interpolation."""
-    settings, gptq, _ = METHODS[label]
-    cfg, plans = study.plans(settings, gptq)
-    octaves = np.arange(-1.0, 3.6, 0.75)
-    sizes = [study.size(t.quantize(study.weights, plans, 2**x), coder) for x in octaves]
-    octave_of = PchipInterpolator(np.log(sizes[::-1]), octaves[::-1])
+def at_bytes(study: Study, label: str, budgets: list[int], coder: str, part: str = "all") -> list[tuple[int, float]]:
+    """(bytes, gap in bits per byte) of a part coded alone, its steps scaled to come out at each budget, by interpolation."""
+    plans = study.plans(label, part)
+
+    def size(tensors: dict[str, torch.Tensor]) -> int:
+        return study.size({name: v for name, v in tensors.items() if name.startswith(PARTS[part])}, coder)
+
+    octaves = np.arange(-2.5, 3.6, 0.75)
+    # steps below a 127th of a row's maximum change nothing more
+    sizes, first = np.unique([size(t.quantize(study.weights, plans, 2**x)) for x in octaves], return_index=True)
+    octave_of = PchipInterpolator(np.log(sizes), octaves[first])
     points = []
     for budget in budgets:
         tensors = t.quantize(study.weights, plans, float(2 ** octave_of(np.log(budget))))
-        points.append((study.size(tensors, coder), study.score(t.dequantize(tensors)) - study.base))
+        points.append((size(tensors), study.score(t.dequantize(tensors)) - study.base))
     return points
 
 
-def frontier(study: Study, budgets: list[int], out: Path) -> list[str]:
-    """Every rival at every budget, by its own coder and, if that is another, by rANS: lines of a table, and a picture."""
-    lines, found = [], {}
-    for label in RIVALS:
-        for coder in dict.fromkeys((METHODS[label][2], "rans")):
-            points = found[label, coder] = at_bytes(study, label, budgets, coder)
-            gaps = " | ".join(f"{1000 * gap:+.2f}" for _, gap in points)
-            lines.append(f"| {label} | {coder} | {gaps} |")
-            print(lines[-1], file=sys.stderr, flush=True)
-    picture(found).savefig(out, dpi=150)
+def frontier(study: Study, out: Path) -> list[str]:
+    """Every rival at every share of the first one's bytes, by its own coder and by rANS: lines of tables, and a picture.
+
+    A table for each part coded alone, the rest unquantized, its bytes counted alone; the picture shows all together.
+    """
+    lines: list[str] = []
+    for part, prefix in PARTS.items():
+        found, tensors = {}, t.quantize(study.weights, study.plans(RIVALS[0], part))
+        whole = study.size({n: v for n, v in tensors.items() if n.startswith(prefix)}, METHODS[RIVALS[0]][2])
+        budgets = [round(whole * share) for share in SHARES]
+        lines += [f"\n| {part}: gap, 1/1000 bpb, at bytes | coder | {' | '.join(f'{b:,}' for b in budgets)} |",
+                  "|---|---|" + "---:|" * len(budgets)]
+        for label in RIVALS:
+            for coder in dict.fromkeys((METHODS[label][2], "rans")):
+                points = found[label, coder] = at_bytes(study, label, budgets, coder, part)
+                gaps = " | ".join(f"{1000 * gap:+.2f}" for _, gap in points)
+                lines.append(f"| {label} | {coder} | {gaps} |")
+                print(lines[-1], file=sys.stderr, flush=True)
+        if part == "all":
+            picture(found).savefig(out, dpi=150)
     return lines
 
 
@@ -147,8 +164,7 @@ def picture(found: dict[tuple[str, str], list[tuple[int, float]]]) -> Figure:
 
 def low_rank(study: Study, label: str, rank: int, top: int) -> tuple[int, float]:
     """(bytes more, gap) with the errors of the `top` worst weights corrected by int8 factors of `rank` (LQER)."""
-    settings, gptq, _ = METHODS[label]
-    cfg, plans = study.plans(settings, gptq)
+    plans = study.plans(label)
     back = t.dequantize(t.quantize(study.weights, plans))
     errors = {n: study.weights[n] - back[n] for n in plans}
     worst = sorted(plans, key=lambda n: -float(((errors[n] @ study.costs[n].inputs) * errors[n]).sum(1) @ study.costs[n].rows))
@@ -167,9 +183,7 @@ def low_rank(study: Study, label: str, rank: int, top: int) -> tuple[int, float]
 
 def layouts(study: Study, label: str) -> list[str]:
     """Bytes of all codes in one zstd-22 or Brotli-11 stream, by the order in which they stand."""
-    settings, gptq, _ = METHODS[label]
-    cfg, plans = study.plans(settings, gptq)
-    tensors = {n: v.numpy() for n, v in t.quantize(study.weights, plans).items() if n.endswith(".codes")}
+    tensors = {n: v.numpy() for n, v in t.quantize(study.weights, study.plans(label)).items() if n.endswith(".codes")}
     role = sorted(tensors, key=lambda n: (n.split(".", 2)[-1] if n.startswith("blocks.") else n, n))
     orders = {
         "by name, rows": [tensors[n] for n in sorted(tensors)],
@@ -200,12 +214,7 @@ def main() -> None:
     print("|---|" + "---:|" * (len(CODERS) + 4))
     for label in METHODS:
         print(row(study, label), flush=True)
-    settings, gptq, coder = METHODS[RIVALS[0]]
-    cfg, plans = study.plans(settings, gptq)
-    reference = study.size(t.quantize(study.weights, plans), coder)
-    budgets = [round(reference * share) for share in (0.5, 0.6, 0.7, 0.8, 1.0)]
-    print(f"\n| gap, 1/1000 bpb, at bytes | coder | {' | '.join(f'{b:,}' for b in budgets)} |\n|---|---|" + "---:|" * len(budgets))
-    print("\n".join(frontier(study, budgets, args.out)), flush=True)
+    print("\n".join(frontier(study, args.out)), flush=True)
     print("\n| LQER on | rank | weights | bytes more | gap, 1/1000 bpb |\n|---|---:|---:|---:|---:|")
     for label, rank, top in ((name, r, k) for name in (RIVALS[2], RIVALS[4]) for r, k in ((0, 0), (4, 3), (8, 10))):
         more, gap = low_rank(study, label, rank, top)
