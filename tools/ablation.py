@@ -5,6 +5,8 @@
 parts.json is {"base": {NAME: value}, "parts": {"what": {NAME: value}}}: the variables of all runs, and those that a part
 adds. A run is OUT/PART-SEED; one that has ended is not made again. Each job has OMP_NUM_THREADS=1 unless the base says.
 The difference of a part is the mean over seeds of its score less the base's of the same seed: below 0 it is better.
+Runs have equal steps, ITERATIONS of the base. Equal seconds: parts whose step takes at least 2 % more or less than the
+base's, by medians over seeds, run again with so many steps as the base's seconds allow, in OUT/PART-SEED-seconds.
 """
 
 import json
@@ -14,17 +16,18 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 from tools import ROOT, command_line
 from tools.files import Refused, read_bytes
-from tools.loglines import read_scored
+from tools.runlog import read_log
 
-BASE = "base"
+BASE, NEARLY = "base", 0.02
 
 
-class Run(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Run:
     """One part with one seed, in a folder of its own."""
 
     part: str
@@ -68,24 +71,52 @@ def finish(run: Run) -> None:
     print(f"{run.part}, seed {run.seed}: done", file=sys.stderr, flush=True)
 
 
+def milliseconds(runs: list[Run], part: str) -> float:
+    """Of a step of that part, the median over its seeds."""
+    logs = [read_log(run.log) for run in runs if run.part == part]
+    return statistics.median(1e3 * log.train_seconds / log.steps for log in logs)
+
+
+def at_equal_seconds(runs: list[Run]) -> list[Run]:
+    """The same runs with so many steps as the base's seconds allow; where those are nearly as many, the run itself."""
+    base, again = milliseconds(runs, BASE), []
+    for run in runs:
+        steps = read_log(run.log).steps
+        allowed = round(steps * base / milliseconds(runs, run.part))
+        if abs(allowed - steps) >= NEARLY * steps:
+            run = replace(run, folder=run.folder.with_name(f"{run.folder.name}-seconds"), env=run.env | dict(ITERATIONS=str(allowed)))
+        again.append(run)
+    return again
+
+
+def make(runs: list[Run], jobs: int) -> None:
+    with ThreadPoolExecutor(jobs) as pool:
+        for ended in [pool.submit(finish, run) for run in runs]:
+            ended.result()
+
+
 def mean_and_error(values: list[float]) -> str:
     """The mean and its standard error, which one value has not."""
     error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.4f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):+.4f}{error}"
 
 
-def table(runs: list[Run]) -> str:
+def table(runs: list[Run], again: list[Run]) -> str:
     """A row for each part; scores are those of the last stage that the runs have, in bits per byte."""
-    scored = {(run.part, run.seed): read_scored(run.log) for run in runs}
-    stage = min((len(found.scores), list(found.scores)) for found in scored.values())[1][-1]
-    bpb = {key: found.scores[stage].bpb for key, found in scored.items()}
-    lines = [f"| part | runs | parameters | {stage}, bits per byte | against {BASE} |", "|---|---:|---:|---:|---:|"]
+    logs = {run: read_log(run.log) for run in runs + again}
+    stage = min((len(log.scores), list(log.scores)) for log in logs.values())[1][-1]
+    bpb = {run: log.scores[stage].bpb for run, log in logs.items()}
+    base = {run.seed: bpb[run] for run in runs if run.part == BASE}
+    lines = [["part", "runs", "parameters", f"{stage}, bits per byte", f"against {BASE}", "ms a step"]]
+    lines[0] += ["steps in equal seconds", f"against {BASE}"] if again else []
     for part in dict.fromkeys(run.part for run in runs):
-        seeds = [run.seed for run in runs if run.part == part]
-        change = mean_and_error([bpb[part, seed] - bpb[BASE, seed] for seed in seeds]) if part != BASE else ""
-        mean = statistics.mean(bpb[part, seed] for seed in seeds)
-        lines.append(f"| {part} | {len(seeds)} | {scored[part, seeds[0]].parameters:,} | {mean:.4f} | {change} |")
-    return "\n".join(lines)
+        mine, equal = ([run for run in some if run.part == part] for some in (runs, again))
+        changes = [mean_and_error([bpb[run] - base[run.seed] for run in some]) if part != BASE else "" for some in (mine, equal) if some]
+        cells = [part, str(len(mine)), f"{logs[mine[0]].parameters:,}", f"{statistics.mean(map(bpb.get, mine)):.4f}", changes[0]]
+        cells.append(f"{milliseconds(runs, part):.0f}")
+        lines.append(cells + ([str(logs[equal[0]].steps), changes[1]] if again else []))
+    lines.insert(1, ["---"] + ["---:"] * (len(lines[0]) - 1))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main() -> None:
@@ -94,12 +125,13 @@ def main() -> None:
     cli.add_argument("--out", type=Path, required=True, help="folder of the runs")
     cli.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     cli.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    cli.add_argument("--equal-seconds", action="store_true", help="make those runs, too")
     args = cli.parse_args()
     runs = plan(args.parts, args.out, args.seeds)
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for ended in [pool.submit(finish, run) for run in runs]:
-            ended.result()
-    print(table(runs), flush=True)
+    make(runs, args.jobs)
+    again = at_equal_seconds(runs) if args.equal_seconds else []
+    make([run for run in again if run not in runs], args.jobs)
+    print(table(runs, again), flush=True)
 
 
 if __name__ == "__main__":
