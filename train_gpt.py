@@ -2941,8 +2941,10 @@ def adaptive_score(scorer: Scorer, model: GPT, params: list, forward: Callable) 
     starts = lora_starts(model, cfg) if cfg.ttt_lora_rank else {}
     if cfg.ttt_scope == "document":
         alone = Ranks(device=ranks.device)  # ranks do not meet
-        keep = (cfg.ttt_epochs, cfg.ttt_temperature, cfg.ttt_z_loss) == (1, 1.0, 0.0)  # what is learnt is what is scored
-        return scorer.by_document(score, lambda n: Adaptation(attach_lora(model, starts, n, cfg), learn, cfg, alone), keep)
+        same = (cfg.ttt_epochs, cfg.ttt_temperature, cfg.ttt_z_loss) == (1, 1.0, 0.0)  # as what is scored
+        return scorer.by_document(
+            score, lambda n: Adaptation(attach_lora(model, starts, n, cfg), learn, cfg, alone), keep=same
+        )
     return scorer.sliding(score, Adaptation(params or attach_lora(model, starts, 1, cfg), learn, cfg, ranks))
 
 
