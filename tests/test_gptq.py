@@ -369,7 +369,7 @@ with t.launch(os.environ) as ranks:
 """
     (tmp_path / "late.py").write_text(script)
     done = run(env | dict(TRAIN_BATCH_TOKENS="288"), script=tmp_path / "late.py", processes=3)
-    assert 4 < float(done.stdout.split("seconds ")[1].split()[0]) < 6
+    assert 4 < float(done.stdout.split("seconds ")[1].split()[0]) < 9  # a busy machine is late; without one clock it never ends
 
 
 def test_a_reserve_that_leaves_no_time_to_train_is_refused():
