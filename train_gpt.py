@@ -2341,7 +2341,7 @@ def fit(pack_at, room: int, coded: int, log) -> tuple:
         at = min(max(at + (size - room + room // 400) / rate, low), high)
         if at in tried:
             at = (low + high) / 2
-        if left == 1 and high == 3.0 and high not in tried:
+        if left == 1 and high not in tried:
             at = high  # nothing below it has fitted
     return best
 

@@ -118,8 +118,8 @@ class Row:
 
     def contexts(self, rows: int) -> list[tuple[Counted, Counted]]:
         """(scoring, learning) of each chunk of so many documents side by side, up to one with a full window before it."""
-        length, starts = self.cfg.window + 2 * self.cfg.ttt_chunk_tokens, t.lora_starts(self.model, self.cfg)
-        scorer, found, self.recorder.events = self.scorer(rows * length, []), [], []
+        length, found = self.cfg.window + 2 * self.cfg.ttt_chunk_tokens, []
+        scorer = self.scorer(rows * length, [])
         scorer.documents = [(i * length, (i + 1) * length) for i in range(rows)]
         inner = scorer.document_chunks
 
@@ -130,8 +130,8 @@ class Row:
                 found.append((scoring, counted(self.recorder.take())))
 
         scorer.document_chunks = noted
+        self.recorder.take()
         t.adaptive_score(scorer, self.model, [], partial(self.model, looped=self.looped, alone=True))
-        assert starts and len(found) >= 2
         return found[:-1]
 
     def documents(self, spans: list[tuple[int, int]]) -> list[Counted]:
