@@ -1,5 +1,6 @@
-"""The table of mutants fits today's script: each text stands there once."""
+"""The tables of mutants and of the null GPU's mistakes fit today's script: each text stands there once."""
 
+import runpy
 from collections import Counter
 
 from conftest import ROOT
@@ -10,6 +11,11 @@ TEXT = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
 
 def test_each_mutant_changes_one_place():
     for name, right, wrong in mutants():
+        assert TEXT.count(right) == 1 and right != wrong, name
+
+
+def test_each_mistake_on_the_null_gpu_changes_one_place():
+    for name, (right, wrong, _) in runpy.run_path(str(ROOT / "tests/nullgpu/planted.py"))["PLANTED"].items():
         assert TEXT.count(right) == 1 and right != wrong, name
 
 

@@ -11,6 +11,7 @@ import nullgpu
 import pytest
 import suite
 import torch
+from planted import PLANTED
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -120,27 +121,12 @@ def test_old_and_broken_packages_are_passed_over_aloud(name, compile, modules, w
     assert begin in done.stdout + done.stderr and all(part in done.stdout + done.stderr for part in rest), done.stdout + done.stderr
 
 
-PLANTED = {  # what to replace in the script, by what, and what the suite must say of it
-    "a bool index": ("self.looped_order if looped else self.order", "[self.order, self.looped_order][looped]", "indices must be integers or slices, not"),
-    "a value read in the step": ("loss += micro_loss.detach()", "loss += micro_loss.item()", "rank 0: step 1: 2 waits"),
-    "an upload in the step": ("loss = torch.zeros((), device=self.ranks.device)", "loss = torch.tensor(0.0).to(self.ranks.device, non_blocking=True)",
-                              "rank 0: step 1: 1 pageable"),
-    "a recompilation": ("self.compiled(ids, targets, self.looped)", "self.compiled(ids, targets, self.looped, 1.0 + (self.batches.step > 4))",
-                        "rank 0: step 4: 2 compiles"),
-    "fp32 times bf16": ("(self.weight if scale is None else scale[:, None] * self.weight).type_as(x))",
-                        "(self.weight if scale is None else scale[:, None] * self.weight))", "same dtype"),
-    "a host index in a batch": ("losses = forward(inputs, targets).double()", "losses = forward(inputs, targets)[torch.arange(len(inputs))].double()",
-                                "1 waits"),
-}
-
-
 @pytest.mark.parametrize("mistake", PLANTED)
 def test_a_planted_mistake_is_told(tmp_path, mistake):
     if mistake == "a bool index" and not torch.__version__.startswith("2.9."):
         pytest.skip("later versions index by a bool")
     right, wrong, words = PLANTED[mistake]
     script, text = tmp_path / "train_gpt.py", suite.SCRIPT.read_text()
-    assert text.count(right) == 1
     script.write_text(text.replace(right, wrong))
     complaints = suite.Run(tmp_path / "run", suite.SMALL | suite.dataset(tmp_path, 1024), script=script).complaints()
     assert any(words in complaint for complaint in complaints), complaints
