@@ -5,7 +5,7 @@
     python -m tools.bench.anatomy --table --json logs/anatomy.json                              # what is there, as Markdown
 
 It makes two steps of one micro-batch a rank, the first to compile, and notes what the second launches: Triton kernels
-with the bytes that Inductor counts for each, products and attention by their shapes, other kernels of torch with what
+with the bytes of each by Inductor's own analysis, products and attention by their shapes, other kernels of torch with what
 they read and write, collectives. On a real GPU the counts are the same: attention is a stand-in that computes nothing.
 """
 
@@ -14,16 +14,19 @@ import collections
 import importlib.util
 import inspect
 import json
+import math
 import os
 import sys
 import tempfile
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import sympy  # torch needs it, too
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -42,6 +45,7 @@ BYTES = 2.6e12  # a second, of the 3.35e12 that an H100 SXM has
 PRODUCTS = 620e12  # operations a second of bf16 products, dense
 ATTENTION = 400e12  # of FlashAttention-3, forward and backward together
 LAUNCH = 3e-6  # seconds that a kernel takes at least, with the gap to the next
+SAMPLE = 1 << 17  # iterations of a kernel's loops in which the elements that it touches are counted
 
 
 class Event(NamedTuple):
@@ -163,6 +167,42 @@ def describe(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> Event | 
     return Event("eager", name, moved)
 
 
+def places(accesses: Iterable[Any], hint: Callable[[Any], int]) -> float:
+    """Elements of a buffer that a kernel of Inductor touches by all its accesses, from the first iterations of its
+    loops; inf if an access has no index.
+    """
+    functions = dict(FloorDiv=np.floor_divide, ModularIndexing=lambda x, d, n: x // d % n)
+    found, share = [np.empty(0, int)], 1.0
+    for access in accesses:
+        if access.is_indirect() or not hasattr(access, "var_names"):
+            return math.inf
+        sizes = [hint(n) for n in access.size]
+        first = min(SAMPLE, math.prod(sizes))
+        loops = np.unravel_index(np.arange(first), sizes or [1])
+        at = sympy.lambdify(access.var_names, access.index.expand(identity=True), [functions, "numpy"])(*loops[: len(sizes)])
+        found.append(np.broadcast_to(at, first))
+        share = max(share, math.prod(sizes) / first)
+    return len(np.unique(np.concatenate(found))) * share
+
+
+def moved_bytes(kernel: Any) -> int:
+    """Bytes of a kernel of Inductor: each buffer once, or of one that is larger than the kernel's loops what it touches.
+
+    In place of Inductor's own count, in which parts of a buffer that overlap (a rotation's) count one by one.
+    """
+    from torch._inductor.utils import get_dtype_size
+    from torch._inductor.virtualized import V
+    hint, accesses, moved = V.graph.sizevars.size_hint, kernel.features.buf_accesses(), 0
+    loops = math.prod(map(hint, kernel.numels.values()))
+    changed = len({id(buffer) for buffer in kernel.args.inplace_buffers.values()})
+    for i, name in enumerate(kernel.args.python_argdefs()[1]):
+        if name in accesses:
+            count = hint(V.graph.get_numel(name))
+            count = min(count, places(accesses[name], hint)) if count > loops else count
+            moved += count * get_dtype_size(V.graph.get_dtype(name)) * (1 + (i < changed))
+    return moved
+
+
 @contextmanager
 def recording(device: str) -> Iterator[Recorder]:
     """A Recorder that also hears of Triton's kernels, around code that compiles inside.
@@ -170,10 +210,11 @@ def recording(device: str) -> Iterator[Recorder]:
     Dynamo's guards fail under a mode that was not there when it compiled: it is put aside until a graph itself runs.
     """
     from torch._inductor import config
+    from torch._inductor.codegen.simd import SIMDKernel
     from torch._inductor.output_code import CompiledFxGraph
     from torch._inductor.runtime.triton_heuristics import CachingAutotuner
     before, recorder = (CachingAutotuner.run, CompiledFxGraph.__call__, torch.compile), Recorder(device)
-    launch, call, make = before
+    (launch, call, make), count = before, SIMDKernel.estimate_kernel_num_bytes
 
     def launched(kernel: Any, *args: Any, **kwargs: Any) -> Any:
         meta = kernel.inductor_meta
@@ -195,11 +236,13 @@ def recording(device: str) -> Iterator[Recorder]:
         return run
 
     CachingAutotuner.run, CompiledFxGraph.__call__, torch.compile = launched, called, compile
+    SIMDKernel.estimate_kernel_num_bytes = moved_bytes
     try:
         with config.patch(benchmark_kernel=True), recorder:  # Inductor then notes each kernel's bytes
             yield recorder
     finally:
         CachingAutotuner.run, CompiledFxGraph.__call__, torch.compile = before
+        SIMDKernel.estimate_kernel_num_bytes = count
 
 
 # ----------------------------------------
@@ -229,7 +272,8 @@ attention.register_autograd(lambda ctx, grad, _: attention_backward(*ctx.saved_t
 
 def attend(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None, causal: bool = True) -> Tensor:
     """flash_attn_func; q: (B, T, H, C), k and v: (B, T, K, C). Documents are counted as if they were one."""
-    return attention(q.contiguous(), k.contiguous(), v.contiguous())[0]
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # as FlashAttention does
+    return attention(q, k, v)[0]
 
 
 def attention_flops(q: Tensor, *rest: Tensor) -> float:
