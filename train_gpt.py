@@ -1170,9 +1170,9 @@ def load_tokenizer(cfg) -> Any:
 def norm(x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
     """scale * x / rms(x) over the last dim, in fp32; a scale per row is folded into 1 / rms(x)."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     # the epsilon is fp32's, pinned: embeddings start with a mean square of 2.5e-5
-    return (wide * (scale * torch.rsqrt(length.square() / x.size(-1) + 1.1920929e-07))).type_as(x)
+    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1.1920929e-07)
+    return (wide * (scale * inverse)).type_as(x)
 
 
 def rotary_tables(seq_len, dims, base) -> tuple:
@@ -1186,7 +1186,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of the leading dims of x (B, T, H, C); the rest passes through (arXiv:2104.09864)."""
     r = cos.size(-1)
     x1, x2, rest = x.split((r, r, x.size(-1) - 2 * r), dim=-1)
-    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest), dim=-1).type_as(x)
+    return torch.cat(((x1 * cos + x2 * sin).type_as(x), (x2 * cos - x1 * sin).type_as(x), rest), dim=-1)
 
 
 class Documents(NamedTuple):
@@ -1306,8 +1306,9 @@ def choose_attention(cfg, ranks) -> Attention:
 
 def exclude_own_value(y, v):
     """Remove from each head's output y (B, T, H, C) what lies along the token's own value v (B, T, K, C) (PR #265)."""
-    grouped, direction = y.unflatten(2, (v.size(2), -1)), F.normalize(v, dim=-1).unsqueeze(3)
-    return torch.addcmul(grouped, (grouped * direction).sum(-1, keepdim=True), direction, value=-1).flatten(2, 3)
+    grouped, v = y.unflatten(2, (v.size(2), -1)), v.unsqueeze(3)
+    along = (grouped * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp_min(1e-24)
+    return torch.addcmul(grouped, along, v, value=-1).flatten(2, 3)
 
 
 def filled(start: float, *shape: int) -> nn.Parameter:
@@ -1329,6 +1330,18 @@ class Linear(nn.Module):
             return y if scale is None else scale.type_as(x) * y
         # folded into W: products of (D, D) instead of (B, T, D), forward and backward
         return F.linear(x, (self.weight if scale is None else scale[:, None] * self.weight).type_as(x))
+
+
+def heads_of(x: Tensor, channels: int, *linears: Linear) -> list:
+    """What each of several Linears makes of x (B, T, D), as heads (B, T, H, C) of so many channels, by one product."""
+    heads = (-1, channels)
+    weight = torch.cat([linear.weight for linear in linears]).type_as(x)
+    # heads come first: then a compiler writes the three gradients in place, side by side
+    every = F.linear(x, weight).unflatten(-1, heads).split([len(m.weight) // channels for m in linears], dim=2)
+    return [
+        y if linear.adapter is None else linear.adapter(x, y.flatten(2)).unflatten(-1, heads)
+        for linear, y in zip(linears, every)
+    ]
 
 
 class Table(Linear):
@@ -1375,8 +1388,8 @@ class BigramHashEmbedding(nn.Module):
         hashed = torch.bitwise_xor(36313 * ids, 27191 * before) % (self.buckets - 1)
         return hashed.masked_fill(first, self.buckets - 1) if self.hash == "reserved" else hashed
 
-    def forward(self, ids):
-        y = self.proj(self.embed(self.bucket(ids)))
+    def forward(self, ids, dtype):
+        y = self.proj(self.embed(self.bucket(ids)).to(dtype))
         return y if self.scale is None else self.scale * y
 
 
@@ -1391,7 +1404,7 @@ class ValueEmbedding(nn.Module):
         self.layer_scales = nn.ParameterDict({str(i): filled(1.0, 1) for i in cfg.ve_layers})
 
     def forward(self, ids, dtype):
-        shared = self.scale * self.proj(self.embed(ids))
+        shared = self.scale * self.proj(self.embed(ids).to(dtype))
         return {int(i): (weight * shared).to(dtype) for i, weight in self.layer_scales.items()}
 
 
@@ -1431,14 +1444,13 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, rotary, documents, value_embedding, first_value, scale):
         """(what to add to the stream, this layer's own values), for the normalized input x (B, T, D)."""
-        heads, gain = (-1, self.head_dim), self.q_gain
+        gain = self.q_gain
         if self.gain_spans:  # one for what is rotated, one for the rest
             gain = torch.cat([g.expand(-1, n) for g, n in zip(gain.split(1, 1), self.gain_spans)], 1)
-        q = rotate(norm(self.c_q(x).unflatten(-1, heads), gain), *rotary)
-        k = rotate(norm(self.c_k(x).unflatten(-1, heads)), *rotary)
-        own = v = self.c_v(x).unflatten(-1, heads)
+        q, k, own = heads_of(x, self.head_dim, self.c_q, self.c_k, self.c_v)
+        q, k, v = rotate(norm(q, gain), *rotary), rotate(norm(k), *rotary), own
         if value_embedding is not None:
-            v = v + value_embedding.unflatten(-1, heads)
+            v = v + value_embedding.view_as(v)
         if self.value_mix is not None:
             first, rest = self.value_mix.type_as(x)
             v = first * first_value + rest * v
@@ -1548,7 +1560,8 @@ class GPT(nn.Module):
     def embed(self, ids):
         """The stream (B, T, D) that the first block reads."""
         x = self.tok_emb(ids) if self.embed_scale is None else self.tok_emb(ids) * self.embed_scale
-        x = norm(x if self.bigram is None else x + self.bigram(ids)).to(self.dtype)
+        x = x.to(self.dtype)
+        x = norm(x if self.bigram is None else x + self.bigram(ids, self.dtype))
         return x if self.smear is None else self.smear(x, ids)
 
     def hidden(self, ids, looped=False, alone=False):

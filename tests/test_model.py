@@ -146,6 +146,8 @@ def test_an_exclusive_head_is_orthogonal_to_its_tokens_value():
     out = t.exclude_own_value(y, v)
     assert (out * v.repeat_interleave(2, dim=2)).sum(-1).abs().max() < 1e-5
     torch.testing.assert_close(t.exclude_own_value(out, v), out)
+    torch.testing.assert_close(t.exclude_own_value(y, v * 1e-6), out)  # the direction of v alone counts,
+    assert torch.equal(t.exclude_own_value(y, torch.zeros_like(v)), y)  # and without one nothing is removed
 
 
 @pytest.mark.parametrize("buckets, expected", [
@@ -165,7 +167,7 @@ def test_smear_gate_and_bigram_do_not_see_the_document_before(cfg):
     y[0, 8] += 1
     assert torch.equal(model.smear(x, ids)[0, 9:], model.smear(y, ids)[0, 9:])
     assert not torch.equal(model.smear(x, ids)[0, 8], model.smear(y, ids)[0, 8])
-    assert torch.equal(model.bigram(ids)[0, 9:], model.bigram(changed)[0, 9:])
+    assert torch.equal(model.bigram(ids, model.dtype)[0, 9:], model.bigram(changed, model.dtype)[0, 9:])
 
 
 def losses(cfg, model):
@@ -191,6 +193,20 @@ def test_a_scale_of_the_outputs_is_folded_into_the_weight_or_multiplied_after_an
         for p, gradient in ((scale, (plain + (linear.adapter is not None)).sum(0)), (linear.weight, torch.outer(scale, x.sum(0)))):
             torch.testing.assert_close(torch.autograd.grad(y.sum(), p, retain_graph=True)[0], gradient.float())
     torch.testing.assert_close(seen[0], plain.float())  # an adapter sees the output of the weight itself
+
+
+def test_heads_of_linears_by_one_product_are_those_of_each():
+    linears, x = [t.Linear(24, rows).double() for rows in (16, 8, 8)], torch.randn(2, 5, 24, dtype=torch.float64, requires_grad=True)
+    for linear in linears:
+        torch.nn.init.normal_(linear.weight)
+    wanted = [x @ linear.weight.T for linear in linears]
+    linears[1].adapter = lambda x, y: 2 * y + x[..., :8]
+    wanted[1] = 2 * wanted[1] + x[..., :8]
+    for ours, alone, linear in zip(t.heads_of(x, 4, *linears), wanted, linears):
+        assert ours.shape[2:] == (len(linear.weight) // 4, 4)
+        torch.testing.assert_close(ours.flatten(2), alone)
+        for p in (x, linear.weight):
+            torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), p, retain_graph=True)[0] for y in (ours, alone)))
 
 
 @pytest.mark.parametrize("dtype, digits", [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
