@@ -1,17 +1,22 @@
 """tools.bench.anatomy: bytes, operations and launches by hand, FLOPs against torch's own counter, the rules, the table."""
 
 import json
+import math
 import sys
 import types
 
 import pytest
+import sympy
 import torch
+from torch._inductor.dependencies import MemoryDep, StarDep
+from torch.utils._sympy.functions import FloorDiv
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt as t
 from tools.bench import anatomy, costs
 from tools.bench.anatomy import Event
 
+X, C = sympy.symbols("x c", integer=True)
 TINY = t.Config(**t.VARIANTS["card"] | dict(num_layers=3, xsa_last_n=2, model_dim=64, num_heads=4, num_kv_heads=2, ve_layers=(2,), ve_dim=16, bigram_dim=16,
                                             vocab_size=128, train_seq_len=32, train_batch_tokens=64, micro_batch_tokens=64, eval_stride=32,
                                             ttt_chunk_tokens=32, muon_backend_steps=2, dtype="fp32", compile="off"))
@@ -61,6 +66,21 @@ def test_tensors_of_another_device_do_not_count():
     (lambda: torch.baddbmm(A.new_zeros(1, 6, 8), A[None], B[None]), 96 + 128 + 192 + 192, 2 * 6 * 4 * 8)])
 def test_a_product_has_its_operations(run, moved, flops):
     assert [(e.bytes, e.flops) for e in seen(run) if e.kind == "product"] == [(moved, flops)]
+
+
+@pytest.mark.parametrize("parts, touched", [
+    ([(64 * X + C, 16)], 16 * 100_000),
+    ([(64 * X + C, 8), (64 * X + C + 8, 8)], 16 * 100_000),  # two halves, one beside the other
+    ([(64 * X + C, 16), (64 * X + C + 8, 8)], 16 * 100_000),  # one inside the other
+    ([(64 * X + C, 8), (64 * X + C + 32, 8), (64 * X + C + 36, 8)], 20 * 100_000),
+    ([(64 * FloorDiv(X, 4) + C, 16)], 16 * 25_000)])
+def test_of_a_buffer_counts_what_a_kernel_touches(parts, touched):
+    found = anatomy.places([MemoryDep("buffer", index, (X, C), (100_000, n)) for index, n in parts], int)
+    assert found == pytest.approx(touched, rel=0.01)
+
+
+def test_what_has_no_index_counts_whole():
+    assert anatomy.places([StarDep("buffer")], int) == math.inf
 
 
 # ---- attention

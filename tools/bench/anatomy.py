@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,7 +45,7 @@ BYTES = 2.6e12  # a second, of the 3.35e12 that an H100 SXM has
 PRODUCTS = 620e12  # operations a second of bf16 products, dense
 ATTENTION = 400e12  # of FlashAttention-3, forward and backward together
 LAUNCH = 3e-6  # seconds that a kernel takes at least, with the gap to the next
-SAMPLE = 1 << 17  # iterations of a kernel's loops in which the elements that it touches are counted
+SAMPLE = 1 << 17  # iterations of a kernel's loops in which what it touches of a buffer is counted
 
 
 class Event(NamedTuple):
@@ -167,21 +167,19 @@ def describe(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> Event | 
     return Event("eager", name, moved)
 
 
-def places(accesses: Iterable[Any], hint: Callable[[Any], int]) -> float:
-    """Elements of a buffer that a kernel of Inductor touches by all its accesses, from the first iterations of its
-    loops; inf if an access has no index.
+def places(accesses: list[Any], hint: Callable[[Any], int]) -> float:
+    """Elements of a buffer that a kernel of Inductor touches by all its accesses, from the first part of its loops; inf
+    if an access has no index.
     """
+    if any(access.is_indirect() or not hasattr(access, "var_names") for access in accesses):
+        return math.inf
     functions = dict(FloorDiv=np.floor_divide, ModularIndexing=lambda x, d, n: x // d % n)
-    found, share = [np.empty(0, int)], 1.0
-    for access in accesses:
-        if access.is_indirect() or not hasattr(access, "var_names"):
-            return math.inf
-        sizes = [hint(n) for n in access.size]
-        first = min(SAMPLE, math.prod(sizes))
-        loops = np.unravel_index(np.arange(first), sizes or [1])
-        at = sympy.lambdify(access.var_names, access.index.expand(identity=True), [functions, "numpy"])(*loops[: len(sizes)])
-        found.append(np.broadcast_to(at, first))
-        share = max(share, math.prod(sizes) / first)
+    loops = [[hint(n) for n in access.size] or [1] for access in accesses]
+    share, found = max(1.0, max(map(math.prod, loops)) / SAMPLE), []
+    for access, sizes in zip(accesses, loops):
+        at = np.unravel_index(np.arange(int(math.prod(sizes) / share)), sizes)
+        value = sympy.lambdify(access.var_names, access.index.expand(identity=True), [functions, "numpy"])
+        found.append(np.broadcast_to(value(*at[: len(access.size)]), len(at[0])))
     return len(np.unique(np.concatenate(found))) * share
 
 
