@@ -1306,9 +1306,10 @@ def choose_attention(cfg, ranks) -> Attention:
 
 def exclude_own_value(y, v):
     """Remove from each head's output y (B, T, H, C) what lies along the token's own value v (B, T, K, C) (PR #265)."""
-    grouped, v = y.unflatten(2, (v.size(2), -1)), v.unsqueeze(3)
-    along = (grouped * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp_min(1e-24)
-    return torch.addcmul(grouped, along, v, value=-1).flatten(2, 3)
+    grouped, own = y.unflatten(2, (v.size(2), -1)), v.unsqueeze(3)
+    # a value of zero has no direction and removes nothing; 1e-24 is no square of a value that matters
+    along = (grouped * own).sum(-1, keepdim=True) / own.square().sum(-1, keepdim=True).clamp_min(1e-24)
+    return torch.addcmul(grouped, along, own, value=-1).flatten(2, 3)
 
 
 def filled(start: float, *shape: int) -> nn.Parameter:
@@ -1334,13 +1335,13 @@ class Linear(nn.Module):
 
 def heads_of(x: Tensor, channels: int, *linears: Linear) -> list:
     """What each of several Linears makes of x (B, T, D), as heads (B, T, H, C) of so many channels, by one product."""
-    heads = (-1, channels)
-    weight = torch.cat([linear.weight for linear in linears]).type_as(x)
-    # heads come first: then a compiler writes the three gradients in place, side by side
-    every = F.linear(x, weight).unflatten(-1, heads).split([len(m.weight) // channels for m in linears], dim=2)
+    weight, shape = torch.cat([linear.weight for linear in linears]).type_as(x), (-1, channels)
+    counts = [len(linear.weight) // channels for linear in linears]
+    # split as heads, not as channels: else Inductor joins the gradients by a kernel of its own
+    outputs = F.linear(x, weight).unflatten(-1, shape).split(counts, dim=2)
     return [
-        y if linear.adapter is None else linear.adapter(x, y.flatten(2)).unflatten(-1, heads)
-        for linear, y in zip(linears, every)
+        y if linear.adapter is None else linear.adapter(x, y.flatten(2)).unflatten(-1, shape)
+        for linear, y in zip(linears, outputs)
     ]
 
 
@@ -1560,7 +1561,7 @@ class GPT(nn.Module):
     def embed(self, ids):
         """The stream (B, T, D) that the first block reads."""
         x = self.tok_emb(ids) if self.embed_scale is None else self.tok_emb(ids) * self.embed_scale
-        x = x.to(self.dtype)
+        x = x.to(self.dtype)  # before the norm, which keeps its input for the backward pass
         x = norm(x if self.bigram is None else x + self.bigram(ids, self.dtype))
         return x if self.smear is None else self.smear(x, ids)
 

@@ -8,7 +8,9 @@ import types
 import pytest
 import sympy
 import torch
+from torch._inductor.codegen.simd import SIMDKernel
 from torch._inductor.dependencies import MemoryDep, StarDep
+from torch._inductor.virtualized import V
 from torch.utils._sympy.functions import FloorDiv
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -83,6 +85,30 @@ def test_what_has_no_index_counts_whole():
     assert anatomy.places([StarDep("buffer")], int) == math.inf
 
 
+def test_a_kernel_moves_its_buffers_once_and_of_a_part_the_part():
+    """fp32 `whole` and bf16 `wide` (4 times the loops, an eighth of it read twice), fp32 `changed` in place; `size` is no buffer."""
+    def graph(name):
+        return types.SimpleNamespace(
+            sizevars=types.SimpleNamespace(**{name: int}), get_numel=dict(whole=1600, wide=6400, changed=1600).get,
+            get_dtype=dict(whole=torch.float32, wide=torch.bfloat16, changed=torch.float32).get)
+
+    part = [MemoryDep("wide", 64 * X + C, (X, C), (100, 8)), MemoryDep("wide", 64 * X + C, (X, C), (100, 8))]
+    accesses = dict(whole=[StarDep("whole")], wide=part, changed=[StarDep("changed")])
+    kernel = types.SimpleNamespace(
+        features=types.SimpleNamespace(buf_accesses=lambda: accesses), numels=dict(x=100, r0_=16),
+        args=types.SimpleNamespace(inplace_buffers=dict(a="changed", b="changed"), python_argdefs=lambda: ([], ["changed", "whole", "wide", "size"])))
+    for name in ("size_hint", "optimization_hint"):
+        with V.set_graph_handler(graph(name)):
+            assert anatomy.moved_bytes(kernel) == 2 * 6400 + 6400 + 800 * 2
+
+
+def test_attention_takes_heads_that_lie_apart():
+    heads = torch.randn(2, 8, 8, 16).split((4, 2, 2), dim=2)
+    assert [e.kind for e in seen(lambda: anatomy.attend(*heads))] == ["attention"]
+    turned = [x.mT.contiguous().mT for x in heads]
+    assert [e.name for e in seen(lambda: anatomy.attend(*turned))] == ["clone"] * 3 + ["attention"]
+
+
 # ---- attention
 
 def attended(rows=2, length=8, heads=4, groups=2):
@@ -116,6 +142,7 @@ def test_a_model_has_the_operations_that_costs_and_torch_count():
 def test_kernels_of_triton_count_with_the_bytes_that_inductor_noted(monkeypatch):
     heuristics = pytest.importorskip("torch._inductor.runtime.triton_heuristics")
     monkeypatch.setattr(heuristics.CachingAutotuner, "run", lambda kernel, x: x + 1)  # what it runs itself is not counted
+    count = SIMDKernel.estimate_kernel_num_bytes
     original, kernel = heuristics.CachingAutotuner.run, types.SimpleNamespace(inductor_meta=dict(kernel_name="triton_k", kernel_num_gb=0.5))
     with anatomy.recording("cpu") as recorder:
         for _ in range(3):
@@ -124,7 +151,7 @@ def test_kernels_of_triton_count_with_the_bytes_that_inductor_noted(monkeypatch)
     found = anatomy.summary(recorder.take(), heaviest=1)
     assert (found["triton"]["launches"], found["triton"]["kernels"], found["triton"]["gb"]) == (3, 1, 1.5)
     assert found["eager"]["launches"] == 1 and found["heaviest"] == [[1.5, 3, "triton_k"]]
-    assert heuristics.CachingAutotuner.run is original
+    assert heuristics.CachingAutotuner.run is original and SIMDKernel.estimate_kernel_num_bytes is count
 
 
 def test_a_sharded_optimizer_sends_and_computes_its_share():

@@ -183,14 +183,15 @@ def places(accesses: list[Any], hint: Callable[[Any], int]) -> float:
     return len(np.unique(np.concatenate(found))) * share
 
 
-def moved_bytes(kernel: Any) -> int:
+def moved_bytes(kernel: Any) -> float:
     """Bytes of a kernel of Inductor: each buffer once, or of one that is larger than the kernel's loops what it touches.
 
     In place of Inductor's own count, in which parts of a buffer that overlap (a rotation's) count one by one.
     """
     from torch._inductor.utils import get_dtype_size
     from torch._inductor.virtualized import V
-    hint, accesses, moved = V.graph.sizevars.size_hint, kernel.features.buf_accesses(), 0
+    sizes, accesses, moved = V.graph.sizevars, kernel.features.buf_accesses(), 0.0
+    hint = sizes.size_hint if hasattr(sizes, "size_hint") else sizes.optimization_hint  # its name since torch 2.13
     loops = math.prod(map(hint, kernel.numels.values()))
     changed = len({id(buffer) for buffer in kernel.args.inplace_buffers.values()})
     for i, name in enumerate(kernel.args.python_argdefs()[1]):
