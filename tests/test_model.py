@@ -196,6 +196,16 @@ def test_a_scale_of_the_outputs_is_folded_into_the_weight_or_multiplied_after_an
     torch.testing.assert_close(seen[0], plain.float())  # an adapter sees the output of the weight itself
 
 
+def test_small_tables_are_projected_in_the_dtype_of_activations(cfg):
+    cfg = dataclasses.replace(cfg, bigram_vocab_size=64, bigram_dim=8, ve_layers=(1,), ve_dim=8)
+    model, seen = t.GPT(cfg, dtype=torch.bfloat16), []
+    model.init_weights(cfg)
+    for proj in (model.bigram.proj, model.value_embed.proj):
+        proj.register_forward_hook(lambda module, args, y: seen.extend((args[0].dtype, y.dtype)))
+    model.hidden(torch.randint(2, cfg.vocab_size, (1, 32)))
+    assert seen == [torch.bfloat16] * 4
+
+
 def test_heads_of_linears_by_one_product_are_those_of_each():
     linears, x = [t.Linear(24, rows).double() for rows in (16, 8, 8)], torch.randn(2, 5, 24, dtype=torch.float64, requires_grad=True)
     for linear in linears:
