@@ -33,7 +33,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from itertools import groupby, islice, pairwise, product
 from pathlib import Path
 from time import perf_counter
@@ -46,6 +46,13 @@ import torch.nn.functional as F
 from numpy import ndarray as Array
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+try:  # for KERNELS alone; 3.4 or newer
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor as DESCRIPTOR
+except ImportError:
+    DESCRIPTOR = None
 
 BOS = 1  # the contest's id for "a document begins"
 PACKAGES = ("numpy", "sentencepiece", "tqdm", "zstandard")
@@ -112,8 +119,21 @@ class Config:
         "flash",
         "sdpa",
     )
+    kernels: str = choice(
+        "off",
+        "our own in Triton for the MLP, or for it and the loss, on a Hopper GPU in bf16; not timed yet",
+        "off",
+        "mlp",
+        "all",
+    )
     dtype: str = choice("auto", "activations; auto: bf16 on CUDA or AVX-512 BF16", "auto", "bf16", "fp32")
-    compile: str = choice("auto", "torch.compile, which takes minutes; auto: on CUDA", "auto", "on", "off")
+    compile: str = choice(
+        "auto",
+        "torch.compile, which takes minutes; auto: on CUDA, and on a CPU with g++ to train for more than 600 s",
+        "auto",
+        "on",
+        "off",
+    )
 
     variant: str = knob("card", "row of settings to start from; see VARIANTS", group="model")
     seed: int = knob(1337, "seeds the weights and the order of a shuffled loader", high=2**63)
@@ -284,6 +304,10 @@ class Config:
     @property
     def head_dim(self) -> int:
         return self.model_dim // self.num_heads
+
+    @property
+    def mlp_dim(self) -> int:
+        return round(self.mlp_mult * self.model_dim)
 
     @property
     def window(self) -> int:
@@ -779,19 +803,15 @@ class Ranks:
             flat = self.sum_(nn.utils.parameters_to_vector(tensors)) / self.world
             nn.utils.vector_to_parameters(flat, tensors)
 
-    def reduce_scatter(self, stack: Tensor, dtype: torch.dtype) -> tuple:
-        """Begin to add up a stack (N, ...) over ranks, sent as `dtype`: (wait for it, this rank's items of the sum).
-
-        Each rank gets equally many: behind the last item of the stack there may be zeros.
-        """
+    def reduce_scatter(self, stack: Tensor) -> tuple:
+        """Begin to add up a stack (N, ...) over ranks, N a multiple of them: (wait for it, this rank's items)."""
         if self.world == 1:
             return lambda: None, stack
-        padded = torch.cat((stack, stack.new_zeros(-len(stack) % self.world, *stack.shape[1:]))).to(dtype)
-        mine = padded.new_empty(len(padded) // self.world, *stack.shape[1:])
-        return dist.reduce_scatter_tensor(mine, padded, async_op=True).wait, mine
+        mine = stack.new_empty(len(stack) // self.world, *stack.shape[1:])
+        return dist.reduce_scatter_tensor(mine, stack, async_op=True).wait, mine
 
     def all_gather(self, mine: Tensor) -> tuple:
-        """Begin to put the items of all ranks together: (wait for it, the stack with its zeros)."""
+        """Begin to put the items of all ranks together: (wait for it, the stack)."""
         if self.world == 1:
             return lambda: None, mine
         whole = mine.new_empty(self.world * len(mine), *mine.shape[1:])
@@ -823,14 +843,17 @@ class Ranks:
         )
 
     def compiles(self, cfg) -> bool:
-        return cfg.compile == "on" or (cfg.compile == "auto" and self.device.type == "cuda")
+        """Whether to compile; `auto` on a CPU: in runs that earn back the wait, where there is a C++ compiler."""
+        long = cfg.max_wallclock_seconds > 600 and shutil.which(os.environ.get("CXX", "g++"))
+        return cfg.compile == "on" or cfg.compile == "auto" and (self.device.type == "cuda" or bool(long))
 
     def compile(self, fn, cfg) -> Callable:
-        """`fn` as one static graph; with COMPILE=auto `fn` itself on a CPU, where only long runs earn it back."""
+        """`fn` as one static graph, or `fn` itself."""
         if not self.compiles(cfg):
             return fn
         torch._dynamo.config.recompile_limit = 64  # training, scoring and adapting share one forward, in several shapes
-        return torch.compile(fn, dynamic=False, fullgraph=True)
+        # matrices of all blocks are joined by one kernel, not by one for each
+        return torch.compile(fn, dynamic=False, fullgraph=True, options=dict(max_pointwise_cat_inputs=64))
 
 
 @contextmanager
@@ -1318,27 +1341,41 @@ def filled(start: float, *shape: int) -> nn.Parameter:
 
 
 class Linear(nn.Module):
-    """y = x W^T without bias; the fp32 weight is cast to the dtype of x. An `adapter` makes adapter(x, y) of it."""
+    """y = x W^T without bias; the fp32 weight is cast to the dtype of x, unless it is `ready`, the outputs' `scale` in
+    it (see Weights). An `adapter` makes adapter(x, y) of it, before the scale.
+    """
 
     def __init__(self, fan_in: int, fan_out: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(fan_out, fan_in))  # until `init_weights`
         self.adapter: Callable | None = None
 
-    def forward(self, x, scale=None):
+    def forward(self, x, ready=None, scale=None):
         if self.adapter is not None:
             y = self.adapter(x, F.linear(x, self.weight.type_as(x)))
             return y if scale is None else scale.type_as(x) * y
-        # folded into W: products of (D, D) instead of (B, T, D), forward and backward
-        return F.linear(x, (self.weight if scale is None else scale[:, None] * self.weight).type_as(x))
+        return F.linear(x, self.weight.type_as(x) if ready is None else ready)
 
 
-def heads_of(x: Tensor, channels: int, *linears: Linear) -> list:
+class Weights(NamedTuple):
+    """What the products of blocks take, in the dtype of activations, rows of each block below those before."""
+
+    qkv: Tensor  # of c_q, c_k, c_v
+    out: Tensor  # of attention's proj, times its outputs' scale
+    fc: Tensor
+    proj: Tensor  # of the MLP's, times its outputs' scale
+    mix: Tensor  # two rows a block, of x and of x0
+
+
+def by_block(weights: Weights, blocks: int) -> list:
+    return [Weights(*parts) for parts in zip(*(whole.chunk(blocks) for whole in weights))]
+
+
+def heads_of(x: Tensor, ready: Tensor, channels: int, *linears: Linear) -> list:
     """What each of several Linears makes of x (B, T, D), as heads (B, T, H, C) of so many channels, by one product."""
-    weight, shape = torch.cat([linear.weight for linear in linears]).type_as(x), (-1, channels)
-    counts = [len(linear.weight) // channels for linear in linears]
+    counts, shape = [len(linear.weight) // channels for linear in linears], (-1, channels)
     # split as heads, not as channels: else Inductor joins the gradients by a kernel of its own
-    outputs = F.linear(x, weight).unflatten(-1, shape).split(counts, dim=2)
+    outputs = F.linear(x, ready).unflatten(-1, shape).split(counts, dim=2)
     return [
         y if linear.adapter is None else linear.adapter(x, y.flatten(2)).unflatten(-1, shape)
         for linear, y in zip(linears, outputs)
@@ -1443,12 +1480,12 @@ class CausalSelfAttention(nn.Module):
         if cfg.attn_gate_dims:  # of a few channels (PR #1812)
             self.gates.append(HeadGate(cfg.attn_gate_dims, cfg.num_heads, 2.0, bias=False))
 
-    def forward(self, x, rotary, documents, value_embedding, first_value, scale):
+    def forward(self, x, weights, rotary, documents, value_embedding, first_value, scale):
         """(what to add to the stream, this layer's own values), for the normalized input x (B, T, D)."""
         gain = self.q_gain
         if self.gain_spans:  # one for what is rotated, one for the rest
             gain = torch.cat([g.expand(-1, n) for g, n in zip(gain.split(1, 1), self.gain_spans)], 1)
-        q, k, own = heads_of(x, self.head_dim, self.c_q, self.c_k, self.c_v)
+        q, k, own = heads_of(x, weights.qkv, self.head_dim, self.c_q, self.c_k, self.c_v)
         q, k, v = rotate(norm(q, gain), *rotary), rotate(norm(k), *rotary), own
         if value_embedding is not None:
             v = v + value_embedding.view_as(v)
@@ -1459,7 +1496,155 @@ class CausalSelfAttention(nn.Module):
         y = exclude_own_value(y, v) if self.exclusive else y
         for gate in self.gates:
             y = y * gate(x)
-        return self.proj(y.flatten(2), scale), own
+        return self.proj(y.flatten(2), weights.out, scale), own
+
+
+def mlp_kernel(a, b, pre, out, SLOPE: tl.constexpr, BACKWARD: tl.constexpr):
+    """Forward: pre = a @ b.T, out = act(pre). Backward: out = (a @ b) * act'(pre). act: the square of leaky ReLU, or,
+    if SLOPE is None, of SiLU. Descriptors of tiles of a (tokens, width), b, and halves of pre and out (tokens, hidden).
+    """
+    M: tl.constexpr = a.block_shape[0]
+    K: tl.constexpr = a.block_shape[1]
+    HALF: tl.constexpr = out.block_shape[1]  # of a tile's columns: in one piece the backward pass would spill registers
+    across = tl.cdiv(out.shape[1], 2 * HALF)
+    # a row of tiles at a time: the rows of `a` stay in L2; flattened: the next tile's loads begin under this one's end
+    for tile in tl.range(tl.program_id(0), tl.cdiv(a.shape[0], M) * across, tl.num_programs(0), flatten=True):
+        m, n = tile // across * M, tile % across * (2 * HALF)
+        acc = tl.zeros((M, 2 * HALF), tl.float32)
+        for k in range(0, a.shape[1], K):
+            acc = tl.dot(a.load([m, k]), b.load([k, n]) if BACKWARD else b.load([n, k]).T, acc)
+        halves = acc.reshape(M, 2, HALF).permute(0, 2, 1).split()
+        for i in tl.static_range(2):
+            at = [m, n + i * HALF]
+            if BACKWARD:
+                z = pre.load(at)
+            else:
+                z = halves[i].to(out.dtype)
+                pre.store(at, z)
+            z = z.to(tl.float32)
+            if SLOPE is None:
+                gate = tl.sigmoid(z)
+                slope = gate + z * gate * (1 - gate)
+            else:
+                gate = tl.where(z > 0, 1.0, SLOPE)
+                slope = gate
+            h = z * gate
+            out.store(at, (halves[i] * 2 * h * slope if BACKWARD else h * h).to(out.dtype))
+
+
+def loss_kernel(logits, targets, losses, cap, V, N: tl.constexpr):
+    """losses = cross-entropy of cap * tanh(logits / cap), whose derivatives replace the bf16 logits. A program holds a
+    row of V columns, filled up to N, a power of 2. tanh(y) is 2 * sigmoid(2 * y) - 1, and no softmax sees that 1.
+    """
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, N)
+    at, inside = logits + row * V + column, column < V
+    gate = tl.sigmoid(2 * tl.load(at, inside).to(tl.float32) / cap)
+    z = tl.where(inside, 2 * cap * gate, -1e9)
+    z -= tl.max(z, 0)
+    z -= tl.log(tl.sum(tl.exp(z), 0))
+    hit = column == tl.load(targets + row)
+    tl.store(losses + row, -tl.sum(hit * z, 0))
+    tl.store(at, (tl.exp(z) - hit) * 4 * gate * (1 - gate), inside)
+
+
+@cache
+def jitted(kernel: Callable) -> Any:
+    return triton.jit(kernel)
+
+
+# of all tiles M x N in steps of K that spill no register and fit into shared memory, the most products per byte
+MLP_TILE = dict(M=128, N=256, K=64, num_warps=8, num_stages=3)
+
+
+def launch_mlp(a, b, pre, slope, backward=True) -> Tensor:
+    """What the kernel makes of them, by one program on each multiprocessor; forward it also fills `pre`."""
+    m, n, k, warps, stages = MLP_TILE.values()
+    out, blocks = torch.empty_like(pre), ([m, k], [k, n] if backward else [n, k], [m, n // 2], [m, n // 2])
+    tiles = map(DESCRIPTOR.from_tensor, (a.contiguous(), b.contiguous(), pre, out), blocks)
+    programs = torch.cuda.get_device_properties(a.device).multi_processor_count
+    jitted(mlp_kernel)[(programs,)](*tiles, slope, backward, num_warps=warps, num_stages=stages)
+    return out
+
+
+def mlp_by_kernel(x, fc, proj, slope) -> tuple:
+    """(h @ proj.T, pre = x @ fc.T, h = act(pre)) of bf16 x (M, D), fc (F, D), proj (D, F)."""
+    pre = x.new_empty(len(x), len(fc))
+    h = launch_mlp(x, fc, pre, slope, backward=False)
+    return h @ proj.T, pre, h
+
+
+def mlp_gradients(ctx, dy, *_) -> tuple:
+    x, fc, proj, pre, *h = ctx.saved_tensors
+    dpre = torch.ops.golf.mlp_backward(dy, proj, pre, ctx.constant)
+    return dpre @ fc, None if x is None else dpre.T @ x, dy.T @ h[0] if h else None, None
+
+
+def loss_by_kernel(x, weight, targets, cap) -> tuple:
+    """(fp32 cross-entropies (M,), their gradients by logits (M, V) before the cap) of bf16 x (M, D), weight (V, D)."""
+    logits, losses = x @ weight.T, torch.empty_like(targets, dtype=torch.float32)
+    rows, v = logits.shape
+    size = triton.next_power_of_2(v)  # with 16 warps it spills no register up to 16,384
+    jitted(loss_kernel)[(rows,)](logits, targets.contiguous(), losses, cap, v, size, num_warps=16)
+    return losses, logits
+
+
+def loss_gradients(ctx, g, *_) -> tuple:
+    x, weight, _, dlogits = ctx.saved_tensors
+    g = g[:, None]
+    dweight = None if x is None else dlogits.T @ (g * x).type_as(x)
+    return g * (dlogits @ weight), dweight, None, None  # autograd casts the first to x's dtype
+
+
+def save(ctx, inputs, output):
+    """What a gradient needs; of what only a frozen weight's would read, nothing."""
+    x, first, second, ctx.constant = inputs
+    kept = output[1:] if second.requires_grad else output[1:2]
+    ctx.save_for_backward(x if first.requires_grad else None, first, second, *kept)
+    ctx.set_materialize_grads(False)
+
+
+@cache
+def register_operators():
+    """Of the kernels: a compiler knows their shapes. With an autograd.Function in it no graph would be cached."""
+
+    def operator(name, launch, schema, fake, gradients=None):
+        made = torch.library.custom_op(f"golf::{name}", launch, mutates_args=(), schema=schema)
+        made.register_fake(fake)
+        if gradients:
+            made.register_autograd(gradients, setup_context=save)
+
+    operator(
+        "mlp_backward",
+        launch_mlp,
+        "(Tensor dy, Tensor proj, Tensor pre, float? slope) -> Tensor",
+        lambda dy, proj, pre, slope: torch.empty_like(pre),
+    )
+    operator(
+        "mlp",
+        mlp_by_kernel,
+        "(Tensor x, Tensor fc, Tensor proj, float? slope) -> (Tensor, Tensor, Tensor)",
+        lambda x, fc, proj, slope: (x @ fc.T @ proj.T, x @ fc.T, x @ fc.T),
+        mlp_gradients,
+    )
+    operator(
+        "loss",
+        loss_by_kernel,
+        "(Tensor x, Tensor weight, Tensor targets, float cap) -> (Tensor, Tensor)",
+        lambda x, weight, targets, cap: (targets.float(), x @ weight.T),
+        loss_gradients,
+    )
+
+
+def check_kernels(cfg, ranks):
+    """Raises InputError if the KERNELS that are asked for cannot run here."""
+    hopper = ranks.device.type == "cuda" and torch.cuda.get_device_capability(ranks.device)[0] == 9
+    aligned = cfg.model_dim % 8 == cfg.mlp_dim % 8 == 0
+    there = DESCRIPTOR and hopper and aligned
+    if cfg.kernels != "off" and not (there and compute_dtype(cfg, ranks.device) == torch.bfloat16):
+        raise InputError(
+            f"KERNELS={cfg.kernels} needs a Hopper GPU, triton 3.4 or newer, DTYPE=bf16 and widths of the model and "
+            "its MLP that are multiples of 8; off needs none of them"
+        )
 
 
 class MLP(nn.Module):
@@ -1467,16 +1652,25 @@ class MLP(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        hidden = round(cfg.mlp_mult * cfg.model_dim)
+        hidden = cfg.mlp_dim
         self.fc, self.proj = Linear(cfg.model_dim, hidden), Linear(hidden, cfg.model_dim)
-        leaky = partial(F.leaky_relu, negative_slope=cfg.mlp_negative_slope)
-        self.activation = F.silu if cfg.activation == "silu" else leaky
+        self.slope = None if cfg.activation == "silu" else cfg.mlp_negative_slope
+        self.activation = F.silu if self.slope is None else partial(F.leaky_relu, negative_slope=self.slope)
         self.scale = filled(1.0, hidden) if cfg.mlp_affine else None
         self.bias = filled(0.0, hidden) if cfg.mlp_affine else None
+        self.fused = cfg.kernels != "off"
+        if self.fused:
+            register_operators()
 
-    def forward(self, x, scale):
-        h = self.activation(self.fc(x), inplace=True).square()
-        return self.proj(h if self.scale is None else self.scale.type_as(x) * h + self.bias.type_as(x), scale)
+    def forward(self, x, weights, scale):
+        if self.fused and self.fc.adapter is self.proj.adapter is None:
+            # by algebra: proj @ (scale * h + bias) = (proj * scale) @ h + proj @ bias
+            proj = weights.proj if self.scale is None else weights.proj * self.scale.type_as(x)
+            y = torch.ops.golf.mlp(x.flatten(0, -2), weights.fc, proj, self.slope)[0].view_as(x)
+            return y if self.bias is None else y + weights.proj @ self.bias.type_as(x)
+        h = self.activation(self.fc(x, weights.fc), inplace=True).square()
+        h = h if self.scale is None else self.scale.type_as(x) * h + self.bias.type_as(x)
+        return self.proj(h, weights.proj, scale)
 
 
 class Block(nn.Module):
@@ -1493,14 +1687,14 @@ class Block(nn.Module):
         self.mlp_scale = filled(1.0, cfg.model_dim)
         self.resid_mix = nn.Parameter(torch.tensor([[1.0], [0.0]]).repeat(1, cfg.model_dim))
 
-    def forward(self, x, x0, rotary, documents, value_embedding, first_value):
+    def forward(self, x, x0, weights, rotary, documents, value_embedding, first_value):
         """(the stream after it, its attention's own values)."""
-        keep, add = self.resid_mix.type_as(x)
+        keep, add = weights.mix
         x = torch.addcmul(keep * x, add, x0)
         read = norm(x, self.input_scale)
-        update, own = self.attn(read, rotary, documents, value_embedding, first_value, self.attn_scale)
+        update, own = self.attn(read, weights, rotary, documents, value_embedding, first_value, self.attn_scale)
         after = x + update
-        return after + self.mlp(norm(x if self.parallel else after, self.input_scale), self.mlp_scale), own
+        return after + self.mlp(norm(x if self.parallel else after, self.input_scale), weights, self.mlp_scale), own
 
 
 def layer_order(cfg, looped: bool) -> list:
@@ -1520,6 +1714,7 @@ class GPT(nn.Module):
         self.order, self.looped_order = layer_order(cfg, False), layer_order(cfg, True)
         self.cap_steps: nn.Parameter | None = None  # test-time training's: logs of what multiplies the cap, by sign
         self.tok_emb = Table(cfg.vocab_size, dim)
+        self.fused = cfg.kernels == "all"  # the loss, while gradients are wanted
         self.embed_scale = filled(1.0, dim) if cfg.embed_scale else None
         self.bigram = BigramHashEmbedding(cfg) if cfg.bigram_vocab_size else None
         self.smear = SmearGate(dim) if cfg.smear_gate else None
@@ -1558,6 +1753,22 @@ class GPT(nn.Module):
                 bound = p.size(1) ** -0.5
                 nn.init.uniform_(p, -bound, bound, generator=draw)
 
+    def weights(self) -> Weights:
+        """Those of all blocks. Outputs' scales go into matrices: products of (D, D) instead of (B, T, D)."""
+
+        def ready(parts, scales=()):
+            whole = torch.cat(parts)
+            return (torch.cat(scales)[:, None] * whole if scales else whole).to(self.dtype)
+
+        blocks = self.blocks
+        return Weights(
+            ready([m.weight for b in blocks for m in (b.attn.c_q, b.attn.c_k, b.attn.c_v)]),
+            ready([b.attn.proj.weight for b in blocks], [b.attn_scale for b in blocks]),
+            ready([b.mlp.fc.weight for b in blocks]),
+            ready([b.mlp.proj.weight for b in blocks], [b.mlp_scale for b in blocks]),
+            ready([b.resid_mix for b in blocks]),
+        )
+
     def embed(self, ids):
         """The stream (B, T, D) that the first block reads."""
         x = self.tok_emb(ids) if self.embed_scale is None else self.tok_emb(ids) * self.embed_scale
@@ -1565,14 +1776,15 @@ class GPT(nn.Module):
         x = norm(x if self.bigram is None else x + self.bigram(ids, self.dtype))
         return x if self.smear is None else self.smear(x, ids)
 
-    def hidden(self, ids, looped=False, alone=False):
+    def hidden(self, ids, looped=False, alone=False, weights=None):
         """Final normalized states (B, T, D) of token ids (B, T): the one path for training, scoring and adapting.
-        `alone`: each row is of one document.
+        `alone`: each row is of one document. `weights`: what `weights` returns, if that was called before.
         """
         x = x0 = self.embed(ids)
         values = self.value_embed(ids, x.dtype) if self.value_embed is not None else {}
         rotary = self.cos[: ids.size(1)], self.sin[: ids.size(1)]
         documents = documents_of(ids) if self.apart and not alone else None
+        weights_of = by_block(weights or self.weights(), len(self.blocks))
         order = self.looped_order if looped else self.order
         skips, first_value = [], None
         for position, layer in enumerate(order):
@@ -1583,7 +1795,8 @@ class GPT(nn.Module):
                     x = torch.addcmul(x, weight, skip)
                 else:  # PR #1127
                     x = torch.lerp(weight * skip, x, self.skip_gates[row].sigmoid().type_as(x))
-            x, value = self.blocks[layer](x, x0, rotary, documents, values.get(layer), first_value)
+            inputs = x, x0, weights_of[layer], rotary, documents, values.get(layer), first_value
+            x, value = self.blocks[layer](*inputs)
             first_value = value if first_value is None else first_value
             if row < 0:
                 skips.append(x)
@@ -1596,11 +1809,25 @@ class GPT(nn.Module):
             cap = cap * torch.where(raw > 0, *self.cap_steps).exp()
         return cap / temperature * torch.tanh(raw / cap)
 
-    def forward(self, ids, targets, looped=False, temperature=1.0, z_loss=0.0, alone=False):
+    def forward(self, ids, targets, looped=False, temperature=1.0, z_loss=0.0, alone=False, weights=None):
         """Cross-entropy in nats, fp32 (B, S), of the targets (B, S) of the last S <= T positions of ids (B, T)."""
-        logits = self.logits(self.hidden(ids, looped, alone)[:, -targets.size(1) :], temperature)
+        hidden = self.hidden(ids, looped, alone, weights)[:, -targets.size(1) :]
+        plain = temperature == 1 and not z_loss and self.cap_steps is self.tok_emb.adapter is None
+        if self.fused and plain and torch.is_grad_enabled():
+            weight = self.tok_emb.weight.type_as(hidden)
+            losses, _ = torch.ops.golf.loss(hidden.flatten(0, 1), weight, targets.flatten(), self.softcap)
+            return losses.view_as(targets)
+        logits = self.logits(hidden, temperature)
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
         return losses + z_loss * logits.logsumexp(-1).square() if z_loss else losses  # arXiv:2204.02311
+
+
+def compiled(model: GPT, cfg, ranks) -> Callable:
+    """The forward pass as two graphs. In one, Inductor would make each block's weights ready by kernels of its own,
+    forward and backward; between two, they are tensors that hold all blocks'.
+    """
+    weights, forward = ranks.compile(model.weights, cfg), ranks.compile(model, cfg)
+    return lambda *args, **options: forward(*args, weights=weights(), **options)
 
 
 def parameter_roles(model: nn.Module) -> dict:
@@ -1641,18 +1868,23 @@ def orthogonalize(g: Tensor, steps: int, coefficients: str = "quintic") -> Tenso
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum SGD with orthogonalized steps, for matrices. A group holds matrices of one shape, stepped as one stack.
+    """Momentum SGD with orthogonalized steps. A group is a stack; a smaller matrix in it has zeros beside and below.
 
     `lr` is the spectral norm of a step, times sqrt(rows / cols) for tall matrices. Rows first: MuonEq-R (PR #1493).
     Each rank has the momentum of its part of a stack, and all have the steps (PR #399).
     """
 
     def __init__(self, groups: list, ranks, cfg, dtype: torch.dtype):
+        self.stacks, self.places = [], []
         for group in groups:
-            first, count = group["params"][0], len(group["params"])
-            group["buffer"] = first.new_zeros(-(-count // ranks.world), *first.shape)
+            params, sent = group["params"], torch.float32 if ranks.world == 1 else dtype
+            count, shape = -(-len(params) // ranks.world), [max(sizes) for sizes in zip(*(p.shape for p in params))]
+            group["buffer"] = params[0].new_zeros(count, *shape)
+            stack = params[0].new_zeros(count * ranks.world, *shape, dtype=sent)
+            self.stacks.append(stack)
+            self.places.append([slot[: p.size(0), : p.size(1)] for slot, p in zip(stack, params)])
         super().__init__(groups, {})
-        self.ranks, self.dtype = ranks, dtype
+        self.ranks = ranks
 
         def direction(grad, buffer, grad_scale, momentum):
             grad = (grad_scale * grad.float()).nan_to_num(0.0, 0.0, 0.0)
@@ -1661,14 +1893,20 @@ class Muon(torch.optim.Optimizer):
                 update = F.normalize(update, dim=-1, eps=1e-7)
             return orthogonalize(update.to(dtype), cfg.muon_backend_steps, cfg.muon_coefficients)
 
-        self.direction = ranks.compile(direction, cfg)
+        def move(params, updates, scale, rate, decay):
+            steps = [u[: p.size(0), : p.size(1)].float() for u, p in zip(updates, params)]
+            rates = [scale * (-rate * max(1.0, p.size(0) / p.size(1)) ** 0.5) for p in params]
+            torch._foreach_mul_(params, 1 - scale * (rate * decay))
+            torch._foreach_add_(params, torch._foreach_mul(steps, rates))
+
+        self.direction, self.move = ranks.compile(direction, cfg), ranks.compile(move, cfg)
 
     def begin_sums(self) -> list:
         """Begin to sum each group's gradients over ranks, of which each one gets a part of the stack."""
         begun = []
-        for group in self.param_groups:
-            stack = torch.stack([p.grad for p in group["params"]])
-            begun.append(self.ranks.reduce_scatter(stack, self.dtype))
+        for group, stack, places in zip(self.param_groups, self.stacks, self.places):
+            torch._foreach_copy_(places, [p.grad for p in group["params"]])
+            begun.append(self.ranks.reduce_scatter(stack))
         return begun
 
     def begin_steps(self, sums: list, grad_scale: Tensor, momentum: Tensor) -> list:
@@ -1681,14 +1919,11 @@ class Muon(torch.optim.Optimizer):
             begun.append(self.ranks.all_gather(step))
         return begun
 
-    def step(self, begun: list):
-        """Decay, then the steps that `begin_steps` began."""
-        for group, (wait, update) in zip(self.param_groups, begun):
+    def step(self, begun: list, scale: Tensor):
+        """Decay, then the steps that `begin_steps` began, at `scale` times the peak rates."""
+        for group, (wait, updates) in zip(self.param_groups, begun):
             wait()
-            params, lr = group["params"], group["lr"]
-            scale = max(1.0, update.size(-2) / update.size(-1)) ** 0.5
-            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-            torch._foreach_add_(params, list(update.float())[: len(params)], alpha=-lr * scale)
+            self.move(group["params"], updates, scale, group["lr"], group["weight_decay"])
 
 
 def peak_rate_and_decay(name: str, role: str, cfg) -> tuple:
@@ -1706,14 +1941,21 @@ def peak_rate_and_decay(name: str, role: str, cfg) -> tuple:
     return rate, decay
 
 
+def stack_shape(p: Tensor, shapes: Iterable) -> tuple:
+    """The smallest shape, of those of blocks' matrices, that holds p: the few small projections need no other stack."""
+    larger = [s for s in shapes if s[0] >= p.size(0) and s[1] >= p.size(1)]
+    return min(larger, key=math.prod, default=p.shape)
+
+
 class Optimizers:
     """Muon and AdamW as one: averages the gradients over ranks, clips their joint norm, steps both."""
 
     def __init__(self, model: GPT, ranks, cfg):
         groups: dict[tuple, dict] = {}
+        shapes = {m.weight.shape for m in model.blocks.modules() if isinstance(m, Linear)}
         for (name, p), role in zip(model.named_parameters(), parameter_roles(model).values(), strict=True):
             rate, decay = peak_rate_and_decay(name, role, cfg)
-            key = (role == "matrix", p.shape if role == "matrix" else role, rate, decay)
+            key = (role == "matrix", stack_shape(p, shapes) if role == "matrix" else role, rate, decay)
             group = groups.setdefault(key, dict(params=[], lr=rate, base_lr=rate, weight_decay=decay))
             group["params"].append(p)
         muon = [group for key, group in groups.items() if key[0]]
@@ -1730,7 +1972,7 @@ class Optimizers:
 
         A gradient that is no number counts as 0: the host sees a broken loss a step later, and weights stay numbers.
         """
-        for group in self.muon.param_groups + self.adam.param_groups:
+        for group in self.adam.param_groups:
             group["lr"] = group["base_lr"] * scale
         begun = self.muon.begin_sums()
         others = [p.grad for p in self.others]
@@ -1744,7 +1986,7 @@ class Optimizers:
         steps = self.muon.begin_steps(sums, grad_scale, grad_scale.new_full((), momentum))
         nn.utils.vector_to_parameters((grad_scale * flat).nan_to_num_(0.0, 0.0, 0.0), others)
         self.adam.step()
-        self.muon.step(steps)
+        self.muon.step(steps, grad_scale.new_full((), scale))
         return norm_before
 
 
@@ -2455,7 +2697,7 @@ class Trainer:
     def __init__(self, model: GPT, batches: Batches, cfg, ranks):
         self.model, self.batches, self.cfg, self.ranks = model, batches, cfg, ranks
         self.optimizers, self.average = Optimizers(model, ranks, cfg), Average(model)
-        self.compiled, self.qat, self.looped = ranks.compile(model, cfg), False, False
+        self.compiled, self.qat, self.looped = compiled(model, cfg, ranks), False, False
         self.stop = False
 
     def note_signal(self, *_):
@@ -3009,14 +3251,17 @@ def run_training(cfg, ranks, log) -> dict:
 def evaluations(scorer: Scorer, model: GPT, looped: bool) -> dict:
     """The passes over the stream, by their names in the log: plain, sliding and, with test-time training, adapting."""
     cfg = scorer.cfg
-    forward = partial(scorer.ranks.compile(model, cfg), looped=looped)
+    forward = partial(compiled(model, cfg, scorer.ranks), looped=looped)
     params = adapting_parameters(model, cfg) if cfg.ttt_epochs and not cfg.ttt_lora_rank else []
     passes = {
         f"final_int{cfg.matrix_bits}_roundtrip": lambda: scorer.plain(forward),
         f"final_int{cfg.matrix_bits}_sliding_window": lambda: scorer.sliding(forward),
     }
-    if cfg.ttt_epochs:  # documents are not compiled: every length of context would be another graph
-        run = partial(model, looped=looped, alone=True) if cfg.ttt_scope == "document" else forward
+    run = forward
+    if cfg.ttt_epochs and cfg.ttt_scope == "document":  # not compiled: each length of context would be another graph
+        with torch.no_grad():
+            run = partial(model, looped=looped, alone=True, weights=model.weights())  # they stay: adapters alone learn
+    if cfg.ttt_epochs:
         passes["legal_ttt"] = lambda: adaptive_score(scorer, model, params, run)
     return passes
 
@@ -3101,6 +3346,7 @@ def main(argv: list, env: Mapping):
     if argv:
         raise InputError(f"unknown argument {argv[0]}; options are environment variables (--help lists them)")
     with launch(env) as ranks:
+        check_kernels(cfg, ranks)
         log, scores = Log(cfg, ranks), {}
         log.header(cfg, ranks, {name: text for name, text in as_env(vars(cfg)).items() if name in env})
         if artifact is None:

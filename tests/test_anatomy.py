@@ -155,7 +155,7 @@ def test_kernels_of_triton_count_with_the_bytes_that_inductor_noted(monkeypatch)
 
 
 def test_a_sharded_optimizer_sends_and_computes_its_share():
-    """Of 4 ranks each orthogonalizes a fourth (3 blocks fill up to 4), and gathers what all have."""
+    """Of 4 ranks each orthogonalizes a fourth (3 or 7 matrices fill up to 4 or 8), and gathers what all have."""
     model = t.GPT(TINY, anatomy.attend)
     model.init_weights(TINY)
     flops = {}
@@ -168,7 +168,7 @@ def test_a_sharded_optimizer_sends_and_computes_its_share():
             with costs.pretended(world, torch.device("cpu")) as ranks:
                 events = seen(lambda: t.Optimizers(model, ranks, TINY).step(1.0, 0.9))
         flops[world] = sum(e.flops for e in events if e.kind == "product")
-    assert 2.9 < flops[1] / flops[4] < 3  # the two small projections of tables are one a rank
+    assert 3 < flops[1] / flops[4] < 3.5
     kinds = {e.name for e in events if e.kind == "collective"}
     assert kinds == {"reduce_scatter", "allgather", "allreduce"}
 

@@ -353,7 +353,7 @@ def adapted_before_the_score(monkeypatch):
 
 def slot(monkeypatch):
     """A bias of the logits is fitted to the targets that it then scores."""
-    def fitted(self, ids, targets, looped=False, temperature=1.0, z_loss=0.0):
+    def fitted(self, ids, targets, looped=False, temperature=1.0, z_loss=0.0, weights=None):
         logits, delta = self.logits(self.hidden(ids, looped)[:, -targets.size(1) :], temperature).detach(), torch.zeros(V, requires_grad=True)
         with torch.enable_grad():
             for _ in range(3):

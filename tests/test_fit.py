@@ -221,7 +221,7 @@ def costs_by_hand(model, batches, first, count, looped=False):
         calls.append((name, x, scale, y))
         return y.clone()  # an activation works in place
 
-    hooks = [m.register_forward_hook(lambda m, args, y, n=n: note(n, args[0], y, *args[1:])) for n, m in modules.items()]
+    hooks = [m.register_forward_hook(lambda m, args, y, n=n: note(n, args[0], y, *args[2:])) for n, m in modules.items()]
 
     def head(x):
         return note("tok_emb", x, project(x))
@@ -230,7 +230,7 @@ def costs_by_hand(model, batches, first, count, looped=False):
     for step in range(first, first + count):
         for ids, targets in zip(*batches.load(step, batches.seq_len, batches.micro_steps)):
             calls.clear()
-            with mock.patch.object(t, "heads_of", lambda x, width, *each: [m(x).unflatten(-1, (-1, width)) for m in each]):
+            with mock.patch.object(t, "heads_of", lambda x, ready, width, *each: [m(x).unflatten(-1, (-1, width)) for m in each]):
                 loss = model(ids, targets, looped).sum()
             for (name, x, scale, _), g in zip(calls, torch.autograd.grad(loss, [y for *_, y in calls])):
                 g, seen = (g * scale).detach().flatten(0, -2).double().numpy(), sums[name]  # of what comes before the scale

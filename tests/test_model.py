@@ -10,6 +10,7 @@ import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
 from conftest import make_model
+from helpers.twins import weights_of
 from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -183,17 +184,44 @@ def transplanted(cfg, **changes):
     return losses(changed, model)
 
 
-def test_a_scale_of_the_outputs_is_folded_into_the_weight_or_multiplied_after_an_adapter():
+def test_scales_of_outputs_are_folded_into_matrices_or_multiplied_after_an_adapter():
     linear, x, scale = t.Linear(24, 16), torch.randn(8, 24), torch.randn(16, requires_grad=True)
     torch.nn.init.normal_(linear.weight)
     seen, plain = [], (x.double() @ linear.weight.double().T).detach()
     for linear.adapter in (None, lambda x, y: seen.append(y) or y + 1):
-        y = linear(x, scale)
+        y = linear(x, scale[:, None] * linear.weight, scale)
         wanted = scale.double() * (plain + (linear.adapter is not None))
         torch.testing.assert_close(y, wanted.float())
         for p, gradient in ((scale, (plain + (linear.adapter is not None)).sum(0)), (linear.weight, torch.outer(scale, x.sum(0)))):
             torch.testing.assert_close(torch.autograd.grad(y.sum(), p, retain_graph=True)[0], gradient.float())
     torch.testing.assert_close(seen[0], plain.float())  # an adapter sees the output of the weight itself
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_weights_of_blocks_are_theirs_cast_and_scaled(cfg, dtype):
+    model = t.GPT(cfg, dtype=dtype)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_()
+    for layer, block in enumerate(model.blocks):
+        a, m = block.attn, block.mlp
+        wanted = dict(qkv=torch.cat([a.c_q.weight, a.c_k.weight, a.c_v.weight]), out=torch.diag(block.attn_scale) @ a.proj.weight,
+                      fc=m.fc.weight, proj=torch.diag(block.mlp_scale) @ m.proj.weight, mix=block.resid_mix)
+        for name, ready in weights_of(model, layer)._asdict().items():
+            assert torch.equal(ready, wanted[name].to(dtype)), name
+
+
+def test_weights_made_ready_before_give_the_same_losses_and_gradients(cfg):
+    model, found = make_model(cfg), []
+    for ready in (None, model.weights()):
+        loss = model(ids_of(cfg), ids_of(cfg, seed=1), weights=ready).sum()
+        found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    assert all(map(torch.equal, *found))
+    ready = model.weights()
+    with torch.no_grad():
+        for name, p in model.blocks.named_parameters():
+            p.mul_(name.endswith("q_gain"))
+    assert torch.equal(model(ids_of(cfg), ids_of(cfg, seed=1), weights=ready).sum(), loss)  # and these alone are used
 
 
 def test_small_tables_are_projected_in_the_dtype_of_activations(cfg):
@@ -214,7 +242,7 @@ def test_heads_of_linears_by_one_product_are_those_of_each():
     linears[1].adapter = lambda x, y: 2 * y + x[..., :8]
     wanted[1] = 2 * wanted[1] + x[..., :8]
     with anatomy.Recorder("cpu") as recorder:
-        outputs = t.heads_of(x, 4, *linears)
+        outputs = t.heads_of(x, torch.cat([linear.weight for linear in linears]), 4, *linears)
     assert [e.flops for e in recorder.take() if e.kind == "product"] == [2 * 10 * 24 * 32]  # one, for all of them
     for ours, alone, linear in zip(outputs, wanted, linears):
         assert ours.shape[2:] == (len(linear.weight) // 4, 4)
@@ -239,7 +267,7 @@ def test_neutral_values_leave_the_maths_bit_identical(cfg, monkeypatch):
     assert torch.equal(transplanted(cfg, rope_dims=0), transplanted(cfg, rope_dims=cfg.head_dim))
     assert torch.equal(transplanted(cfg, eval_seq_len=0), transplanted(cfg, eval_seq_len=cfg.train_seq_len))
     flat = transplanted(cfg, ln_scale_power=0.0, mlp_negative_slope=0.0, xsa_last_n=0)
-    monkeypatch.setattr(t.MLP, "forward", lambda self, x, scale: self.proj(F.relu(self.fc(x)).square(), scale))
+    monkeypatch.setattr(t.MLP, "forward", lambda self, x, weights, scale: self.proj(F.relu(self.fc(x)).square(), weights.proj, scale))
     monkeypatch.setattr(t, "exclude_own_value", None)
     unscaled = t.Block.__init__
 
@@ -494,7 +522,8 @@ def test_the_compiled_step_keeps_the_logits_once_and_in_the_dtype_of_activations
     model.init_weights(cfg)
     ids = ids_of(cfg, length=192)
     torch._dynamo.reset()
-    torch.compile(model, dynamic=False, fullgraph=True, backend=backend)(ids, ids).mean().backward()
+    forward = torch.compile(model, dynamic=False, fullgraph=True, backend=backend)
+    forward(ids, ids, weights=model.weights()).mean().backward()  # two graphs, as `compiled` has them
     logits = [x for x in kept if isinstance(x, torch.Tensor) and cfg.vocab_size in x.shape and x.numel() == ids.numel() * cfg.vocab_size]
     assert [x.dtype for x in logits] == [torch.bfloat16]
     wide = [tuple(x.shape) for x in kept if isinstance(x, torch.Tensor) and x.dtype == torch.float32 and x.numel() >= ids.numel() * cfg.model_dim]

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_model
-from helpers.twins import LOOPS, ids_of, losses, twin
+from helpers.twins import LOOPS, ids_of, losses, twin, weights_of
 
 import train_gpt as t
 
@@ -41,11 +41,12 @@ def test_slope_zero_is_relu_squared_and_the_activations_differ(cfg):
     x, scale = torch.randn(64, cfg.model_dim), torch.randn(cfg.model_dim)
     out = {}
     for name, change in dict(relu=dict(mlp_negative_slope=0.0), leaky={}, silu=dict(activation="silu")).items():
-        mlp = twin(cfg, **change).blocks[1].mlp
-        pre, out[name] = mlp.fc(x), mlp(x, scale)
+        model = twin(cfg, {"blocks.1.mlp_scale": scale}, **change)
+        mlp, weights = model.blocks[1].mlp, weights_of(model, 1)
+        pre, out[name] = mlp.fc(x), mlp(x, weights, scale)
         expected = dict(relu=F.relu(pre), leaky=torch.where(pre > 0, pre, 0.5 * pre), silu=pre / (1 + (-pre).exp()))[name].square()
         torch.testing.assert_close(out[name], scale * mlp.proj(expected))
-    assert torch.equal(out["relu"], mlp.proj(F.relu(mlp.fc(x)).square(), scale))
+    assert torch.equal(out["relu"], F.linear(F.relu(mlp.fc(x)).square(), weights.proj))
     assert not torch.allclose(out["relu"], out["leaky"]) and not torch.allclose(out["relu"], out["silu"])
 
 
@@ -94,18 +95,16 @@ def test_parallel_blocks_begin_where_they_are_said_to(cfg):
 
 
 def test_the_mlp_of_a_parallel_block_does_not_see_its_attention(cfg):
-    block = make_model(dataclasses.replace(cfg, parallel_residual_start=1)).blocks[2]
+    model = make_model(dataclasses.replace(cfg, parallel_residual_start=1))
     x, x0, rotary = torch.randn(1, 5, cfg.model_dim), torch.randn(1, 5, cfg.model_dim), t.rotary_tables(5, cfg.rope_dims, 1e4)
-    whole = block(x, x0, rotary, None, None, None)[0]
-    attn_scale = block.attn_scale.detach().clone()
-    with torch.no_grad():
-        block.attn_scale.zero_()
-        no_attention = block(x, x0, rotary, None, None, None)[0]
-        block.mlp_scale.zero_()
-        nothing = block(x, x0, rotary, None, None, None)[0]
-        block.attn_scale.copy_(attn_scale)
-        no_mlp = block(x, x0, rotary, None, None, None)[0]
-    torch.testing.assert_close(whole - nothing, (no_mlp - nothing) + (no_attention - nothing), rtol=1e-5, atol=1e-5)
+
+    def stream_after(attn_share, mlp_share):
+        weights = weights_of(model, 2)
+        weights = weights._replace(out=attn_share * weights.out, proj=mlp_share * weights.proj)
+        return model.blocks[2](x, x0, weights, rotary, None, None, None)[0]
+
+    whole, nothing = stream_after(1, 1), stream_after(0, 0)
+    torch.testing.assert_close(whole - nothing, (stream_after(1, 0) - nothing) + (stream_after(0, 1) - nothing), rtol=1e-5, atol=1e-5)
 
 
 def test_without_loops_looped_changes_nothing(cfg):

@@ -69,3 +69,9 @@ def test_the_table_has_a_row_a_count(tmp_path, capsys):
     (tmp_path / "passes.json").write_text(json.dumps([dict(name="card", seconds=4.5) | found]))
     passes.main(["--table", "--json", str(tmp_path / "passes.json")])
     assert capsys.readouterr().out.splitlines()[2] == "| `card` | 1.5 | 1.5 | 1.5 | 2,000 | 3.0 | 4.5 |"
+
+
+def test_a_vocabulary_of_unknown_length_is_told_in_a_line(monkeypatch):
+    monkeypatch.setenv("VOCAB_SIZE", "4096")
+    with pytest.raises(SystemExit, match="VOCAB_SIZE=4096: .* for 1024 and 8192 alone"):
+        passes.main([])

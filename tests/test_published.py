@@ -35,7 +35,7 @@ class Marker(torch.nn.Module):
         super().__init__()
         self.layer, self.seen = layer, seen
 
-    def forward(self, x, x0, rotary, documents, value_embedding, first_value):
+    def forward(self, x, *_):
         self.seen.append((self.layer, x[0, 0].detach().clone()))
         out = torch.zeros_like(x)
         out[..., len(self.seen) - 1] = 1.0
@@ -47,10 +47,11 @@ def test_each_pass_of_the_second_half_takes_the_latest_output_that_is_left(datas
     cfg = small("pr1812", dataset, skip_gates=False)
     model, seen = t.GPT(cfg), []
     model.init_weights(cfg)
+    weights = model.weights()
     model.blocks = torch.nn.ModuleList(Marker(i, seen) for i in range(11))
     with torch.no_grad():
         model.skip_weights.copy_(torch.arange(2.0, 10.0)[:, None].expand(-1, cfg.model_dim))
-    model.hidden(ids_of(cfg), looped)
+    model.hidden(ids_of(cfg), looped, weights=weights)
     assert [layer for layer, _ in seen] == ([0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5, 6, 7, 8, 9, 10] if looped else list(range(11)))
     for at, (_, x) in enumerate(seen[1:], 1):
         expected = torch.zeros(cfg.model_dim)

@@ -54,6 +54,15 @@ def test_a_slow_first_step_does_not_derail_the_rate(monkeypatch):
     assert clock.step_seconds == pytest.approx(0.08)
 
 
+@pytest.mark.parametrize("asked, device, seconds, compiler, expected", [
+    ("auto", "cuda", 600, None, True), ("auto", "cpu", 600, "g++", False), ("auto", "cpu", 601, "g++", True), ("auto", "cpu", 601, None, False),
+    ("auto", "cpu", 0, "g++", False), ("on", "cpu", 1, None, True), ("off", "cuda", 600, "g++", False), ("off", "cpu", 900, "g++", False)])
+def test_auto_compiles_on_a_gpu_and_in_long_runs_on_a_cpu_that_has_a_compiler(monkeypatch, asked, device, seconds, compiler, expected):
+    monkeypatch.setattr(t.shutil, "which", lambda name: compiler)
+    cfg = dataclasses.replace(CARD, compile=asked, max_wallclock_seconds=seconds)
+    assert t.Ranks(device=torch.device(device)).compiles(cfg) is expected
+
+
 def test_paused_time_does_not_count(monkeypatch):
     fake = FakeTime(monkeypatch)
     clock = t.Clock(torch.device("cpu"), 1.0)

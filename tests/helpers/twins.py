@@ -22,6 +22,11 @@ def losses(cfg, model, **options):
     return model(ids_of(cfg), ids_of(cfg, seed=1), **options)
 
 
+def weights_of(model, layer):
+    """What a block's products take, as the model makes it ready."""
+    return t.Weights(*(whole.chunk(len(model.blocks))[layer] for whole in model.weights()))
+
+
 def twin(cfg, values=None, **changes):
     """A model under changed settings that has, by name, the weights of `make_model(cfg)`; `values` fills others by the end of their name."""
     changed = dataclasses.replace(cfg, **changes)

@@ -106,9 +106,8 @@ def watch_evaluation(t, meter):
             meter.mark(described(args, kwargs))
         return forward(*args, **kwargs)
 
-    def compile_model(original, ranks, fn, cfg):
-        compiled = original(ranks, fn, cfg)
-        return functools.partial(marking, compiled) if isinstance(fn, t.GPT) else compiled
+    def compiled(original, *args):
+        return functools.partial(marking, original(*args))
 
     def save_artifact(original, *args):
         original(*args)
@@ -137,7 +136,7 @@ def watch_evaluation(t, meter):
             meter.chunk += 1
 
     meter.passes = set()
-    around(t.Ranks, "compile", compile_model)
+    around(t, "compiled", compiled)
     around(t, "save_artifact", save_artifact)
     around(t, "evaluations", evaluations)
     around(t, "adaptive_score", adaptive_score)

@@ -7,8 +7,7 @@ PLANTED = {  # what to replace in the script, by what, and what the suite must s
                               "rank 0: step 1: 1 pageable"),
     "a recompilation": ("self.compiled(ids, targets, self.looped)", "self.compiled(ids, targets, self.looped, 1.0 + (self.batches.step > 4))",
                         "rank 0: step 4: 2 compiles"),
-    "fp32 times bf16": ("(self.weight if scale is None else scale[:, None] * self.weight).type_as(x))",
-                        "(self.weight if scale is None else scale[:, None] * self.weight))", "same dtype"),
+    "fp32 times bf16": ("ready([b.mlp.fc.weight for b in blocks])", "torch.cat([b.mlp.fc.weight for b in blocks])", "same dtype"),
     "a host index in a batch": ("losses = forward(inputs, targets)\n", "losses = forward(inputs, targets)[torch.arange(len(inputs))]\n",
                                 "1 waits"),
 }

@@ -91,6 +91,33 @@ def test_a_kernel_of_attention_trains_and_scores(tmp_path, row, name, modules, k
     assert run.text.count(f"attention:{kernel} ") == 2 and ("WARNING: attention by" in run.text) == missing
 
 
+@pytest.mark.parametrize("row", ["pr1127"])  # with a scale and a bias after the square
+def test_the_kernels_of_the_mlp_and_the_loss_train_and_score(tmp_path, row):
+    shallow = dict(NUM_LAYERS="2", XSA_LAST_N="1", VE_LAYERS="", ITERATIONS="4", QUANTIZER="gptq", KERNELS="all")
+    short = dict(EVAL_STRIDE="2048", VAL_MAX_TOKENS="70000")
+    run = suite.Run(tmp_path / "run", settings(row, tmp_path) | shallow | short)
+    assert run.complaints() == [] and "KERNELS=all" in run.text
+
+
+def test_the_kernels_spill_no_register():
+    """The MLP's of the script's own tile, on Hopper's instructions, for either activation; the loss's of the contest's vocabularies."""
+    code = """
+from dataclasses import replace
+import train_gpt as t
+from tools.bench import mlp
+for cfg in (t.Config(), t.Config(activation="silu"), replace(t.Config(), mlp_mult=4.0)):
+    for backward in (False, True):
+        found = mlp.built(cfg, tuple(t.MLP_TILE.values()), backward)
+        assert found.fits, found
+for vocabulary in (1024, 8192, 16384):
+    found = mlp.built_loss(vocabulary)
+    assert not found.spilled and found.shared <= mlp.SHARED, found
+"""
+    env = os.environ | nullgpu.environment(sys.executable) | {"PYTHONPATH": str(suite.HERE.parent.parent)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 # it leaves at once: short processes of torch 2.15 may abort when threads of autograd meet the interpreter's end
 CHOICE = """
 import os, torch, train_gpt as t

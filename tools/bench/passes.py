@@ -75,7 +75,7 @@ class Row:
         self.cfg, self.ranks, self.recorder = cfg, t.Ranks(device=device), recorder
         self.model = t.GPT(cfg, anatomy.attend, torch.bfloat16).to(device)
         self.looped = cfg.num_loops > 0
-        compiled = self.ranks.compile(self.model, cfg)
+        compiled = t.compiled(self.model, cfg, self.ranks)
         self.forward = partial(compiled, looped=self.looped)
 
     def second(self, run: Callable[[], Any]) -> Counted:
@@ -129,9 +129,9 @@ class Row:
                 yield chunk
                 found.append((scoring, counted(self.recorder.take())))
 
-        scorer.document_chunks = noted
+        scorer.document_chunks, evaluation = noted, t.evaluations(scorer, self.model, self.looped)["legal_ttt"]
         self.recorder.take()
-        t.adaptive_score(scorer, self.model, [], partial(self.model, looped=self.looped, alone=True))
+        evaluation()
         return found[:-1]
 
     def documents(self, spans: list[tuple[int, int]]) -> list[Counted]:
@@ -197,6 +197,8 @@ def main(argv: list[str]) -> None:
         return print(table(rows))
     torch.set_float32_matmul_precision("high")
     cfg = t.Config.from_env({k: v for k, v in os.environ.items() if k.lower() in t.Config.__dataclass_fields__})
+    if cfg.vocab_size not in TOKENS:
+        raise SystemExit(f"VOCAB_SIZE={cfg.vocab_size}: the tokens of the contest's split are known for {' and '.join(map(str, TOKENS))} alone")
     with anatomy.recording("cuda") as recorder:
         row = dict(name=cfg.variant, torch=torch.__version__) | count(cfg, torch.device("cuda"), recorder)
     print(json.dumps(row), table([row]), sep="\n")
