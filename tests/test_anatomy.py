@@ -8,6 +8,7 @@ import types
 import pytest
 import sympy
 import torch
+from torch._inductor.codegen.common import REMOVED, InplacedBuffer
 from torch._inductor.codegen.simd import SIMDKernel
 from torch._inductor.dependencies import MemoryDep, StarDep
 from torch._inductor.virtualized import V
@@ -92,11 +93,13 @@ def test_a_kernel_moves_its_buffers_once_and_of_a_part_the_part():
             sizevars=types.SimpleNamespace(**{name: int}), get_numel=dict(whole=1600, wide=6400, changed=1600).get,
             get_dtype=dict(whole=torch.float32, wide=torch.bfloat16, changed=torch.float32).get)
 
+    one = InplacedBuffer("in_out_ptr0", ["a", "b"])
+    inplace = dict(a=one, b=one, inside=REMOVED)  # the last is no argument: it is written and read inside of the kernel alone
     part = [MemoryDep("wide", 64 * X + C, (X, C), (100, 8)), MemoryDep("wide", 64 * X + C, (X, C), (100, 8))]
     accesses = dict(whole=[StarDep("whole")], wide=part, changed=[StarDep("changed")])
     kernel = types.SimpleNamespace(
         features=types.SimpleNamespace(buf_accesses=lambda: accesses), numels=dict(x=100, r0_=16),
-        args=types.SimpleNamespace(inplace_buffers=dict(a="changed", b="changed"), python_argdefs=lambda: ([], ["changed", "whole", "wide", "size"])))
+        args=types.SimpleNamespace(inplace_buffers=inplace, python_argdefs=lambda: ([], ["changed", "whole", "wide", "size"])))
     for name in ("size_hint", "optimization_hint"):
         with V.set_graph_handler(graph(name)):
             assert anatomy.moved_bytes(kernel) == 2 * 6400 + 6400 + 800 * 2
@@ -114,6 +117,12 @@ def test_attention_takes_heads_that_lie_apart():
 def attended(rows=2, length=8, heads=4, groups=2):
     q, k = (torch.randn(rows, length, n, 16, requires_grad=True) for n in (heads, groups))
     return seen(lambda: anatomy.attend(q, k, k).sum().backward())
+
+
+@pytest.mark.parametrize("last", [1, 5, 12])
+def test_attention_of_the_last_queries_counts_the_keys_that_each_has(last):
+    q, k = torch.randn(2, last, 4, 8), torch.randn(2, 12, 2, 8)
+    assert anatomy.attention_flops(q, k, k) == sum(4 * 2 * 4 * 8 * keys for keys in range(12 - last + 1, 13))
 
 
 def test_attention_has_the_operations_of_train_flops():

@@ -204,12 +204,14 @@ def moved_bytes(kernel: Any) -> float:
 
     In place of Inductor's own count, in which parts of a buffer that overlap (a rotation's) count one by one.
     """
+    from torch._inductor.codegen.common import InplacedBuffer
     from torch._inductor.utils import get_dtype_size
     from torch._inductor.virtualized import V
     sizes, accesses, moved = V.graph.sizevars, kernel.features.buf_accesses(), 0.0
     hint = sizes.size_hint if hasattr(sizes, "size_hint") else sizes.optimization_hint  # its name since torch 2.13
     loops = math.prod(map(hint, kernel.numels.values()))
-    changed = len({id(buffer) for buffer in kernel.args.inplace_buffers.values()})
+    # those in place that are left: what lives inside of the kernel alone stands there, too
+    changed = len({id(b) for b in kernel.args.inplace_buffers.values() if isinstance(b, InplacedBuffer)})
     for i, name in enumerate(kernel.args.python_argdefs()[1]):
         if name in accesses:
             count = hint(V.graph.get_numel(name))
@@ -294,14 +296,15 @@ attention.register_autograd(lambda ctx, grad, _: attention_backward(*ctx.saved_t
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None, causal: bool = True) -> Tensor:
-    """flash_attn_func; q: (B, T, H, C), k and v: (B, T, K, C). Documents are counted as if they were one."""
+    """flash_attn_func; q: (B, S, H, C), k and v: (B, T, K, C). Documents are counted as if they were one."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # as FlashAttention does
     return attention(q, k, v)[0]
 
 
 def attention_flops(q: Tensor, *rest: Tensor) -> float:
-    """As costs.train_flops: (T+1)/2 keys a query, 4 operations a channel and key, 2.5 times that backward."""
-    return (2.5 if len(rest) > 2 else 1.0) * 2 * (q.size(1) + 1) * q.numel()
+    """As costs.train_flops: 4 operations a channel and key, 2.5 times that backward; queries of the last S positions
+    have T - (S-1)/2 keys each, (T+1)/2 if they are all."""
+    return (2.5 if len(rest) > 2 else 1.0) * 2 * (2 * rest[0].size(1) - q.size(1) + 1) * q.numel()
 
 
 # ----------------------------------------

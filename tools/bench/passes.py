@@ -12,6 +12,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
@@ -45,6 +46,11 @@ def planned(cfg: t.Config, documents: list[tuple[int, int]], rank: int = 0) -> t
     scorer = t.Scorer.__new__(t.Scorer)
     scorer.cfg, scorer.documents, scorer.ranks = cfg, documents, t.Ranks(rank, RANKS)
     return scorer
+
+
+def batches(cfg: t.Config, stride: int) -> int:
+    """Of windows that score `stride` targets each, those of one rank in a pass over the split."""
+    return math.ceil(TOKENS[cfg.vocab_size] / stride / RANKS / cfg.eval_batch_seqs)
 
 
 class Counted(NamedTuple):
@@ -94,11 +100,11 @@ class Row:
 
     def windows(self, stride: int) -> Counted:
         """One full batch of windows that score `stride` targets each, counted once; times those of a rank."""
-        rows, total = self.cfg.eval_batch_seqs, TOKENS[self.cfg.vocab_size]
+        rows = self.cfg.eval_batch_seqs
         scorer = self.scorer(self.cfg.window * (rows + 1), [])
         firsts = range(self.cfg.window, self.cfg.window + rows * stride, stride)
         batch = self.second(lambda: scorer.losses(self.forward, firsts, rows))
-        return batch.times(math.ceil(total / stride / RANKS / rows))
+        return batch.times(batches(self.cfg, stride))
 
     def stream(self) -> Counted:
         """Scoring and training of each chunk of the stream, as TTT_SCOPE=stream does."""
@@ -199,7 +205,8 @@ def main(argv: list[str]) -> None:
     cfg = t.Config.from_env({k: v for k, v in os.environ.items() if k.lower() in t.Config.__dataclass_fields__})
     if cfg.vocab_size not in TOKENS:
         raise SystemExit(f"VOCAB_SIZE={cfg.vocab_size}: the tokens of the contest's split are known for {' and '.join(map(str, TOKENS))} alone")
-    with anatomy.recording("cuda") as recorder:
+    with tempfile.TemporaryDirectory() as cache, anatomy.recording("cuda") as recorder:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # graphs of an earlier run would bring the bytes that it counted
         row = dict(name=cfg.variant, torch=torch.__version__) | count(cfg, torch.device("cuda"), recorder)
     print(json.dumps(row), table([row]), sep="\n")
     if args.json:
