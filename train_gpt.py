@@ -1190,11 +1190,16 @@ def load_tokenizer(cfg) -> Any:
 # modules, their hooks and attentions take and return are tensors.
 
 
+def written(x: Tensor) -> Tensor:
+    """x itself. Where no gradient keeps it, a compiler would compute it again for each reader, but for this view."""
+    return x if torch.is_grad_enabled() else x.as_strided(x.shape, x.stride())
+
+
 def norm(x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
     """scale * x / rms(x) over the last dim, in fp32; a scale per row is folded into 1 / rms(x)."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     # the epsilon is fp32's, pinned: embeddings start with a mean square of 2.5e-5
-    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1.1920929e-07)
+    inverse = written(torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1.1920929e-07))
     return (wide * (scale * inverse)).type_as(x)
 
 
@@ -1233,8 +1238,12 @@ def documents_of(ids: Tensor) -> Documents:
 def attend_sdpa(q, k, v, documents=None, scale=None, backend=None):
     """Causal attention by torch, by its own choice or by an SDPBackend; RuntimeError if that can't.
 
-    q: (B, T, H, C); k, v: (B, T, K, C), H a multiple of K; returns (B, T, H, C). Inside of Documents, if given.
+    q: (B, S, H, C), of the last S of T positions; k, v: (B, T, K, C), H a multiple of K; returns (B, S, H, C). Inside
+    of Documents, if given.
     """
+    before = k.size(1) - q.size(1)
+    if before:  # its causal masks begin at the first key
+        q = F.pad(q, (0, 0, 0, 0, before, 0))
     mask = None if documents is None else documents.mask
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if q.is_cuda and (q.dtype == torch.float32 or mask is not None):
@@ -1242,7 +1251,7 @@ def attend_sdpa(q, k, v, documents=None, scale=None, backend=None):
         k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
     with sdpa_kernel(backend) if backend else nullcontext():
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=True)
-    return y.transpose(1, 2)
+    return y.transpose(1, 2)[:, before:]
 
 
 def attend_flash(kernels, q, k, v, documents=None, scale=None):
@@ -1253,9 +1262,25 @@ def attend_flash(kernels, q, k, v, documents=None, scale=None):
     if documents is None:
         y = whole(q, k, v, softmax_scale=scale, causal=True)
     else:
-        flat, ends, length = (t.flatten(0, 1) for t in (q, k, v)), (documents.bounds,) * 2, q.size(1)
-        y = varlen(*flat, *ends, length, length, softmax_scale=scale, causal=True)
+        flat, bounds, queries, keys = (t.flatten(0, 1) for t in (q, k, v)), documents.bounds, q.size(1), k.size(1)
+        asked = bounds
+        if queries < keys:  # where the same documents lie in the last positions of all rows; some have none there
+            asked = bounds // keys * queries + (bounds % keys - keys + queries).clamp(0)
+        y = varlen(*flat, asked, bounds, queries, keys, softmax_scale=scale, causal=True)
     return (y[0] if isinstance(y, tuple) else y).view(q.shape)
+
+
+class Positions(NamedTuple):
+    """What blocks are told of those of a batch (B, T)."""
+
+    rotary: tuple  # cosines and sines (T, pairs)
+    documents: Documents | None
+    last: int  # of how many the stream is asked for, T but in the last block
+
+
+def last_of(x: Tensor, count: int) -> Tensor:
+    """The last positions of x (B, T, ...). All of them are x itself: a compiler would scatter a slice's gradient."""
+    return x if count == x.size(1) else x[:, -count:]
 
 
 def attend_padded(attend, q, k, v, documents=None):
@@ -1480,22 +1505,24 @@ class CausalSelfAttention(nn.Module):
         if cfg.attn_gate_dims:  # of a few channels (PR #1812)
             self.gates.append(HeadGate(cfg.attn_gate_dims, cfg.num_heads, 2.0, bias=False))
 
-    def forward(self, x, weights, rotary, documents, value_embedding, first_value, scale):
-        """(what to add to the stream, this layer's own values), for the normalized input x (B, T, D)."""
+    def forward(self, x, weights, where, value_embedding, first_value, scale):
+        """(what to add to the stream where it is asked for, this layer's values), for normalized inputs (B, T, D)."""
+        rotary, documents, last = where
         gain = self.q_gain
         if self.gain_spans:  # one for what is rotated, one for the rest
-            gain = torch.cat([g.expand(-1, n) for g, n in zip(gain.split(1, 1), self.gain_spans)], 1)
+            gain = written(torch.cat([g.expand(-1, n) for g, n in zip(gain.split(1, 1), self.gain_spans)], 1))
         q, k, own = heads_of(x, weights.qkv, self.head_dim, self.c_q, self.c_k, self.c_v)
-        q, k, v = rotate(norm(q, gain), *rotary), rotate(norm(k), *rotary), own
+        q = rotate(norm(last_of(q, last), gain), *(table[-last:] for table in rotary))
+        k, v = rotate(norm(k), *rotary), own
         if value_embedding is not None:
             v = v + value_embedding.view_as(v)
         if self.value_mix is not None:
             first, rest = self.value_mix.type_as(x)
             v = first * first_value + rest * v
         y = self.attend(q, k, v, documents)
-        y = exclude_own_value(y, v) if self.exclusive else y
+        y = exclude_own_value(y, last_of(v, last)) if self.exclusive else y
         for gate in self.gates:
-            y = y * gate(x)
+            y = y * gate(last_of(x, last))
         return self.proj(y.flatten(2), weights.out, scale), own
 
 
@@ -1687,12 +1714,13 @@ class Block(nn.Module):
         self.mlp_scale = filled(1.0, cfg.model_dim)
         self.resid_mix = nn.Parameter(torch.tensor([[1.0], [0.0]]).repeat(1, cfg.model_dim))
 
-    def forward(self, x, x0, weights, rotary, documents, value_embedding, first_value):
-        """(the stream after it, its attention's own values)."""
+    def forward(self, x, x0, weights, where, value_embedding, first_value):
+        """(the stream after it where it is asked for, its attention's own values)."""
         keep, add = weights.mix
-        x = torch.addcmul(keep * x, add, x0)
+        x = written(torch.addcmul(keep * x, add, x0))
         read = norm(x, self.input_scale)
-        update, own = self.attn(read, weights, rotary, documents, value_embedding, first_value, self.attn_scale)
+        update, own = self.attn(read, weights, where, value_embedding, first_value, self.attn_scale)
+        x = last_of(x, where.last)
         after = x + update
         return after + self.mlp(norm(x if self.parallel else after, self.input_scale), weights, self.mlp_scale), own
 
@@ -1776,16 +1804,18 @@ class GPT(nn.Module):
         x = norm(x if self.bigram is None else x + self.bigram(ids, self.dtype))
         return x if self.smear is None else self.smear(x, ids)
 
-    def hidden(self, ids, looped=False, alone=False, weights=None):
+    def hidden(self, ids, looped=False, alone=False, weights=None, last=math.inf):
         """Final normalized states (B, T, D) of token ids (B, T): the one path for training, scoring and adapting.
         `alone`: each row is of one document. `weights`: what `weights` returns, if that was called before.
+        `last`: of so many positions alone; of others the last block computes but keys and values.
         """
-        x = x0 = self.embed(ids)
+        x = x0 = written(self.embed(ids))
         values = self.value_embed(ids, x.dtype) if self.value_embed is not None else {}
-        rotary = self.cos[: ids.size(1)], self.sin[: ids.size(1)]
-        documents = documents_of(ids) if self.apart and not alone else None
+        length, documents = ids.size(1), documents_of(ids) if self.apart and not alone else None
+        where = Positions((self.cos[:length], self.sin[:length]), documents, length)
         weights_of = by_block(weights or self.weights(), len(self.blocks))
         order = self.looped_order if looped else self.order
+        asked = [where] * (len(order) - 1) + [where._replace(last=min(last, length))]
         skips, first_value = [], None
         for position, layer in enumerate(order):
             row = position - len(order) // 2
@@ -1795,11 +1825,10 @@ class GPT(nn.Module):
                     x = torch.addcmul(x, weight, skip)
                 else:  # PR #1127
                     x = torch.lerp(weight * skip, x, self.skip_gates[row].sigmoid().type_as(x))
-            inputs = x, x0, weights_of[layer], rotary, documents, values.get(layer), first_value
-            x, value = self.blocks[layer](*inputs)
+            x, value = self.blocks[layer](x, x0, weights_of[layer], asked[position], values.get(layer), first_value)
             first_value = value if first_value is None else first_value
             if row < 0:
-                skips.append(x)
+                skips.append(x := written(x))
         return norm(x)
 
     def logits(self, hidden, temperature=1.0):
@@ -1811,7 +1840,7 @@ class GPT(nn.Module):
 
     def forward(self, ids, targets, looped=False, temperature=1.0, z_loss=0.0, alone=False, weights=None):
         """Cross-entropy in nats, fp32 (B, S), of the targets (B, S) of the last S <= T positions of ids (B, T)."""
-        hidden = self.hidden(ids, looped, alone, weights)[:, -targets.size(1) :]
+        hidden = self.hidden(ids, looped, alone, weights, targets.size(1))
         plain = temperature == 1 and not z_loss and self.cap_steps is self.tok_emb.adapter is None
         if self.fused and plain and torch.is_grad_enabled():
             weight = self.tok_emb.weight.type_as(hidden)
@@ -2772,7 +2801,7 @@ class Trainer:
                 seconds = perf_counter() - begin if i else 0.0  # the first one compiles
                 log(
                     f"warmup_step:{i + 1}/{cfg.warmup_steps} late_qat:{int(self.qat)} looped:{int(self.looped)} "
-                    f"train_seq_len:{seq_len}"
+                    f"train_seq_len:{seq_len} compiled:{int(self.ranks.compiles(cfg))}"
                 )
         self.qat = self.looped = False
         for part, state in zip(parts, states):

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import make_model
 from helpers.twins import ids_of, losses, trainer_of, twin
 from hypothesis import given, settings
@@ -26,23 +27,33 @@ def alone(ids, q, k, v):
 
 def varlen(q, k, v, bounds_q, bounds_k, longest_q, longest_k, softmax_scale, causal):
     """flash_attn_varlen_func: tokens that no segment has stay NaN, as no kernel writes them."""
-    assert causal and bounds_q.dtype == torch.int32 and torch.equal(bounds_q, bounds_k) and longest_q == longest_k
-    out, bounds = torch.full_like(q, torch.nan), bounds_q.tolist()
-    assert bounds == sorted(bounds) and max(b - a for a, b in zip(bounds, bounds[1:])) <= longest_q
-    for low, high in zip(bounds, bounds[1:]):
-        if low < high:
-            out[low:high] = t.attend_sdpa(*(x[None, low:high] for x in (q, k, v)), scale=softmax_scale)[0]
+    assert causal and bounds_q.dtype == bounds_k.dtype == torch.int32 and len(bounds_q) == len(bounds_k)
+    out = torch.full_like(q, torch.nan)
+    for bounds, longest in ((bounds_q.tolist(), longest_q), (bounds_k.tolist(), longest_k)):
+        assert bounds == sorted(bounds) and max(b - a for a, b in zip(bounds, bounds[1:])) <= longest
+    for low, high, begin, end in zip(bounds_q, bounds_q[1:], bounds_k, bounds_k[1:]):
+        if low < high:  # the causal mask ends at the last query and the last key
+            out[low:high] = lower_right(q[None, low:high], k[None, begin:end], v[None, begin:end], softmax_scale)[0]
     return out
+
+
+def lower_right(q, k, v, scale):
+    """Attention of queries that are the last ones, by a mask."""
+    mask = torch.ones(q.size(1), k.size(1), dtype=torch.bool).tril(k.size(1) - q.size(1))
+    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), mask, scale=scale, enable_gqa=True).transpose(1, 2)
 
 
 @pytest.mark.parametrize("attend", [t.attend_sdpa, partial(t.attend_flash, (None, varlen))])
 @settings(max_examples=15, deadline=None)
-@given(rows=st.integers(1, 3), firsts=st.lists(st.integers(0, 599), max_size=4), seed=st.integers(0, 99))
-def test_a_document_has_the_attention_that_it_has_alone(attend, rows, firsts, seed):
+@given(rows=st.integers(1, 3), firsts=st.lists(st.integers(0, 599), max_size=4), seed=st.integers(0, 99), last=st.integers(1, 200))
+def test_a_document_has_the_attention_that_it_has_alone(attend, rows, firsts, seed, last):
     draw, ids = torch.Generator().manual_seed(seed), torch.full((rows, 200), 5)
     ids.view(-1)[[at for at in firsts if at < rows * 200]] = t.BOS
     q, k, v = (torch.randn(*ids.shape, heads, 8, generator=draw) for heads in (4, 2, 2))
-    torch.testing.assert_close(attend(q, k, v, t.documents_of(ids)).double(), alone(ids, q, k, v), rtol=1e-4, atol=1e-5)
+    expected = alone(ids, q, k, v)
+    for asked in (last, 200):
+        found = attend(q[:, -asked:], k, v, t.documents_of(ids))
+        torch.testing.assert_close(found.double(), expected[:, -asked:], rtol=1e-4, atol=1e-5)
 
 
 @settings(max_examples=40, deadline=None)

@@ -111,9 +111,15 @@ def test_a_changed_token_changes_no_earlier_logit(cfg):
         assert not torch.equal(logits[0, position], base[0, position])
 
 
-def test_the_head_on_the_last_rows_gives_the_losses_of_the_last_rows(cfg):
-    model, ids, targets = make_model(cfg), ids_of(cfg), ids_of(cfg, seed=1)
-    torch.testing.assert_close(model(ids, targets[:, -5:]), model(ids, targets)[:, -5:], rtol=1e-5, atol=1e-5)
+def test_of_positions_that_are_not_asked_for_the_last_block_computes_keys_and_values_alone(cfg):
+    model, ids, seen = make_model(cfg), ids_of(cfg), {}
+    for name, module in model.named_modules():
+        if isinstance(module, t.Linear):
+            module.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0].size(1)}))
+    model(ids, ids[:, -5:])
+    last = f"blocks.{cfg.num_layers - 1}."
+    assert {name: seen[name] for name in seen if name.startswith(last)} == {last + name: 5 for name in ("attn.proj", "mlp.fc", "mlp.proj")}
+    assert all(length == ids.size(1) for name, length in seen.items() if not name.startswith(last)) and len(seen) > 3
 
 
 def test_rotary_tables_are_exact_and_have_as_many_rows_as_positions():
@@ -430,15 +436,26 @@ def naive_attention(q, k, v):
 def test_heads_of_any_width_run_through_a_kernel_for_multiples_of_8(channels, returned):
     seen = []
 
-    def kernel(q, k, v, softmax_scale, causal):
+    def kernel(q, k, v, softmax_scale, causal):  # its causal mask ends at the last query and the last key
         seen.append((q.size(-1), causal))
-        return returned(t.attend_sdpa(q, k, v, scale=softmax_scale))
+        mask = torch.ones(q.size(1), k.size(1), dtype=torch.bool).tril(k.size(1) - q.size(1))
+        y = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), mask, scale=softmax_scale, enable_gqa=True)
+        return returned(y.transpose(1, 2))
 
     q, k, v = (torch.randn(2, 9, heads, channels) for heads in (4, 2, 2))
     attend = partial(t.attend_flash, (kernel, None))
-    y = (partial(t.attend_padded, attend) if channels % 8 else attend)(q, k, v)
-    torch.testing.assert_close(y.double(), naive_attention(q, k, v), rtol=1e-4, atol=1e-5)
-    assert seen == [(-(-channels // 8) * 8, True)]
+    attend, expected = partial(t.attend_padded, attend) if channels % 8 else attend, naive_attention(q, k, v)
+    for last in (9, 4, 1):
+        torch.testing.assert_close(attend(q[:, -last:], k, v).double(), expected[:, -last:], rtol=1e-4, atol=1e-5)
+    assert seen == [(-(-channels // 8) * 8, True)] * 3
+
+
+@pytest.mark.parametrize("backend", [None, SDPBackend.MATH])
+@pytest.mark.parametrize("last", [1, 4, 9])
+def test_queries_of_the_last_positions_have_their_attention(backend, last):
+    q, k, v = (torch.randn(2, 9, heads, 8) for heads in (4, 2, 2))
+    found = t.attend_sdpa(q[:, -last:], k, v, backend=backend)
+    torch.testing.assert_close(found.double(), naive_attention(q, k, v)[:, -last:], rtol=1e-4, atol=1e-5)
 
 
 def test_documents_are_kept_apart_by_the_best_kernel_that_can(card, monkeypatch):

@@ -96,12 +96,12 @@ def test_parallel_blocks_begin_where_they_are_said_to(cfg):
 
 def test_the_mlp_of_a_parallel_block_does_not_see_its_attention(cfg):
     model = make_model(dataclasses.replace(cfg, parallel_residual_start=1))
-    x, x0, rotary = torch.randn(1, 5, cfg.model_dim), torch.randn(1, 5, cfg.model_dim), t.rotary_tables(5, cfg.rope_dims, 1e4)
+    x, x0, where = torch.randn(1, 5, cfg.model_dim), torch.randn(1, 5, cfg.model_dim), t.Positions(t.rotary_tables(5, cfg.rope_dims, 1e4), None, 5)
 
     def stream_after(attn_share, mlp_share):
         weights = weights_of(model, 2)
         weights = weights._replace(out=attn_share * weights.out, proj=mlp_share * weights.proj)
-        return model.blocks[2](x, x0, weights, rotary, None, None, None)[0]
+        return model.blocks[2](x, x0, weights, where, None, None)[0]
 
     whole, nothing = stream_after(1, 1), stream_after(0, 0)
     torch.testing.assert_close(whole - nothing, (stream_after(1, 0) - nothing) + (stream_after(0, 1) - nothing), rtol=1e-5, atol=1e-5)

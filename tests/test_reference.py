@@ -178,6 +178,22 @@ def test_there_is_one_graph_before_the_loops_and_one_with_them(cfg, options):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("variant", PUBLISHED)
+def test_the_last_positions_alone_have_their_losses_and_gradients(dataset, variant, apart):
+    cfg = small(variant, dataset, document_attention=apart)
+    model, ids, targets, looped = make_model(cfg).double(), ids_of(cfg), ids_of(cfg, seed=1), cfg.num_loops > 0
+
+    def found(positions, asked):
+        model.zero_grad()
+        losses = model(ids, targets[:, -asked:], looped)[:, -positions:]
+        losses.sum().backward()
+        return losses.detach(), [p.grad.clone() for p in model.parameters()]
+
+    for last in (1, 5, 20):
+        torch.testing.assert_close(found(last, last), found(last, ids.size(1)), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("variant", PUBLISHED)
 def test_a_changed_token_changes_no_earlier_loss(dataset, variant):
     cfg = small(variant, dataset)

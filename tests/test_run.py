@@ -279,3 +279,4 @@ def test_a_compiled_run_scores_as_an_eager_one(env, tmp_path):
     eager = run(env).stdout
     compiled = run(env | {"COMPILE": "on", "OUTPUT_DIR": str(tmp_path / "compiled"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")})
     assert finals(compiled.stdout) == pytest.approx(finals(eager), abs=2e-3)
+    assert eager.count(" compiled:0\n") == compiled.stdout.count(" compiled:1\n") == 2  # graphs with late QAT and without

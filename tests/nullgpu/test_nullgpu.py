@@ -3,6 +3,7 @@
 Tests stand in the order in which they should begin: those that take longest first, and those that find compiled code behind what compiles it.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -116,6 +117,32 @@ for vocabulary in (1024, 8192, 16384):
     env = os.environ | nullgpu.environment(sys.executable) | {"PYTHONPATH": str(suite.HERE.parent.parent)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+COUNTS = """
+import json, os, torch, train_gpt as t
+from tools.bench import anatomy, passes
+os.environ.pop("PYTORCH_NO_CUDA_MEMORY_CACHING", None)
+torch.set_float32_matmul_precision("high")
+cfg, device = t.Config(num_layers=4, xsa_last_n=2, ve_layers=(2, 3)), torch.device("cuda")
+with anatomy.recording("cuda") as recorder:
+    phases = anatomy.measure(anatomy.ours(cfg, False, device), recorder, device)["phases"]
+    found = {name: [phases[name]["triton"]["launches"], phases[name]["triton"]["gb"]] for name in ("forward", "backward")}
+    row = passes.Row(cfg, device, recorder)
+    batch = row.windows(cfg.eval_stride).times(1 / passes.batches(cfg, cfg.eval_stride))
+print(json.dumps(found | dict(sliding=[batch.launches, batch.gb])))
+"""
+
+
+@pytest.mark.skipif(not torch.__version__.startswith("2.9."), reason="the counts are of the contest's torch")
+def test_a_step_and_a_batch_of_windows_launch_and_move_no_more_than_they_did(tmp_path):
+    """`card` of 4 blocks: weights ready by one kernel a stack, norm and rotation by one, nothing computed again for its readers."""
+    env = os.environ | nullgpu.environment(sys.executable) | {"PYTHONPATH": str(suite.HERE.parent.parent), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", COUNTS], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    for name, (launches, gb) in dict(forward=(40, 9.4), backward=(75, 14.8), sliding=(68, 8.44)).items():
+        assert found[name][0] <= launches and found[name][1] <= 1.01 * gb, found
 
 
 # it leaves at once: short processes of torch 2.15 may abort when threads of autograd meet the interpreter's end

@@ -88,7 +88,7 @@ def generate(args: argparse.Namespace, env: dict[str, str]) -> Iterator[str]:
         model = train_gpt.load_model(cfg, weights, ranks)
 
         def next_logits(ids: Tensor) -> Tensor:
-            return model.logits(model.hidden(ids.to(ranks.device), looped)[0, -1])
+            return model.logits(model.hidden(ids.to(ranks.device), looped, last=1)[0, -1])
 
         layout = case.layout_of(sp)
         prompt = case.encode(args.prompt, layout) if layout else args.prompt
