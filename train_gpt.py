@@ -1191,7 +1191,10 @@ def load_tokenizer(cfg) -> Any:
 
 
 def written(x: Tensor) -> Tensor:
-    """x itself. Where no gradient keeps it, a compiler would compute it again for each reader, but for this view."""
+    """x, which is no view. Without gradients Inductor would compute it again in each kernel that reads it; through this
+    view it writes x once.
+    """
+    assert x._base is None  # compiled, the view would begin where the base does
     return x if torch.is_grad_enabled() else x.as_strided(x.shape, x.stride())
 
 
@@ -1241,17 +1244,17 @@ def attend_sdpa(q, k, v, documents=None, scale=None, backend=None):
     q: (B, S, H, C), of the last S of T positions; k, v: (B, T, K, C), H a multiple of K; returns (B, S, H, C). Inside
     of Documents, if given.
     """
-    before = k.size(1) - q.size(1)
-    if before:  # its causal masks begin at the first key
+    queries, before = q.size(1), k.size(1) - q.size(1)
+    mask = None if documents is None else documents.mask[:, :, before:]
+    if before and mask is None:  # its causal masks begin at the first key
         q = F.pad(q, (0, 0, 0, 0, before, 0))
-    mask = None if documents is None else documents.mask
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if q.is_cuda and (q.dtype == torch.float32 or mask is not None):
         # for these there is one kernel that keeps no (T, T) scores, and it knows no groups
         k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
     with sdpa_kernel(backend) if backend else nullcontext():
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=True)
-    return y.transpose(1, 2)[:, before:]
+    return last_of(y.transpose(1, 2), queries)
 
 
 def attend_flash(kernels, q, k, v, documents=None, scale=None):
@@ -1264,9 +1267,10 @@ def attend_flash(kernels, q, k, v, documents=None, scale=None):
     else:
         flat, bounds, queries, keys = (t.flatten(0, 1) for t in (q, k, v)), documents.bounds, q.size(1), k.size(1)
         asked = bounds
-        if queries < keys:  # where the same documents lie in the last positions of all rows; some have none there
+        if queries < keys:  # each document's among the queries: one that ends before them has none
             asked = bounds // keys * queries + (bounds % keys - keys + queries).clamp(0)
-        y = varlen(*flat, asked, bounds, queries, keys, softmax_scale=scale, causal=True)
+        # FlashAttention-2 takes a longest of 1 for one query in each document
+        y = varlen(*flat, asked, bounds, max(queries, 2), keys, softmax_scale=scale, causal=True)
     return (y[0] if isinstance(y, tuple) else y).view(q.shape)
 
 
@@ -1275,7 +1279,7 @@ class Positions(NamedTuple):
 
     rotary: tuple  # cosines and sines (T, pairs)
     documents: Documents | None
-    last: int  # of how many the stream is asked for, T but in the last block
+    last: int  # how many of the last ones to compute: all T, but in the last block
 
 
 def last_of(x: Tensor, count: int) -> Tensor:
@@ -1807,7 +1811,7 @@ class GPT(nn.Module):
     def hidden(self, ids, looped=False, alone=False, weights=None, last=math.inf):
         """Final normalized states (B, T, D) of token ids (B, T): the one path for training, scoring and adapting.
         `alone`: each row is of one document. `weights`: what `weights` returns, if that was called before.
-        `last`: of so many positions alone; of others the last block computes but keys and values.
+        `last`: of so many positions alone; of others the last block makes queries, keys and values, no more.
         """
         x = x0 = written(self.embed(ids))
         values = self.value_embed(ids, x.dtype) if self.value_embed is not None else {}

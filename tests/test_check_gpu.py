@@ -15,11 +15,11 @@ CPU = torch.device("cpu")
 GOOD = dict(row="card", what="step", attention="fa3", attention_ran=["fa3"], ms=75.25, mfu=0.4, peak_mib=18000, launches=500.0, first_step_seconds=60.0)
 
 
-@pytest.mark.parametrize("row", ["card", "pr1127"])
+@pytest.mark.parametrize("row", ["card", "pr1127", "frontier"])
 def test_a_row_agrees_with_itself_and_a_wrong_formula_shows(row, tmp_path, monkeypatch):
     cfg = bench.row_config(row, {}, tmp_path, 1)
     same = check_gpu.against_the_cpu(cfg, CPU)
-    assert same["fp32_loss"] == same["fp32_gradient"] == 0 and not check_gpu.wrong(same)
+    assert same["fp32_loss"] == same["fp32_gradient"] == 0 and same["fp32_last"] < 1e-5 and not check_gpu.wrong(same)
     assert 1e-5 < same["bf16_loss"] and 1e-3 < same["bf16_gradient"]
     inner, made = check_gpu.small_model, []
 
@@ -32,7 +32,7 @@ def test_a_row_agrees_with_itself_and_a_wrong_formula_shows(row, tmp_path, monke
 
     monkeypatch.setattr(check_gpu, "small_model", wrong_later)
     faults = " ".join(check_gpu.wrong(check_gpu.against_the_cpu(cfg, CPU)))
-    assert "fp32_loss" in faults and "fp32_gradient" in faults
+    assert "fp32_loss" in faults and "fp32_gradient" in faults and "fp32_last" in faults
 
 
 def test_a_batch_in_pieces_has_the_gradient_of_the_whole(tmp_path):

@@ -111,7 +111,7 @@ def test_a_changed_token_changes_no_earlier_logit(cfg):
         assert not torch.equal(logits[0, position], base[0, position])
 
 
-def test_of_positions_that_are_not_asked_for_the_last_block_computes_keys_and_values_alone(cfg):
+def test_of_positions_that_are_not_asked_for_the_last_block_makes_no_attention_and_no_mlp(cfg):
     model, ids, seen = make_model(cfg), ids_of(cfg), {}
     for name, module in model.named_modules():
         if isinstance(module, t.Linear):

@@ -129,20 +129,20 @@ with anatomy.recording("cuda") as recorder:
     phases = anatomy.measure(anatomy.ours(cfg, False, device), recorder, device)["phases"]
     found = {name: [phases[name]["triton"]["launches"], phases[name]["triton"]["gb"]] for name in ("forward", "backward")}
     row = passes.Row(cfg, device, recorder)
-    batch = row.windows(cfg.eval_stride).times(1 / passes.batches(cfg, cfg.eval_stride))
-print(json.dumps(found | dict(sliding=[batch.launches, batch.gb])))
+    batches, batch = passes.batches(cfg, cfg.eval_stride), row.windows(cfg.eval_stride)
+print(json.dumps(found | dict(sliding=[batch.launches // batches, batch.gb / batches])))
 """
 
 
 @pytest.mark.skipif(not torch.__version__.startswith("2.9."), reason="the counts are of the contest's torch")
-def test_a_step_and_a_batch_of_windows_launch_and_move_no_more_than_they_did(tmp_path):
+def test_a_step_and_a_batch_of_windows_launch_and_move_what_they_did(tmp_path):
     """`card` of 4 blocks: weights ready by one kernel a stack, norm and rotation by one, nothing computed again for its readers."""
     env = os.environ | nullgpu.environment(sys.executable) | {"PYTHONPATH": str(suite.HERE.parent.parent), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", COUNTS], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     for name, (launches, gb) in dict(forward=(40, 9.4), backward=(75, 14.8), sliding=(68, 8.44)).items():
-        assert found[name][0] <= launches and found[name][1] <= 1.01 * gb, found
+        assert found[name] == [launches, pytest.approx(gb, rel=0.01)], found
 
 
 # it leaves at once: short processes of torch 2.15 may abort when threads of autograd meet the interpreter's end
