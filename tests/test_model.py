@@ -111,6 +111,16 @@ def test_a_changed_token_changes_no_earlier_logit(cfg):
         assert not torch.equal(logits[0, position], base[0, position])
 
 
+def test_what_is_written_is_the_tensor_itself_and_never_a_view():
+    x = torch.randn(3, 4)
+    assert t.written(x) is x
+    with torch.no_grad():
+        seen = t.written(x)
+        assert torch.equal(seen, x) and seen.data_ptr() == x.data_ptr() and seen.stride() == x.stride()
+        with pytest.raises(AssertionError):
+            t.written(x[:, 1:])
+
+
 def test_of_positions_that_are_not_asked_for_the_last_block_makes_no_attention_and_no_mlp(cfg):
     model, ids, seen = make_model(cfg), ids_of(cfg), {}
     for name, module in model.named_modules():
