@@ -1,7 +1,10 @@
 """tools.bench.check_gpu as far as a CPU goes: its references, its verdicts, and how its processes take turns."""
 
+import argparse
 import dataclasses
 import multiprocessing
+import sys
+import time
 
 import pytest
 import torch
@@ -52,6 +55,17 @@ def test_the_exact_attention_is_torchs():
     for asked in (12, 5):
         last = q[:, -asked:], k, v, dy[:, -asked:]
         assert check_gpu.error(check_gpu.attended(t.attend_sdpa, *last), check_gpu.attended(check_gpu.exact_attention, *last)) < 1e-12
+
+
+@pytest.mark.parametrize("ends, why", [("kill -SEGV $$", "Segmentation fault\n"), ("kill -KILL $$", "it was not done in --minutes\n"),
+                                       ("echo no driver >&2; exit 1", "no driver\n")])
+def test_a_row_that_failed_says_why(tmp_path, monkeypatch, capsys, ends, why):
+    fake = tmp_path / "python"
+    fake.write_text(f"#!/bin/sh\n{ends}\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(fake))
+    results = check_gpu.run_row("card", argparse.Namespace(seconds=1.0), tmp_path, 1.0, time.perf_counter() + 60)
+    assert results == [dict(row="card", what="failed", error=why)] and f"card FAILED:\n{why}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("change, words", [

@@ -377,7 +377,8 @@ def run_row(row: str, args: argparse.Namespace, folder: Path, roof: float, end: 
         cut.cancel()
         if status:
             stderr.seek(0)
-            why = "it was not done in --minutes\n" if status == -signal.SIGKILL else ""
+            why = "" if status > 0 else f"{signal.strsignal(-status)}\n"  # which leaves no word on stderr
+            why = "it was not done in --minutes\n" if status == -signal.SIGKILL else why
             results.append(dict(row=row, what="failed", error=why + stderr.read()[-3000:]))
             print(f"{row} FAILED:\n{results[-1]['error']}", flush=True)
     return results
