@@ -104,11 +104,8 @@ def fraction(default, help):
     return knob(default, help, high=1)
 
 
-# Options of the groups `model` and `evaluation` travel with an artifact, except FROM_ENVIRONMENT; a file that lacks
-# one gets its default. Beside an artifact those of `run` and `evaluation` may be set.
-FROM_ENVIRONMENT = ("eval_batch_seqs", "val_max_tokens")
-
-
+# Options of the groups `model` and `evaluation` travel with an artifact; a file that lacks one gets its default. Beside
+# an artifact those of `run` and `evaluation` may be set.
 @dataclass(frozen=True)
 class Config:
     """Every setting of a run, frozen. Raises InputError that names the variable when a value is out of its range."""
@@ -146,6 +143,8 @@ class Config:
         "on",
         "off",
     )
+    eval_batch_seqs: int = positive(32, "windows per forward pass of one rank")
+    val_max_tokens: int = knob(0, "score only the first N targets; 0 is all, as a record must")
 
     variant: str = knob("card", "row of settings to start from; see VARIANTS", group="model")
     seed: int = knob(1337, "seeds the weights and the order of a shuffled loader", high=2**63)
@@ -253,8 +252,6 @@ class Config:
 
     eval_seq_len: int = knob(0, "tokens per scoring window; 0 is TRAIN_SEQ_LEN", high=2**20, group="evaluation")
     eval_stride: int = positive(64, "targets that a window scores after the first")
-    eval_batch_seqs: int = positive(32, "windows per forward pass of one rank")
-    val_max_tokens: int = knob(0, "score only the first N targets; 0 is all, as a record must")
     ttt_epochs: int = knob(1, "passes of test-time training over each scored chunk; 0 is none", high=100)
     ttt_scope: str = choice(
         "document", "what adapts: the model, to all before, or to each document a LoRA of its own", "stream", "document"
@@ -497,6 +494,9 @@ def run_rules(c: Config) -> list:
     ]
 
 
+LEAST_CHUNK = 8  # of a document: see Adaptation
+
+
 def evaluation_rules(c: Config) -> list:
     """The same for scoring and test-time training."""
     document = c.by_document
@@ -519,7 +519,9 @@ def evaluation_rules(c: Config) -> list:
             "TTT_LORA_RANK={ttt_lora_rank} must be at most MODEL_DIM={model_dim}",
         ),
         (
-            not document or not c.ttt_epochs or min(c.ttt_chunk_tokens, c.ttt_first_chunk_tokens or 8) >= 8,
+            not document
+            or not c.ttt_epochs
+            or min(c.ttt_chunk_tokens, c.ttt_first_chunk_tokens or LEAST_CHUNK) >= LEAST_CHUNK,
             "TTT_CHUNK_TOKENS={ttt_chunk_tokens} and TTT_FIRST_CHUNK_TOKENS={ttt_first_chunk_tokens} must be 8 or more "
             "with TTT_SCOPE=document: in a shorter chunk a gradient can be a rounding error, which AdamW divides by "
             "its own size",
@@ -2748,8 +2750,7 @@ def artifact_settings(cfg) -> dict:
         "early_seq_lens",
         "early_seq_ends",
     )
-    values = cfg.group("model", "evaluation") | {k: vars(cfg)[k] for k in others}
-    return as_env({k: v for k, v in values.items() if k not in FROM_ENVIRONMENT})
+    return as_env(cfg.group("model", "evaluation") | {k: vars(cfg)[k] for k in others})
 
 
 def pack(tensors: dict, looped: bool, cfg) -> bytes:
@@ -2782,10 +2783,10 @@ def stored_settings(header: Mapping) -> tuple:
     given, defaults = header["settings"], artifact_settings(Config())
     if not all(type(text) is str and len(text) < 1000 for text in given.values()):
         raise InputError("its settings are not short strings")
-    ignored = {name.upper() for name in FROM_ENVIRONMENT}  # older files carry them
-    if unknown := given.keys() - defaults.keys() - ignored:
+    moved = {"EVAL_BATCH_SEQS", "VAL_MAX_TOKENS"}  # older files have them; the environment alone sets them now
+    if unknown := given.keys() - defaults.keys() - moved:
         raise InputError(f"it has the unknown settings {', '.join(sorted(unknown)[:9])}; it needs a newer train_gpt.py")
-    known = {name: text for name, text in given.items() if name not in ignored}
+    known = {name: text for name, text in given.items() if name not in moved}
     return defaults | known, sorted(defaults.keys() - known.keys())
 
 

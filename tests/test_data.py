@@ -176,7 +176,7 @@ def test_bytes_of_a_tokenizer_with_case_marks_are_the_sidecars(marked, dataset):
 
 
 @pytest.mark.parametrize("sizes, words", [
-    ((), "not 0;"), ((400,), "not 400;"), ((400, 201), "not 601;"), (("bos", 200), "counts bytes of BOS"), (("twice", 200), "or [0-9]+ bytes more .* over 1 %")])
+    ((), "not 0;"), ((400,), "not 400;"), ((400, 201), "not 601;"), (("bos", 200), "counts bytes of BOS"), (("twice", 200), "bytes more .* over 1 %")])
 def test_a_sidecar_that_is_missing_or_of_another_split_is_an_error(marked, tmp_path, sizes, words):
     cfg, tokens, counts = marked
     write_shard(tmp_path / "fineweb_val_000000.bin", tokens)

@@ -135,7 +135,8 @@ def test_ctrl_c_and_a_schedulers_signal_keep_the_average(env, tmp_path, number, 
         time.sleep(0.1)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert "checkpoint:" in log.read_text() and (processes > 1 or process.returncode == 130 and re.fullmatch("train_gpt.py: stopping after this step; .*\n", err))
+    assert "checkpoint:" in log.read_text()
+    assert processes > 1 or process.returncode == 130 and re.fullmatch("train_gpt.py: stopping after this step; .*\n", err)
     own = {k: v for k, v in env.items() if k != "VARIANT"} | {"RUN_ID": "again", "EVAL_ONLY": "1"}
     assert "legal_ttt_exact" in run(own | {"ARTIFACT": str(tmp_path / "final_model.average.ptz")}).stdout
 
