@@ -1,7 +1,10 @@
 # Thin: each target is the command that you could type. Targets make their own environment in .venv.
+# Python 3.10 or later; .venv is made again for a PYTHON or a TORCH other than its own.
 PYTHON ?= python3
 # What pip installs: torch==VERSION; `cpu` is the CPU build; `torch` is the one that PYTHON has already, where requirements.txt allows it.
-TORCH ?= torch==2.13.0
+# Without TORCH a .venv of one of these words stays one.
+MADE_WITH := $(shell cat .venv/ready 2> /dev/null)
+TORCH ?= $(if $(filter-out cpu torch,$(MADE_WITH)),torch==2.13.0,$(or $(MADE_WITH),torch==2.13.0))
 CUDA_TORCH ?= torch==2.9.1  # the contest's: on Linux the package index gives its CUDA build (about 6 GB)
 
 TORCH_PIP := $(TORCH)
@@ -22,7 +25,7 @@ ifneq ($(VERSION),$(shell .venv/bin/python $(VERSION_OF)))
 REMAKE := --clear
 endif
 ifneq ($(origin TORCH),file)  # given by the user, and not what .venv was made with
-ifneq ($(strip $(TORCH)),$(shell cat .venv/ready 2> /dev/null))
+ifneq ($(strip $(TORCH)),$(MADE_WITH))
 REMAKE := --clear
 endif
 endif

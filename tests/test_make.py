@@ -60,6 +60,19 @@ def test_an_environment_is_kept_as_long_as_its_python_and_torch_are_those_asked_
     assert "-m venv" not in make(folder, "-n", "lint").stdout and "-m venv" not in make(folder, "-n", "lint", TORCH="cpu").stdout
 
 
+@pytest.mark.parametrize("stamp, install", [
+    ("cpu", f"torch==2.13.0 {CPU_INDEX}"), ("torch", "torch -c requirements.txt"), ("", "torch==2.13.0"), ("torch==2.14.1", "torch==2.13.0"),
+    (f"torch {CPU_INDEX}", "torch==2.13.0")])
+def test_new_requirements_do_not_change_the_kind_of_torch(folder, stamp, install):
+    """A .venv of the CPU build or of an installed torch stays one where TORCH is not given again."""
+    made(folder, stamp=stamp)
+    os.utime(folder / "requirements.txt")
+    os.utime(folder / ".venv" / "ready", (1, 1))
+    lines = make(folder, "-n", "lint").stdout.splitlines()
+    assert f".venv/bin/python -m pip install {install}" in lines and not any("--clear" in line for line in lines)
+    assert (stamp == "torch") == any("venv  --system-site-packages" in line for line in lines)
+
+
 @pytest.mark.parametrize("version, stamp, given", [((3, 9, 1), "", {}), ((3, 99, 0), "", {}), (sys.version_info[:3], "", {"TORCH": "cpu"}),
                                                    (sys.version_info[:3], "cpu", {"TORCH": "torch"})])
 def test_an_environment_of_another_python_or_torch_is_made_again(folder, version, stamp, given):

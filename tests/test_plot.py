@@ -156,6 +156,8 @@ def test_seeds_share_a_color_and_their_mean_is_thick(tmp_path):
     assert [line.get_ydata()[-1] for line in thin] == pytest.approx([6.1, 6.2, 6.3]) and thick.get_ydata()[-1] == pytest.approx(6.2)
     assert {line.get_color() for line in thin} == {thick.get_color()} != {panel.lines[5].get_color()}
     assert all(line.get_linewidth() < 1 < thick.get_linewidth() for line in thin) and thick.get_label() == "v1, 3 seeds, mean 2.9000 bpb"
+    numbered = [loglines.read_curve(written(tmp_path, f"run-{seed}", **{"=7": f"={seed}", ":7": f":{seed}"})) for seed in (1, 2)]
+    assert {name: len(runs) for name, runs in tools.plot.by_settings(numbered).items()} == {"smoke": 2}
     twice = tools.plot.by_settings([loglines.read_curve(path) for path in [logs["v1-1"], written(tmp_path, "again", **{"=7": "=1", ":7": ":1"})]])
     assert [len(runs) for runs in twice.values()] == [1, 1]  # the same seed again
 

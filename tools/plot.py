@@ -55,8 +55,8 @@ def by_settings(runs: list[Curve]) -> dict[str, list[Curve]]:
     groups = {}
     for pairs in found.values():
         names, seeds = [name for name, _ in pairs], {run.seed for _, run in pairs}
-        start = os.path.commonprefix(names).rstrip("_-. ")
-        if 1 < len(pairs) == len(seeds) and start not in ("", *groups) and curve([run for _, run in pairs], "train", "step")[0].size:
+        start = os.path.commonprefix(names).rstrip("_-. ") or pairs[0][1].variant
+        if 1 < len(pairs) == len(seeds) and start not in groups and curve([run for _, run in pairs], "train", "step")[0].size:
             groups[start] = [run for _, run in pairs]
         else:
             groups |= {name: [run] for name, run in pairs}
