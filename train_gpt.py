@@ -38,7 +38,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
-from functools import cache, partial
+from functools import partial
 from itertools import groupby, islice, pairwise, product
 from pathlib import Path
 from time import perf_counter
@@ -51,13 +51,6 @@ import torch.nn.functional as F
 from numpy import ndarray as Array
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-try:  # for KERNELS alone; 3.4 or newer
-    import triton
-    import triton.language as tl
-    from triton.tools.tensor_descriptor import TensorDescriptor as DESCRIPTOR
-except ImportError:
-    DESCRIPTOR = None
 
 BOS = 1  # the contest's id for "a document begins"
 PACKAGES = ("numpy", "sentencepiece", "tqdm", "zstandard")
@@ -127,13 +120,6 @@ class Config:
         "cudnn",
         "flash",
         "sdpa",
-    )
-    kernels: str = choice(
-        "off",
-        "our own in Triton for the MLP, or for it and the loss, on a Hopper GPU in bf16; not timed yet",
-        "off",
-        "mlp",
-        "all",
     )
     dtype: str = choice("auto", "activations; auto: bf16 on CUDA or AVX-512 BF16", "auto", "bf16", "fp32")
     compile: str = choice(
@@ -1732,154 +1718,6 @@ class CausalSelfAttention(nn.Module):
         return self.proj(y.flatten(2), weights.out, scale), own
 
 
-def mlp_kernel(a, b, pre, out, SLOPE: tl.constexpr, BACKWARD: tl.constexpr):
-    """Forward: pre = a @ b.T, out = act(pre). Backward: out = (a @ b) * act'(pre). act: the square of leaky ReLU, or,
-    if SLOPE is None, of SiLU. Descriptors of tiles of a (tokens, width), b, and halves of pre and out (tokens, hidden).
-    """
-    M: tl.constexpr = a.block_shape[0]
-    K: tl.constexpr = a.block_shape[1]
-    HALF: tl.constexpr = out.block_shape[1]  # of a tile's columns: in one piece the backward pass would spill registers
-    across = tl.cdiv(out.shape[1], 2 * HALF)
-    # a row of tiles at a time: the rows of `a` stay in L2; flattened: the next tile's loads begin under this one's end
-    for tile in tl.range(tl.program_id(0), tl.cdiv(a.shape[0], M) * across, tl.num_programs(0), flatten=True):
-        m, n = tile // across * M, tile % across * (2 * HALF)
-        acc = tl.zeros((M, 2 * HALF), tl.float32)
-        for k in range(0, a.shape[1], K):
-            acc = tl.dot(a.load([m, k]), b.load([k, n]) if BACKWARD else b.load([n, k]).T, acc)
-        halves = acc.reshape(M, 2, HALF).permute(0, 2, 1).split()
-        for i in tl.static_range(2):
-            at = [m, n + i * HALF]
-            if BACKWARD:
-                z = pre.load(at)
-            else:
-                z = halves[i].to(out.dtype)
-                pre.store(at, z)
-            z = z.to(tl.float32)
-            if SLOPE is None:
-                gate = tl.sigmoid(z)
-                slope = gate + z * gate * (1 - gate)
-            else:
-                gate = tl.where(z > 0, 1.0, SLOPE)
-                slope = gate
-            h = z * gate
-            out.store(at, (halves[i] * 2 * h * slope if BACKWARD else h * h).to(out.dtype))
-
-
-def loss_kernel(logits, targets, losses, cap, V, N: tl.constexpr):
-    """losses = cross-entropy of cap * tanh(logits / cap), whose derivatives replace the bf16 logits. A program holds a
-    row of V columns, filled up to N, a power of 2. tanh(y) is 2 * sigmoid(2 * y) - 1, and no softmax sees that 1.
-    """
-    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, N)
-    at, inside = logits + row * V + column, column < V
-    gate = tl.sigmoid(2 * tl.load(at, inside).to(tl.float32) / cap)
-    z = tl.where(inside, 2 * cap * gate, -1e9)
-    z -= tl.max(z, 0)
-    z -= tl.log(tl.sum(tl.exp(z), 0))
-    hit = column == tl.load(targets + row)
-    tl.store(losses + row, -tl.sum(hit * z, 0))
-    tl.store(at, (tl.exp(z) - hit) * 4 * gate * (1 - gate), inside)
-
-
-@cache
-def jitted(kernel: Callable) -> Any:
-    return triton.jit(kernel)
-
-
-# of all tiles M x N in steps of K that spill no register and fit into shared memory, the most products per byte
-MLP_TILE = dict(M=128, N=256, K=64, num_warps=8, num_stages=3)
-
-
-def launch_mlp(a, b, pre, slope, backward=True) -> Tensor:
-    """What the kernel makes of them, by one program on each multiprocessor; forward it also fills `pre`."""
-    m, n, k, warps, stages = MLP_TILE.values()
-    out, blocks = torch.empty_like(pre), ([m, k], [k, n] if backward else [n, k], [m, n // 2], [m, n // 2])
-    tiles = map(DESCRIPTOR.from_tensor, (a.contiguous(), b.contiguous(), pre, out), blocks)
-    programs = torch.cuda.get_device_properties(a.device).multi_processor_count
-    jitted(mlp_kernel)[(programs,)](*tiles, slope, backward, num_warps=warps, num_stages=stages)
-    return out
-
-
-def mlp_by_kernel(x, fc, proj, slope) -> tuple:
-    """(h @ proj.T, pre = x @ fc.T, h = act(pre)) of bf16 x (M, D), fc (F, D), proj (D, F)."""
-    pre = x.new_empty(len(x), len(fc))
-    h = launch_mlp(x, fc, pre, slope, backward=False)
-    return h @ proj.T, pre, h
-
-
-def mlp_gradients(ctx, dy, *_) -> tuple:
-    x, fc, proj, pre, *h = ctx.saved_tensors
-    dpre = torch.ops.golf.mlp_backward(dy, proj, pre, ctx.constant)
-    return dpre @ fc, None if x is None else dpre.T @ x, dy.T @ h[0] if h else None, None
-
-
-def loss_by_kernel(x, weight, targets, cap) -> tuple:
-    """(fp32 cross-entropies (M,), their gradients by logits (M, V) before the cap) of bf16 x (M, D), weight (V, D)."""
-    logits, losses = x @ weight.T, torch.empty_like(targets, dtype=torch.float32)
-    rows, v = logits.shape
-    size = triton.next_power_of_2(v)  # with 16 warps it spills no register up to 16,384
-    jitted(loss_kernel)[(rows,)](logits, targets.contiguous(), losses, cap, v, size, num_warps=16)
-    return losses, logits
-
-
-def loss_gradients(ctx, g, *_) -> tuple:
-    x, weight, _, dlogits = ctx.saved_tensors
-    g = g[:, None]
-    dweight = None if x is None else dlogits.T @ (g * x).type_as(x)
-    return g * (dlogits @ weight), dweight, None, None  # autograd casts the first to x's dtype
-
-
-def save(ctx, inputs, output):
-    """What a gradient needs; of what only a frozen weight's would read, nothing."""
-    x, first, second, ctx.constant = inputs
-    kept = output[1:] if second.requires_grad else output[1:2]
-    ctx.save_for_backward(x if first.requires_grad else None, first, second, *kept)
-    ctx.set_materialize_grads(False)
-
-
-@cache
-def register_operators():
-    """Of the kernels: a compiler knows their shapes. With an autograd.Function in it no graph would be cached."""
-
-    def operator(name, launch, schema, fake, gradients=None):
-        made = torch.library.custom_op(f"golf::{name}", launch, mutates_args=(), schema=schema)
-        made.register_fake(fake)
-        if gradients:
-            made.register_autograd(gradients, setup_context=save)
-
-    operator(
-        "mlp_backward",
-        launch_mlp,
-        "(Tensor dy, Tensor proj, Tensor pre, float? slope) -> Tensor",
-        lambda dy, proj, pre, slope: torch.empty_like(pre),
-    )
-    operator(
-        "mlp",
-        mlp_by_kernel,
-        "(Tensor x, Tensor fc, Tensor proj, float? slope) -> (Tensor, Tensor, Tensor)",
-        lambda x, fc, proj, slope: (x @ fc.T @ proj.T, x @ fc.T, x @ fc.T),
-        mlp_gradients,
-    )
-    operator(
-        "loss",
-        loss_by_kernel,
-        "(Tensor x, Tensor weight, Tensor targets, float cap) -> (Tensor, Tensor)",
-        lambda x, weight, targets, cap: (targets.float(), x @ weight.T),
-        loss_gradients,
-    )
-
-
-def check_kernels(cfg, ranks):
-    """Raises InputError if the KERNELS that are asked for cannot run here."""
-    hopper = ranks.device.type == "cuda" and torch.cuda.get_device_capability(ranks.device)[0] == 9
-    aligned = cfg.model_dim % 8 == cfg.mlp_dim % 8 == 0
-    there = DESCRIPTOR and hopper and aligned
-    if cfg.kernels != "off" and not (there and compute_dtype(cfg, ranks.device) == torch.bfloat16):
-        raise InputError(
-            f"KERNELS={cfg.kernels} needs a Hopper GPU, triton 3.4 or newer, DTYPE=bf16 and widths of the model and "
-            "its MLP that are multiples of 8; off needs none of them"
-        )
-
-
 class MLP(nn.Module):
     """Two matrices around a squared activation (arXiv:2109.08668; leaky: PR #549; Star-ReLU: arXiv:2210.13452)."""
 
@@ -1887,20 +1725,12 @@ class MLP(nn.Module):
         super().__init__()
         hidden = cfg.mlp_dim
         self.fc, self.proj = Linear(cfg.model_dim, hidden), Linear(hidden, cfg.model_dim)
-        self.slope = None if cfg.activation == "silu" else cfg.mlp_negative_slope
-        self.activation = F.silu if self.slope is None else partial(F.leaky_relu, negative_slope=self.slope)
+        leaky = partial(F.leaky_relu, negative_slope=cfg.mlp_negative_slope)
+        self.activation = F.silu if cfg.activation == "silu" else leaky
         self.scale = filled(1.0, hidden) if cfg.mlp_affine else None
         self.bias = filled(0.0, hidden) if cfg.mlp_affine else None
-        self.fused = cfg.kernels != "off"
-        if self.fused:
-            register_operators()
 
     def forward(self, x, weights, scale):
-        if self.fused and self.fc.adapter is self.proj.adapter is None:
-            # by algebra: proj @ (scale * h + bias) = (proj * scale) @ h + proj @ bias
-            proj = weights.proj if self.scale is None else weights.proj * self.scale.type_as(x)
-            y = torch.ops.golf.mlp(x.flatten(0, -2), weights.fc, proj, self.slope)[0].view_as(x)
-            return y if self.bias is None else y + weights.proj @ self.bias.type_as(x)
         h = self.activation(self.fc(x, weights.fc), inplace=True).square()
         h = h if self.scale is None else self.scale.type_as(x) * h + self.bias.type_as(x)
         return self.proj(h, weights.proj, scale)
@@ -1948,7 +1778,6 @@ class GPT(nn.Module):
         self.order, self.looped_order = layer_order(cfg, False), layer_order(cfg, True)
         self.cap_steps: nn.Parameter | None = None  # test-time training's: logs of what multiplies the cap, by sign
         self.tok_emb = Table(cfg.vocab_size, dim)
-        self.fused = cfg.kernels == "all"  # the loss, while gradients are wanted
         self.embed_scale = filled(1.0, dim) if cfg.embed_scale else None
         self.bigram = BigramHashEmbedding(cfg) if cfg.bigram_vocab_size else None
         self.smear = SmearGate(dim) if cfg.smear_gate else None
@@ -2047,11 +1876,6 @@ class GPT(nn.Module):
     def forward(self, ids, targets, looped=False, temperature=1.0, z_loss=0.0, alone=False, weights=None):
         """Cross-entropy in nats, fp32 (B, S), of the targets (B, S) of the last S <= T positions of ids (B, T)."""
         hidden = self.hidden(ids, looped, alone, weights, targets.size(1))
-        plain = temperature == 1 and not z_loss and self.cap_steps is self.tok_emb.adapter is None
-        if self.fused and plain and torch.is_grad_enabled():
-            weight = self.tok_emb.weight.type_as(hidden)
-            losses, _ = torch.ops.golf.loss(hidden.flatten(0, 1), weight, targets.flatten(), self.softcap)
-            return losses.view_as(targets)
         logits = self.logits(hidden, temperature)
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
         return losses + z_loss * logits.logsumexp(-1).square() if z_loss else losses  # arXiv:2204.02311
@@ -3758,7 +3582,6 @@ def main(argv: list, env: Mapping):
     if argv:
         raise InputError(f"unknown argument {argv[0]}; options are environment variables (--help lists them)")
     with launch(env) as ranks:
-        check_kernels(cfg, ranks)
         cfg = replace(cfg, dtype="bf16" if compute_dtype(cfg, ranks.device) == torch.bfloat16 else "fp32")
         log, scores, _ = Log(cfg, ranks), {}, ranks.compiles(cfg)
         if artifact is None:
