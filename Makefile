@@ -4,7 +4,9 @@ TORCH ?= torch==2.13.0  # the version that the tests ran with; on the contest's 
 
 CUDA_TORCH ?= torch==2.9.1  # the contest's: on Linux the package index gives its CUDA build (about 6 GB)
 
-.PHONY: demo test test-all test-cuda mutants check-gpu compiler bench lint clean
+LOG ?= logs/2026-11-22_demo.txt  # the committed log that submission.json is made of
+
+.PHONY: demo test test-all test-cuda mutants check-gpu compiler bench submission lint clean
 
 .venv/ready: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv
@@ -49,6 +51,11 @@ check-gpu:  # with the torch of the machine: it needs nothing else
 
 bench: .venv/ready
 	.venv/bin/python -m tools.bench
+
+submission: .venv/ready  # submission.json from LOG and the commit that it tells
+	.venv/bin/python -m tools.record $(LOG) --non-record --submission-only submission.json --name "One readable file, CPU check run" \
+		--author "the founder-engineer of this project" \
+		--blurb "Not an entry: nothing has been run on 8xH100 or on FineWeb. A run on CPU cores that shows that every stage works."
 
 lint: .venv/ready
 	.venv/bin/python -m ruff check .

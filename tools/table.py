@@ -9,7 +9,7 @@ from pathlib import Path
 from tools import command_line, run_tool
 from tools.files import Refused
 from tools.loglines import Scored, read_scored
-from tools.runlog import RunLog
+from tools.runlog import RunLog, check_byte_counts
 
 COUNTS = {"parameters": lambda run: run.parameters, "code + model": lambda run: run.total_bytes}
 STAGES = {"raw": "raw", "averaged": "averaged", "int6": "coded", "sliding": "sliding", "TTT": "ttt"}
@@ -42,7 +42,9 @@ def table(runs: list[RunLog | Scored]) -> str:
 def main() -> None:
     cli = command_line("tools.table", __doc__)
     cli.add_argument("logs", nargs="+", type=Path)
-    print(table([read(path) for path in cli.parse_args().logs]), flush=True)
+    runs = [read(path) for path in cli.parse_args().logs]
+    check_byte_counts(run for run in runs if isinstance(run, RunLog))
+    print(table(runs), flush=True)
 
 
 if __name__ == "__main__":

@@ -201,11 +201,11 @@ def main(argv: list[str]) -> None:
     rows = anatomy.read_rows(args.json, args.table, table)
     if args.table:
         return print(table(rows))
-    require_gpu()
     torch.set_float32_matmul_precision("high")
     cfg = t.Config.from_env({k: v for k, v in os.environ.items() if k.lower() in t.Config.__dataclass_fields__})
     if cfg.vocab_size not in TOKENS:
         raise t.InputError(f"VOCAB_SIZE={cfg.vocab_size}: the tokens of the contest's split are known for {' and '.join(map(str, TOKENS))} alone")
+    require_gpu()
     with tempfile.TemporaryDirectory() as cache, anatomy.recording("cuda") as recorder:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # graphs of an earlier run would bring the bytes that it counted
         row = dict(name=cfg.variant, torch=torch.__version__) | count(cfg, torch.device("cuda"), recorder)
