@@ -300,7 +300,7 @@ def test_another_attention_fails_the_run_after_its_results_are_written(tmp_path,
     (["--env", "NUM_HEADS=3"], {}, "MODEL_DIM=32 must be a multiple of NUM_HEADS=3"),
     ([], {"VARIANT": "card"}, "VARIANT=card: choose rows by --variant"),
     ([], {"ATTENTION": "fa3"}, "ATTENTION=fa3 cannot run"),
-    (["-o", "no/such/folder/x.json"], {}, "there is no folder no/such/folder"),
+    (["-o", "no/such/folder/x.json"], {}, "or there is no folder to hold it"),
     (["--compare", "missing.json"], {}, "--compare missing.json: No such file"),
     (["--compare", str(ROOT / "submission.json")], {}, "submission.json is not a file of this tool")])
 def test_wrong_input_is_one_line(args, env, words, tmp_path, monkeypatch):
