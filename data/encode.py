@@ -25,6 +25,7 @@ import train_gpt  # the shard format is the training script's
 from train_gpt import InputError
 
 TEXT_BLOCK = 1 << 19  # bytes of JSON lines that one worker encodes at a time
+WANTED = 'the input must be JSON lines, plain or zstd: each line an object {"text": "..."}'
 LONGEST_LINE = 1 << 28  # bytes of one JSON line: bounds the memory that a small zstd file can ask for
 PART = 1 << 18  # characters of a document that SentencePiece, which takes about 45 bytes for each, sees at a time
 LONGEST_PART = 1 << 23  # of one that has no place to be cut at
@@ -56,8 +57,7 @@ class Block(NamedTuple):
             try:
                 yield text_of(line.removeprefix(codecs.BOM_UTF8))
             except ValueError as error:
-                raise InputError(f'{self.path}, line {number} {error}; the input must be JSON lines, plain or zstd: each '
-                                 'line an object {"text": "..."}') from None
+                raise InputError(f"{self.path}, line {number} {error}; {WANTED}") from None
 
 
 def text_of(line: bytes) -> str:
@@ -103,6 +103,8 @@ def blocks_of(path: Path) -> Iterator[Block]:
     """The lines of one file in blocks; a last line without its end gets one."""
     waiting, size, first = [], 0, 1
     for chunk in unpacked(path):
+        if not size and first == 1 and chunk.removeprefix(codecs.BOM_UTF8)[:1] not in b"{ \t\r\n":
+            raise InputError(f"{path}, line 1 does not begin with a JSON object; {WANTED}")
         waiting.append(chunk)
         size += len(chunk)
         if size >= TEXT_BLOCK and b"\n" in chunk:
@@ -111,7 +113,8 @@ def blocks_of(path: Path) -> Iterator[Block]:
             waiting, size, first = [rest], len(rest), first + block.lines
             yield block
         elif size > LONGEST_LINE:
-            raise InputError(f"{path}, after line {first}: a line of more than {LONGEST_LINE:,} bytes; split the document")
+            line = first + b"".join(waiting).count(b"\n")
+            raise InputError(f"{path}, line {line} has more than {LONGEST_LINE:,} bytes; split the document")
     if last := b"".join(waiting):
         last = last if last.endswith(b"\n") else last + b"\n"
         yield Block(path, first, last.count(b"\n"), last)

@@ -570,7 +570,7 @@ def read_manifest(folder: Path, args: argparse.Namespace) -> tuple[dict, Path]:
     try:
         manifest = {} if args.no_manifest else read_json(folder / "manifest.json")
         tokenizer = args.tokenizer or args.root / "tokenizers" / str(manifest["tokenizer"])
-        if manifest and not (isinstance(manifest.get("tokenizer_sha256"), str)
+        if not args.no_manifest and not (isinstance(manifest.get("tokenizer_sha256"), str)
                              and all(is_split(manifest.get(split), "documents") for split in ("val", "train"))):
             raise ValueError("not of the form that prepare.py writes")
     except (OSError, ValueError) as error:

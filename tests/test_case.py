@@ -1,10 +1,13 @@
 """Case marks: lossless over all of Unicode, bytes of the original in each token, datasets with a sidecar from end to end."""
 
+import contextlib
 import functools
+import io
 import json
 import os
 import re
 import signal
+import tempfile
 from pathlib import Path
 
 import case
@@ -228,6 +231,62 @@ def test_verify_refuses_a_sidecar_of_something_else(made, tmp_path, damage, opti
     with pytest.raises(t.InputError) as caught:
         prepare.main(["--root", str(tmp_path), "verify", "v1", "--tokenizer", str(made / "tokenizers" / "v1.model"), *map(str, options)])
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+RARE = ["e\u0301", "\u0327\u0301", "\U0001f468\u200d\U0001f469\u200d\U0001f467", "\U0001f1e9\U0001f1ea", "\u0130", "\u1e9e", "\ufb03", "\ufdfa", "\u3300", "\u33a5",
+        "\uff76\uff9e", "\uff21", "\uff01", "\u00bd", "\u2126", "\u1100\u1161\u11a8", "\u0e33", "\u0f71\u0f72", "\U0001d400", "\ufe0f", "\u200d", "\u200b", "\u00ad",
+        "\r", "\r\n", "\t", "\u00a0", "   ", "\n\n", "\x01", "\x85", "\u2028", "\ufeff", "\ufffd", "\u2581", *case.MARKS, "A", "NASA", "The", "iPhone", " ", "."]
+
+
+def split_of(root, model, texts, val=None):
+    """The arguments of `verify` for a validation split of texts, as `tokenize` writes it, and the file of its text."""
+    folder, docs = root / "datasets" / "mine", root / "docs.jsonl"
+    folder.mkdir(parents=True)
+    write_json_lines(docs, texts)
+    shards = prepare.Shards(folder, "val", {}, sidecar=encode.layout_of(model) is not None)
+    for tokens in [encoded(model, *texts)] if val is None else [val]:
+        shards.add(tokens, len(texts), len(texts))
+    prepare.write_manifest(folder, model, dict(val=shards.finish(), train=dict(documents=0, tokens=0, files=[])))
+    return ["--root", str(root), "verify", "mine", "--tokenizer", str(model)], docs
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@given(texts=st.lists(st.lists(st.sampled_from(RARE), max_size=30).map("".join) | st.text(max_size=30), min_size=1, max_size=4))
+@example(texts=["\ufdfa" * 40])
+@example(texts=["\uff76\uff9e" * 40, "\u00bd \u3300"])
+@settings(max_examples=60, deadline=None)
+def test_verify_accepts_the_sidecar_of_any_text(models, layout, texts):
+    """With the text in silence; without it, too, as the manifest has its hash, with a warning where it differs much."""
+    with tempfile.TemporaryDirectory() as root, contextlib.redirect_stderr(io.StringIO()) as told:
+        verify, docs = split_of(Path(root), models[layout], texts)
+        prepare.main([*verify, "--text", str(docs)])
+        assert not told.getvalue()
+        prepare.main(verify)
+        assert re.fullmatch("(WARNING: .* counts of the sidecar are not those of the decoded text.* --text FILE\n)?", told.getvalue())
+
+
+def test_strange_counts_are_a_warning_with_a_manifest_and_an_error_without(models, tmp_path, capsys):
+    verify, docs = split_of(tmp_path, models["v1"], ["\ufb01 \u00bd" * 20])
+    prepare.main(verify)
+    assert capsys.readouterr().err.startswith(f"WARNING: {tmp_path}/datasets/mine: 80 of ")
+    with pytest.raises(t.InputError, match="80 of [0-9]+ counts of the sidecar .* prove them with --text FILE"):
+        prepare.main([*verify, "--no-manifest"])
+    (tmp_path / "datasets" / "mine" / "fineweb_train_000000.bin").write_bytes((tmp_path / "datasets" / "mine" / "fineweb_val_000000.bin").read_bytes())
+    with pytest.raises(t.InputError, match="1 documents are in both splits"):
+        prepare.main([*verify, "--no-manifest", "--text", str(docs)])  # its counts are proved: the next check speaks
+
+
+@pytest.mark.parametrize("share", [0.005, 0.05, 0.199])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_verify_with_the_text_refuses_a_sidecar_that_is_inflated(models, documents, layout, share, tmp_path):
+    """Its manifest lists the forged file, and only its space tokens count more, as if white space had been there."""
+    tokens, counts = encoded(models[layout], documents[0])
+    spaces = np.flatnonzero(["\u2581" in encode.processor(models[layout]).id_to_piece(int(token)) for token in tokens])
+    forged = counts.copy()
+    forged[spaces[: int(share * counts.sum())]] += 1
+    verify, docs = split_of(tmp_path, models[layout], documents[:1], np.stack([tokens, forged]))
+    with pytest.raises(t.InputError, match=f"token [0-9]+ counts {counts[spaces[0]] + 1} bytes instead of {counts[spaces[0]]}$"):
+        prepare.main([*verify, "--text", str(docs)])
 
 
 def test_the_command_line_tells_a_changed_count_in_one_line(made, tmp_path):
