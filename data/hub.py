@@ -133,7 +133,7 @@ class Hub:
                 if not self.is_at(name, part):
                     raise InputError(f"{name} came with another size or hash than the hub lists; repeat the command")
                 if path.suffix == ".bin":
-                    train_gpt.read_shard(part)
+                    train_gpt.shard_length(part)
             except InputError:
                 part.unlink()
                 raise

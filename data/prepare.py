@@ -72,6 +72,7 @@ SHARD_TOKENS = 100_000_000
 TOKEN_BLOCK = 1 << 22  # tokens that `verify` holds at a time
 DECODED_DOCUMENTS = 50_000  # of each split, whose text `verify` decodes: all of the contest's validation split
 STRANGE = 0.01  # share of a sidecar's counts that may differ from the decoded text's, white space apart; 0.00005 in English
+EXCESS = 0.01  # share of the pieces' bytes by which train_gpt.target_bytes lets a sidecar differ
 MAX_WORKERS = 1024
 CONTEST_VAL_DOCS = 50_000
 # The validation split of each export in the logs of the records: targets in whole rows of 2,048, bytes a target.
@@ -107,12 +108,8 @@ def is_split(entry: Any, *numbers: str) -> bool:
 def check_written(folder: Path, files: list[dict]) -> None:
     """The finished shards of an earlier run are there, each of its size."""
     for file in files:
-        try:
-            size = len(train_gpt.read_shard(folder / file["name"]))
-        except OSError:
-            size = 0
-        if size != file["tokens"]:
-            raise InputError(f"{folder / file['name']} has {size} tokens, progress.json says {file['tokens']}; remove "
+        if train_gpt.shard_length(folder / file["name"]) != file["tokens"]:
+            raise InputError(f"{folder / file['name']} has not the {file['tokens']} tokens that progress.json says; remove "
                              f"{folder} and repeat the command")
 
 
@@ -231,6 +228,7 @@ def build(folder: Path, model: Path, sources: dict[str, Iterator[Block]], worker
                 raise InputError(f"no document is left for the {split} split; choose another --val-docs")
             if split == "val":
                 paths = [folder / file["name"] for file in splits["val"]["files"]]
+                warn_of_excess(folder, model)
                 seen = {digest(d.tobytes()) for block in document_blocks(paths, 65536) for d in documents_of(block)}
     if dropped := shards.counts["read"] - splits["train"]["documents"]:
         print(f"{dropped} training documents are also in the validation split and were left out", file=sys.stderr)
@@ -253,13 +251,19 @@ def memory(workers: int) -> str:
     return f"peak memory {own:.0f} MiB and at most {child:.0f} MiB in each of {workers} processes"
 
 
+def shard_blocks(path: Path) -> Iterator[np.ndarray]:
+    """The tokens of a shard, TOKEN_BLOCK at a time."""
+    size = train_gpt.shard_length(path)
+    for at in range(0, size, TOKEN_BLOCK):
+        yield train_gpt.read_shard(path, at, min(TOKEN_BLOCK, size - at))
+
+
 def document_blocks(paths: Iterable[Path], vocab_size: int) -> Iterator[np.ndarray]:
     """The tokens of shards in blocks of whole documents; each begins with BOS."""
     rest = np.empty(0, "<u2")
     for path in paths:
-        shard = train_gpt.read_shard(path)
-        for at in range(0, len(shard), TOKEN_BLOCK):
-            rest = np.concatenate([rest, train_gpt.check_tokens(shard[at : at + TOKEN_BLOCK], vocab_size, path)])
+        for block in shard_blocks(path):
+            rest = np.concatenate([rest, train_gpt.check_tokens(block, vocab_size, path)])
             if rest[0] != train_gpt.BOS:
                 raise InputError(f"{path} does not begin with a document")
             if last := int(np.flatnonzero(rest == train_gpt.BOS)[-1]):
@@ -307,8 +311,11 @@ def unfinished(folder: Path, plan: dict | None) -> Iterator[tuple[Path, dict]]:
             if plan and "val" in progress:
                 raise InputError(f"{partial} holds shards of other inputs or options; repeat that command or remove it")
             progress = dict(plan=plan)
-            for stale in partial.iterdir():
-                stale.unlink()
+            stale = partial.iterdir()
+        else:
+            stale = partial.glob("*.part")  # of a process that was killed while it wrote
+        for path in stale:
+            path.unlink()
         try:
             yield partial, progress
         except InputError:
@@ -358,12 +365,27 @@ def check_files(cfg: train_gpt.Config, split: str, expected: dict) -> None:
         if [p.name for p in found[kind]] != [f["name"] for f in files]:
             raise InputError(f"{cfg.data_path}: the {split} {what} are not those of the manifest")
         for path, file in zip(found[kind], files):
-            if len(train_gpt.read_shard(path)) != file["tokens"] or file_hash(path) != file["sha256"]:
+            if train_gpt.shard_length(path) != file["tokens"] or file_hash(path) != file["sha256"]:
                 raise InputError(f"{path} is not the file of the manifest")
 
 
 def sidecars(cfg: train_gpt.Config, split: str) -> list[Path]:
     return sorted(Path(cfg.data_path).glob(f"fineweb_{split}_bytes_*.bin"))
+
+
+def warn_of_excess(folder: Path, model: Path) -> None:
+    """Warn where the sidecars of a folder differ from the bytes of the pieces by more than train_gpt.py accepts."""
+    paths = sorted(folder.glob("fineweb_val_bytes_*.bin"))
+    if not paths or layout_of(model) is None:
+        return
+    sizes, cfg = case.piece_bytes(processor(model)), train_gpt.Config(data_path=str(folder))
+    counted = sum(int(block.sum(dtype=np.int64)) for path in paths for block in shard_blocks(path))
+    shards = train_gpt.find_shards(cfg, "val")
+    tokens = sum(np.bincount(block, minlength=len(sizes)) for path in shards for block in shard_blocks(path))
+    if abs(counted - (pieces := int(tokens @ sizes))) > EXCESS * pieces:
+        print(f"WARNING: {folder}: the sidecar counts {counted} bytes, the pieces have {pieces}: train_gpt.py refuses a "
+              f"difference of over {EXCESS:.0%}. It comes from runs of white space, which the tokenizer joins; join them "
+              "in the text before `tokenize`", file=sys.stderr)
 
 
 def read_sidecar(cfg: train_gpt.Config) -> np.ndarray:
@@ -375,7 +397,7 @@ def read_sidecar(cfg: train_gpt.Config) -> np.ndarray:
             raise InputError(f"{path} is missing: {cfg.tokenizer_path} is a case tokenizer, whose validation split is "
                              "scored by the bytes of the original text")
         counts.append(train_gpt.read_shard(path))
-        if (size := len(train_gpt.read_shard(shard))) != len(counts[-1]):
+        if (size := train_gpt.shard_length(shard)) != len(counts[-1]):
             raise InputError(f"{path} has {len(counts[-1])} counts, but {shard.name} {size} tokens")
     if len(sidecars(cfg, "val")) > len(shards):
         raise InputError(f"{cfg.data_path}: {len(sidecars(cfg, 'val'))} sidecars, but {len(shards)} validation shards")
@@ -596,6 +618,7 @@ def verify(args: argparse.Namespace) -> None:
     check_contest(args.name, val)
     if args.text:
         check_text(cfg, args.text)
+    warn_of_excess(folder, tokenizer)
     if not manifest or manifest["train"]["files"]:
         both = check_split(cfg, "train", manifest.get("train"), val.digests, False).digests
         if both:
