@@ -400,7 +400,8 @@ def forged_shards(name: str, tokens: np.ndarray):
         yield f"{name}: {what}", refuse, partial(put, name=name, data=blob)
     for what, place in PLACES.items():
         yield f"{name}: {what}", True, partial(replaced, name, place)
-        yield f"one more, {name[:-10]}9.bin: {what}", what != "nothing", partial(replaced, f"{name[:-10]}9.bin", place)
+        if what != "nothing":
+            yield f"one more, {name[:-10]}9.bin: {what}", True, partial(replaced, f"{name[:-10]}9.bin", place)
     for odd in ("\x1b[2J", "\n", "\u202e", " "):
         yield f"one more, damaged, of the name {odd!r}", True, partial(put, name=f"{name[:-10]}{odd}.bin", data=b"")
 
