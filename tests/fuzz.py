@@ -56,7 +56,7 @@ class Trial(NamedTuple):
 
 
 class End(NamedTuple):
-    """How a forked process ended: wait status, CPU seconds, peak of the resident bytes that it added, output, whether it ran too long."""
+    """How a fork ended: wait status, CPU seconds, highest resident bytes less its parent's at the fork, output, whether it ran too long."""
 
     status: int
     seconds: float
@@ -75,7 +75,7 @@ def resident(pid: int) -> int:
 
 
 def forked(function, folder: Path, most: float = math.inf) -> End:
-    """Call `function` in a fork of this process. It is killed when it adds `most` bytes, or after WALL_SECONDS."""
+    """Call `function` in a fork of this process. It is killed when it has `most` bytes more, or after WALL_SECONDS."""
     sys.stdout.flush()
     sys.stderr.flush()
     before = resident(os.getpid())
