@@ -99,15 +99,19 @@ def grown(base: Base, **settings) -> bytes:
     """A model of other settings whose weights are all zero, in an artifact whose tensors fit them: kilobytes for any size."""
     with torch.device("meta"):
         shapes = {name: list(p.shape) for name, p in t.GPT(t.Config.from_env(base.header["settings"] | settings)).named_parameters()}
-    listed, raw = [], []
-    for name, dtype, shape in base.header["tensors"]:
-        if owner := next((p for p in sorted(shapes, key=len, reverse=True) if name.startswith(p)), None):
-            end, whole = name.removeprefix(owner), shapes[owner]
-            shape = whole if end in ("", ".codes") else whole[:1] if end in (".steps", ".codes.rows") else whole[1:]
-        if name in FREE:
-            shape = list(FREE[name].shape)
-        listed.append([name, dtype, shape])
-        raw.append(planes(FREE[name]) if name in FREE else bytes(math.prod(shape) * np.dtype(dtype).itemsize))
+    listed = [[name, str(array.dtype), list(array.shape)] for name, array in FREE.items()] if base.compressor == "rans" else []
+    raw = [planes(array) for array in FREE.values()] if listed else []
+    for name, shape in shapes.items():
+        if len(shape) != 2:
+            new = [[name, "float32", shape]]
+        elif base.compressor == "rans":
+            new = [[f"{name}.codes.rows", "uint8", shape[:1]], [f"{name}.codes.columns", "uint8", shape[1:]]]
+        else:
+            new = [[f"{name}.codes", "int8", shape]]
+        if len(shape) == 2:
+            new += [[f"{name}.steps", "float16", shape[:1]], [f"{name}.columns", "float16", shape[1:]]]
+        listed += new
+        raw += [bytes(math.prod(shape) * np.dtype(dtype).itemsize) for _, dtype, shape in new]
     return artifact(base, text_of(base, {("tensors",): json.dumps(listed)}, settings), raw)
 
 
@@ -223,6 +227,21 @@ EXTREMES = [
     dict(DTYPE="bf16"), dict(VARIANT="frontier"), dict(OUTPUT_DIR="/tmp"), dict(AUDIT="x.npz"), dict(EVAL_ONLY="0"), dict(VAL_MAX_TOKENS=5)]
 
 
+# Models of few weights that are large in what they compute, and one of many weights
+GROWN = [
+    dict(MODEL_DIM=1024), dict(MODEL_DIM=1792), dict(MODEL_DIM=8192), dict(MODEL_DIM=32, MLP_MULT=3000.0), dict(MODEL_DIM=32, BIGRAM_VOCAB_SIZE=4_000_000),
+    dict(MODEL_DIM=32, BIGRAM_DIM=500_000), dict(MODEL_DIM=32, VE_DIM=100_000), dict(MODEL_DIM=32, EVAL_SEQ_LEN=2048, DOCUMENT_ATTENTION=1),
+    dict(MODEL_DIM=32, NUM_LAYERS=400, NUM_LOOPS=16, LOOP_START=0, LOOP_END=399), dict(MODEL_DIM=32, EVAL_SEQ_LEN=16384, EVAL_STRIDE=1),
+    dict(MODEL_DIM=320, TTT_LORA_RANK=320, TTT_SCOPE="document", TTT_BATCH_SEQS=1024, TTT_CHUNK_TOKENS=16, TTT_PARAMS="*", TTT_GRAD_CLIP=0, TTT_EPOCHS=1),
+    dict(MODEL_DIM=32, MLP_MULT=400.0, EVAL_SEQ_LEN=2048, TTT_CHUNK_TOKENS=65536), dict(MODEL_DIM=32, MLP_MULT=400.0, TTT_BATCH_SEQS=1024, TTT_CHUNK_TOKENS=65536),
+    dict(MODEL_DIM=32, EVAL_SEQ_LEN=8192, TTT_CHUNK_TOKENS=65536), dict(MODEL_DIM=320, NUM_HEADS=160, NUM_KV_HEADS=160, ROPE_DIMS=0, EVAL_SEQ_LEN=2048)]
+
+
+def padded(blob: bytes, count: int) -> bytes:
+    """The file with bytes behind its compressed part, and the right checksum."""
+    return blob[:8] + hashlib.sha256(blob[40:] + bytes(count)).digest() + blob[40:] + bytes(count)
+
+
 def forgeries(bases: dict, rng: Random) -> list:
     """All of them. Some settings, names and values are drawn by `rng`."""
     rans, plain = bases["rans"], bases["zstd"]
@@ -296,9 +315,12 @@ def forged_sizes(rans: Base, plain: Base, squeezed: Base):
     for rows, columns in ((11585, 11585), (2**13, 2**14), (2**27, 1), (1, 2**27), (2**16, 2**16), (2**20, 2**20), (0, 2**27)):
         classes = {f"{owner}.rows": np.zeros(rows, np.uint8), f"{owner}.columns": np.zeros(columns, np.uint8)}
         yield "sizes", f"entropy-coded zeros {rows} x {columns}", True, partial(with_arrays, rans, FREE | classes)
-    for option in ("MODEL_DIM=1024", "MODEL_DIM=1792", "MODEL_DIM=8192", "MLP_MULT=3000.0", "BIGRAM_VOCAB_SIZE=4000000", "BIGRAM_DIM=500000", "VE_DIM=100000"):
+    for settings in GROWN:
         for name, base in (("rans", rans), ("zstd", plain), ("brotli", squeezed)):
-            yield "sizes", f"{name}, weights of zero for {option}", False, partial(grown, base, **dict([option.split("=")]))
+            changes = {option: str(value) for option, value in settings.items()}
+            yield "sizes", f"{name}, weights of zero, {changes}", False, partial(grown, base, **changes)
+            behind = partial(lambda base, changes: padded(grown(base, **changes), 12_000_000), base, changes)
+            yield "sizes", f"{name}, 12 MB behind weights of zero, {changes}", False, behind
     empty = "".join(f', ["e{i}", "int8", [0]]' for i in range(2_000_000))
     gigabyte = [bytes(2**20)] * 2**10
     for name, base in (("rans", rans), ("zstd", plain), ("brotli", squeezed)):
