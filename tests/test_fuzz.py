@@ -17,7 +17,7 @@ from tests import fuzz
 
 RESULT = 'final val_loss:1.0 val_bpb:2.0\nRESULT {"targets": 64, "eval_seconds": 1.0}\n'
 LINE = "train_gpt.py: artifact x.ptz: it is cut\n"
-TRIAL = fuzz.Trial("kind", "name", dict(ARTIFACT="x"), partial(print))
+TRIAL = fuzz.Trial("artifacts", "name", dict(ARTIFACT="x"), partial(print))
 EXIT_1 = 256
 
 
