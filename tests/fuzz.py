@@ -156,7 +156,7 @@ class Place:
 
     def __init__(self, root: Path):
         self.root, self.trial, self.peak = root, root / "trial", 0
-        documents = [topics[name] for name in sorted(topics)][:40]
+        documents = [" ".join(topics[name].split()) for name in sorted(topics)][:40]  # no white space that a tokenizer joins, so exact sidecars
         prepare.train_tokenizer(documents, 384, root / "tiny.model")
         encode.train_tokenizer(documents, 400, root / "case.model", "v1")
         short = [f"{number}." for number in range(1000)]  # many documents at once are many adapters at once
