@@ -97,8 +97,12 @@ def with_arrays(base: Base, arrays: dict, entries: dict | None = None, settings:
 
 def grown(base: Base, **settings) -> bytes:
     """A model of other settings whose weights are all zero, in an artifact whose tensors fit them: kilobytes for any size."""
+    try:
+        cfg = t.Config.from_env(base.header["settings"] | settings)
+    except t.InputError:  # no model has these settings
+        return artifact(base, text_of(base, {}, settings))
     with torch.device("meta"):
-        shapes = {name: list(p.shape) for name, p in t.GPT(t.Config.from_env(base.header["settings"] | settings)).named_parameters()}
+        shapes = {name: list(p.shape) for name, p in t.GPT(cfg).named_parameters()}
     listed = [[name, str(array.dtype), list(array.shape)] for name, array in FREE.items()] if base.compressor == "rans" else []
     raw = [planes(array) for array in FREE.values()] if listed else []
     for name, shape in shapes.items():
