@@ -2656,6 +2656,7 @@ class Artifact(NamedTuple):
     weights: dict  # fp32
     looped: bool
     sha256: str
+    size: int  # bytes
     warnings: list
 
 
@@ -2696,7 +2697,7 @@ def load_artifact(path: Path, env: Mapping, blob: bytes | None = None) -> Artifa
             raise InputError(f"its weights {bad[0]} are NaN or infinite")
         if type(header["looped"]) is not bool:
             raise InputError("its header does not say whether the model is looped")
-        return Artifact(cfg, weights, header["looped"], digest, warnings)
+        return Artifact(cfg, weights, header["looped"], digest, len(blob), warnings)
     except OSError as error:
         raise InputError(f"artifact {path} cannot be read: {error.strerror}") from None
     except (InputError, LookupError, TypeError, AttributeError) as error:
@@ -2857,8 +2858,6 @@ def train(trainer: Trainer, validate, log) -> dict:
     """
     cfg, ranks, average = trainer.cfg, trainer.ranks, trainer.average
     (first_step,) = ranks.maximum(trainer.warm_up(log))
-    if cfg.warmup_steps > 1:  # else the time of a step is unknown
-        log.warn(*schedule_warnings(first_step, cfg))
     on_signals(trainer.note_signal)
     pending = None  # the latest step: how many there were, when it was given to the device, its loss
     clock = Clock(ranks.device, first_step)
@@ -2871,6 +2870,9 @@ def train(trainer: Trainer, validate, log) -> dict:
         if step and out_of_time(elapsed, step_seconds, cfg):
             log(f"stopping_early: wallclock_cap {timing(step, elapsed)} step:{step}/{cfg.iterations}")
             break
+        if step == (0 if first_step else 10):  # when the time of a step is known
+            with clock.paused():
+                log.warn(*schedule_warnings(step_seconds, cfg))
         if due(step, cfg.val_loss_every):
             trainer.batches.settle()
             with clock.paused():
@@ -3330,7 +3332,7 @@ def evaluations(scorer: Scorer, model: GPT, looped: bool) -> dict:
 
 def run_evaluation(artifact: Artifact, begin: float, ranks, log) -> dict:
     """Score an artifact, all that it knows of the training: plain, sliding, then adapting. It began at `begin`."""
-    cfg, weights, looped, sha256, warnings = artifact
+    cfg, weights, looped, sha256, _, warnings = artifact
     model, scores = load_model(cfg, weights, ranks), {}
     scorer = Scorer(read_validation(cfg), cfg, ranks, log)
     passes, attention = evaluations(scorer, model, looped), choose_attention(cfg, ranks)
@@ -3378,9 +3380,9 @@ def describe(cfg) -> str:
     )
 
 
-def report(scores: dict, path: Path) -> str:
+def report(scores: dict, model: int) -> str:
     """The closing table: stage, loss in nats per token, bits per byte, bytes of code + model, seconds."""
-    code, model = Path(__file__).stat().st_size, path.stat().st_size
+    code = Path(__file__).stat().st_size
     head = f"{'stage':28s} {'val_loss':>9s} {'val_bpb':>9s} {'bytes':>11s} {'seconds':>9s}"
     rows = [
         f"{n:28s} {s.loss:9.4f} {s.bpb:9.4f} {'-' if n in ('raw', 'averaged') else code + model:>11} {s.seconds:9.1f}"
@@ -3437,7 +3439,7 @@ def main(argv: list, env: Mapping):
             log.check({log.path: 2**20} | ({Path(cfg.audit): 24 * len(scorer.bytes)} if cfg.audit else {}))
             log.header(cfg, ranks, env)
         scores |= run_evaluation(artifact, begin, ranks, log)
-        log(report(scores, cfg.artifact_path), scores={stage: score._asdict() for stage, score in scores.items()})
+        log(report(scores, artifact.size), scores={stage: score._asdict() for stage, score in scores.items()})
         log(f"log:{log.path} artifact:{cfg.artifact_path}")
         log(f"RESULT {json.dumps(log.facts)}")
 

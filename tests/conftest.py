@@ -115,7 +115,7 @@ def as_claimed(header, file_bytes):
     for name, dtype, shape in header["tensors"]:
         if dtype not in WIRE_TYPES or not all(type(n) is int and n >= 0 for n in shape) or math.prod(shape) > 2**26:
             raise t.InputError(f"tensor {name}")
-        layouts[name] = (dtype,), (0, 2**26) if name == "rans.words" else tuple(shape)
+        layouts[name] = dtype, (2**26,) if name == "rans.words" else tuple(shape)
     return layouts
 
 
