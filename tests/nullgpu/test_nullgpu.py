@@ -92,31 +92,48 @@ def test_a_kernel_of_attention_trains_and_scores(tmp_path, row, name, modules, k
     assert run.text.count(f"attention:{kernel} ") == 2 and ("WARNING: attention by" in run.text) == missing
 
 
-@pytest.mark.parametrize("row", ["pr1127"])  # with a scale and a bias after the square
-def test_the_kernels_of_the_mlp_and_the_loss_train_and_score(tmp_path, row):
-    shallow = dict(NUM_LAYERS="2", XSA_LAST_N="1", VE_LAYERS="", ITERATIONS="4", QUANTIZER="gptq", KERNELS="all")
-    short = dict(EVAL_STRIDE="2048", VAL_MAX_TOKENS="70000")
-    run = suite.Run(tmp_path / "run", settings(row, tmp_path) | shallow | short)
-    assert run.complaints() == [] and "KERNELS=all" in run.text
+def under_the_null_gpu(code, *args):
+    """What Python code prints, run with this environment's torch on the null GPU."""
+    env = os.environ | nullgpu.environment(sys.executable) | {"PYTHONPATH": str(suite.HERE.parent.parent)}
+    done = subprocess.run([sys.executable, "-c", code, *map(str, args)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
-def test_the_kernels_spill_no_register():
-    """The MLP's of the script's own tile, on Hopper's instructions, for either activation; the loss's of the contest's vocabularies."""
+def test_the_mlp_kernel_trains(tmp_path):
+    """The trainers of `tools.bench.mlp --time`: a compiled step launches the kernel once a block and pass, or never."""
     code = """
+import sys, torch
+from dataclasses import replace
+from pathlib import Path
+from tools.bench import bench, mlp
+folder, device, launches, jitted = Path(sys.argv[1]), torch.device("cuda"), [], mlp.jitted
+cfg = bench.row_config("pr1127", {}, folder, 1)  # with a scale and a bias after the square
+cfg = replace(cfg, num_layers=2, xsa_last_n=1, ve_layers=(), data_path=str(folder / "tokens"))
+bench.write_tokens(folder / "tokens", cfg.vocab_size)
+mlp.check(cfg, device)
+mlp.jitted = lambda: launches.append(1) or jitted()
+for name, trainer in mlp.trainers(cfg, device).items():
+    step = bench.driven(trainer)
+    step()
+    launches.clear()
+    step()
+    print(name, len(launches))
+"""
+    assert under_the_null_gpu(code, tmp_path).split() == ["off", "0", "on", "4"]
+
+
+def test_the_mlp_kernel_spills_no_register():
+    """With the tile that a GPU uses, on Hopper's instructions, for either activation."""
+    under_the_null_gpu("""
 from dataclasses import replace
 import train_gpt as t
 from tools.bench import mlp
 for cfg in (t.Config(), t.Config(activation="silu"), replace(t.Config(), mlp_mult=4.0)):
     for backward in (False, True):
-        found = mlp.built(cfg, tuple(t.MLP_TILE.values()), backward)
+        found = mlp.built(cfg, mlp.TILE, backward)
         assert found.fits, found
-for vocabulary in (1024, 8192, 16384):
-    found = mlp.built_loss(vocabulary)
-    assert not found.spilled and found.shared <= mlp.SHARED, found
-"""
-    env = os.environ | nullgpu.environment(sys.executable) | {"PYTHONPATH": str(suite.HERE.parent.parent)}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+""")
 
 
 COUNTS = """
