@@ -618,11 +618,15 @@ def test_two_seeds_are_no_record(write, texts, tmp_path):
 def test_the_settings_must_be_the_scripts(write, texts, tmp_path):
     """What all logs say alike, but their script does not know."""
     script = tmp_path / "script.py"
-    script.write_text("import os, sys\nif 'TUND_LR' in os.environ: sys.exit('script.py: TUND_LR is not an option')\nprint('VARIANT=smoke')\n")
+    script.write_text("import os, sys\nif 'TUND_LR' in os.environ: sys.exit('script.py: TUND_LR is not an option')\nprint('VARIANT=smoke')\nprint('junk')\n")
     texts = [forged(text, source_sha256=hashlib.sha256(script.read_bytes()).hexdigest()) for text in texts]
     for override, words in (("TUNED_LR", f"TUNED_LR is no option of {script}"), ("TUND_LR", f"{script} does not take these settings: script.py: TUND_LR is")):
         paths = write([forged(text, overrides={"VARIANT": "smoke", override: "1"}) for text in texts])
         assert refusal(paths, tmp_path, "--script", str(script)).startswith(f"{paths[0]}:4: {words}")
+    for printed, words in (("VARIANT=smoke", "has no option TTT_EPOCHS"), ("VARIANT=smoke\\nTTT_EPOCHS=few", "has TTT_EPOCHS=few, which is not a number")):
+        script.write_text(f"print('{printed}')\n")
+        told = dict(source_sha256=hashlib.sha256(script.read_bytes()).hexdigest(), overrides={"VARIANT": "smoke"})
+        assert words in refusal(write([forged(text, **told) for text in texts]), tmp_path, "--script", str(script))
 
 
 @pytest.mark.parametrize("changes, words", [
@@ -723,7 +727,7 @@ def last(**changed):
 
 
 def setting(**changed):
-    return lambda it: dataclasses.replace(it, settings=it.settings | changed)
+    return lambda it: dataclasses.replace(it, settings=source.Settings(it.settings | changed))
 
 
 def without_ttt(it):
@@ -866,7 +870,7 @@ def test_the_page_says_why_an_artifact_was_not_scored_again(write, texts, folder
         monkeypatch.setenv(where, str(tmp_path / "none"))
     path = command.main([str(write(texts)[0]), *ARGS, "--out", str(tmp_path / "out"), "--non-record", "--artifacts", str(models(folder)[0]),
                          *["--no-rescore"] * (not where)])
-    reason = f"no {where}={tmp_path / 'none'} here" if where else why
+    reason = f"no {where}=/path/to/none here" if where else why
     assert f"| as in the log | no: {reason} | - | - |" in (path / "README.md").read_text() and len(scripts) == count
     assert json.loads((path / "submission.json").read_text())["artifacts_checked"]["1"]["val_bpb_again"] is None
 
