@@ -6,6 +6,7 @@ or by a few times the size of a document that is larger.
 
 from __future__ import annotations
 
+import codecs
 import functools
 import hashlib
 import io
@@ -24,9 +25,13 @@ import train_gpt  # the shard format is the training script's
 from train_gpt import InputError
 
 TEXT_BLOCK = 1 << 19  # bytes of JSON lines that one worker encodes at a time
+WANTED = 'the input must be JSON lines, plain or zstd: each line an object {"text": "..."}'
+LONGEST_LINE = 1 << 28  # bytes of one JSON line: bounds the memory that a small zstd file can ask for
 PART = 1 << 18  # characters of a document that SentencePiece, which takes about 45 bytes for each, sees at a time
 LONGEST_PART = 1 << 23  # of one that has no place to be cut at
 CUT = re.compile(r"""(?<=[\w.,;:!?)"'。、，！？」])[ \n]""")  # after what normalization leaves, and not as a space
+MAX_PIECES = 65536  # ids of a shard are uint16
+BYTE_PIECES = {f"<0x{i:02X}>" for i in range(256)}
 CONTEST_TRAINER = dict(
     model_type="bpe", character_coverage=0.999, byte_fallback=True, split_digits=True, add_dummy_prefix=False,
     normalization_rule_name="nmt_nfkc", pad_id=0, bos_id=1, eos_id=2, unk_id=3, hard_vocab_limit=False)
@@ -49,23 +54,43 @@ class Block(NamedTuple):
     def texts(self) -> Iterator[str]:
         """The `text` of each line. Raises InputError that names the line."""
         for number, line in enumerate(self.data.split(b"\n")[:-1], self.first):
-            if not line.strip():
-                raise InputError(f"{self.path}, line {number} is empty; take it out: every line is a document, "
-                                 '{"text": ...}')
             try:
-                text = json.loads(str(line, "utf-8"))["text"]
-                text.encode()  # a lone surrogate is no text
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise InputError(f'{self.path}, line {number}: not a JSON object with a "text" of Unicode') from None
-            yield text
+                yield text_of(line.removeprefix(codecs.BOM_UTF8))
+            except ValueError as error:
+                raise InputError(f"{self.path}, line {number} {error}; {WANTED}") from None
+
+
+def text_of(line: bytes) -> str:
+    """The `text` of one JSON line. Raises ValueError that says what is wrong with the line."""
+    if not line.strip():
+        raise ValueError("is empty")
+    try:
+        found = json.loads(str(line, "utf-8"), parse_int=float)  # Python refuses integers of more than 4,300 digits
+    except UnicodeDecodeError:
+        raise ValueError("is not UTF-8") from None
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    except ValueError:
+        raise ValueError("is not JSON") from None
+    if not isinstance(found, dict):
+        raise ValueError("is not a JSON object")
+    if not isinstance(text := found.get("text"), str):
+        raise ValueError('has no string "text"')
+    if re.search("[\ud800-\udfff]", text):
+        raise ValueError('has a lone surrogate in its "text"')
+    return text
 
 
 def unpacked(path: Path) -> Iterator[bytes]:
-    """The bytes of a file, unpacked if its name ends in .zst. Raises InputError where the last frame is cut."""
+    """The bytes of a file, decompressed if it is zstd. Raises InputError where the last frame is truncated."""
     frame = None
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is not a regular file (a folder or a pipe); give a file of JSON lines, plain or zstd")
     with open(path, "rb") as file:
+        is_zstd = path.suffix == ".zst" or file.read(4) == zstandard.FRAME_HEADER
+        file.seek(0)
         while chunk := file.read(1 << 14):  # zstd can pack text 30,000 times: this bounds what comes out at once
-            while chunk and path.suffix == ".zst":
+            while chunk and is_zstd:
                 frame = frame or zstandard.ZstdDecompressor().decompressobj()
                 yield frame.decompress(chunk)
                 chunk, frame = frame.unused_data, None if frame.eof else frame
@@ -78,6 +103,8 @@ def blocks_of(path: Path) -> Iterator[Block]:
     """The lines of one file in blocks; a last line without its end gets one."""
     waiting, size, first = [], 0, 1
     for chunk in unpacked(path):
+        if not size and first == 1 and chunk.removeprefix(codecs.BOM_UTF8)[:1] not in b"{ \t\r\n":
+            raise InputError(f"{path}, line 1 does not begin with a JSON object; {WANTED}")
         waiting.append(chunk)
         size += len(chunk)
         if size >= TEXT_BLOCK and b"\n" in chunk:
@@ -85,6 +112,9 @@ def blocks_of(path: Path) -> Iterator[Block]:
             block = Block(path, first, whole.count(b"\n") + 1, whole + b"\n")
             waiting, size, first = [rest], len(rest), first + block.lines
             yield block
+        elif size > LONGEST_LINE:
+            line = first + b"".join(waiting).count(b"\n")
+            raise InputError(f"{path}, line {line} has more than {LONGEST_LINE:,} bytes; split the document")
     if last := b"".join(waiting):
         last = last if last.endswith(b"\n") else last + b"\n"
         yield Block(path, first, last.count(b"\n"), last)
@@ -96,7 +126,8 @@ def read_blocks(paths: Iterable[Path]) -> Iterator[Block]:
         try:
             yield from blocks_of(path)
         except (OSError, zstandard.ZstdError) as error:
-            raise InputError(f"cannot read {path}: {error}") from None
+            why = error.strerror if isinstance(error, OSError) else f"not zstd, or damaged ({error})"
+            raise InputError(f"cannot read {path}: {why}") from None
 
 
 def json_blocks(texts: Iterable[str]) -> Iterator[Block]:
@@ -121,14 +152,19 @@ def lines_between(blocks: Iterator[Block], start: int, stop: float = float("inf"
 
 @functools.cache
 def processor(model: Path) -> sentencepiece.SentencePieceProcessor:
-    """The tokenizer at `model`, loaded once a process."""
+    """The tokenizer at `model`, loaded once a process. Raises InputError where it is damaged or unfit for shards."""
+    sentencepiece.set_min_log_level(3)  # an error is told in one line
     try:
         sp = sentencepiece.SentencePieceProcessor(model_file=str(model))
-    except (RuntimeError, OSError):
-        raise InputError(f"{model} is not a SentencePiece model") from None
-    if sp.bos_id() != train_gpt.BOS or sp.vocab_size() > 65536:
-        raise InputError(f"{model} has BOS {sp.bos_id()} and {sp.vocab_size()} pieces; shards need BOS {train_gpt.BOS} "
-                         "and at most 65536 pieces")
+        pieces = [sp.id_to_piece(i) for i in range(sp.vocab_size())]
+        sp.decode(sp.encode("".join(map(chr, range(32, 0x500)))))
+    except (RuntimeError, OSError, ValueError):
+        raise InputError(f"{model} is not a SentencePiece model, or it is damaged; get it again") from None
+    if sp.bos_id() != train_gpt.BOS or len(pieces) > MAX_PIECES:
+        raise InputError(f"{model} has BOS {sp.bos_id()} and {len(pieces)} pieces; shards need BOS {train_gpt.BOS} "
+                         f"and at most {MAX_PIECES} pieces")
+    if wrong := [i for i, piece in enumerate(pieces) if sp.is_byte(i) and piece not in BYTE_PIECES]:
+        raise InputError(f"{model}: piece {wrong[0]} has the type of a byte, but not its name; get it again")
     return sp
 
 

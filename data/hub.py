@@ -47,7 +47,7 @@ class Hub:
         except ImportError:
             raise InputError("download needs huggingface_hub; pip install 'huggingface_hub>=1.0,<3'") from None
         http = [importlib.import_module(name) for name in ("httpx", "httpx2") if importlib.util.find_spec(name)]
-        self.failures = (OSError, ValueError, *(module.TransportError for module in http))
+        self.failures = (OSError, ValueError, RecursionError, *(m.TransportError for m in http), *(m.InvalidURL for m in http))
         self.name, self.folder, self.stop = f"{repo}@{revision}", folder.strip("/"), threading.Event()
         with self.told(f"folder {self.folder!r}"):
             api = library.HfApi(endpoint=endpoint)
@@ -74,11 +74,14 @@ class Hub:
                              "command goes on (--repo, --revision, --folder, --endpoint name another place)") from None
 
     def json(self, name: str) -> dict:
-        """A JSON file of the folder; {} if there is none."""
+        """The JSON object in a file of the folder; {} if there is no such file."""
         if name not in self.files:
             return {}
         with self.told(name):
-            return json.loads(self.source.cat_file(f"{self.prefix}/{self.files[name].path}"))
+            found = json.loads(self.source.cat_file(f"{self.prefix}/{self.files[name].path}"))
+            if not isinstance(found, dict):
+                raise ValueError("it is not a JSON object")
+            return found
 
     def is_at(self, name: str, path: Path) -> bool:
         """Whether `path` has the size and the hash that the hub lists: sha256 of a large file, git's of a small one."""
@@ -130,7 +133,7 @@ class Hub:
                 if not self.is_at(name, part):
                     raise InputError(f"{name} came with another size or hash than the hub lists; repeat the command")
                 if path.suffix == ".bin":
-                    train_gpt.read_shard(part)
+                    train_gpt.shard_length(part)
             except InputError:
                 part.unlink()
                 raise
@@ -151,18 +154,24 @@ class Hub:
                 bar.update(asked)
 
 
+def entries(published: dict, kind: str) -> list[dict]:
+    """The objects in a list of the contest's manifest.json; what has another form is left out."""
+    found = published.get(kind)
+    return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
+
+
 def entry_of(published: dict, dataset: str) -> dict:
     """The dataset's entry in the contest's manifest.json: `tokenizer_name` and `stats`, with counts."""
-    return next((entry for entry in published.get("datasets", []) if entry.get("name") == dataset), {})
+    return next((entry for entry in entries(published, "datasets") if entry.get("name") == dataset), {})
 
 
 def tokenizer_of(hub: Hub, variant: str, published: dict) -> str:
     """The tokenizer's name on the hub: the one that the contest's manifest names, else by the contest's rule."""
-    models = {t.get("name"): t.get("model_path") for t in published.get("tokenizers", [])}
-    named = models.get(entry_of(published, f"fineweb10B_{variant}").get("tokenizer_name"))
+    name = entry_of(published, f"fineweb10B_{variant}").get("tokenizer_name")
+    named = next((t.get("model_path") for t in entries(published, "tokenizers") if name and t.get("name") == name), None)
     number, kind = re.match(r"(?:sp(\d+))?(.*)", variant).groups()
     tokenizer = named or f"tokenizers/fineweb_{number}_bpe{kind}.model"
-    if tokenizer not in hub.files:
+    if not isinstance(tokenizer, str) or tokenizer not in hub.files:
         raise InputError(f"no {tokenizer} in folder {hub.folder!r} of dataset {hub.name}")
     return tokenizer
 
@@ -203,16 +212,18 @@ def describe(hub: Hub, paths: dict[str, Path], split: str) -> dict:
 
 def check_published(hub: Hub, published: dict, dataset: str, splits: dict[str, dict]) -> None:
     """Counts as in the contest's manifest, hashes as in a manifest that prepare.py has written, where there is one."""
-    stats, wrong = entry_of(published, dataset).get("stats", {}), []
+    stats, wrong = entry_of(published, dataset).get("stats"), []
+    stats = stats if isinstance(stats, dict) else {}
     for split, found in splits.items():
         files = stats.get(f"files_{split}")
         counts = dict(tokens=found["tokens"], docs=found["documents"], files=len(found["files"]))
         if split == "val" or files == len(found["files"]):
             wrong += [f"{kind}_{split} {n} instead of {stats[f'{kind}_{split}']}" for kind, n in counts.items()
                       if stats.get(f"{kind}_{split}", n) != n]
-        ours = hub.json(f"datasets/{dataset}/manifest.json").get(split, {})
+        ours = hub.json(f"datasets/{dataset}/manifest.json").get(split)
+        ours = ours if isinstance(ours, dict) else {}
         hashes, there = (
-            {f["name"]: f["sha256"] for kind in ("files", "sidecar") for f in has.get(kind, [])} for has in (ours, found)
+            {str(f.get("name")): f.get("sha256") for kind in ("files", "sidecar") for f in entries(has, kind)} for has in (ours, found)
         )
         wrong += [f"hash of {name}" for name, value in there.items() if hashes.get(name, value) != value]
     if wrong:

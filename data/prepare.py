@@ -1,6 +1,7 @@
 """Token shards for train_gpt.py, in the contest's format.
 
     python data/prepare.py demo                               # from text that Python itself carries; needs no network
+    python data/prepare.py smoke                              # the same for VARIANT=smoke, in seconds
     python data/prepare.py download sp1024 --train-shards 80  # the contest's published export
     python data/prepare.py tokenize docs.jsonl.zst --tokenizer data/tokenizers/fineweb_1024_bpe.model --name mine_sp1024
     python data/prepare.py tokenize docs.jsonl --vocab-size 1024 --name mine_sp1024 --val-docs 500  # trains one
@@ -29,13 +30,14 @@ import sys
 import sysconfig
 import threading
 import time
+import unicodedata
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -47,6 +49,7 @@ sys.path.insert(0, str(HERE.parent))  # where train_gpt.py is, which hub.py and 
 import case  # noqa: E402
 import hub  # noqa: E402
 from encode import (  # noqa: E402
+    MAX_PIECES,
     Block,
     Encoded,
     digest,
@@ -68,12 +71,46 @@ from train_gpt import InputError  # noqa: E402
 SHARD_TOKENS = 100_000_000
 TOKEN_BLOCK = 1 << 22  # tokens that `verify` holds at a time
 DECODED_DOCUMENTS = 50_000  # of each split, whose text `verify` decodes: all of the contest's validation split
-STRANGE = 0.01  # of a sidecar's counts may differ from the decoded text's but for white space: one in 20,000 in English
+STRANGE = 0.01  # share of a sidecar's counts that may differ from the decoded text's, white space apart; 0.00005 in English
+EXCESS = 0.01  # share of the pieces' bytes by which train_gpt.target_bytes lets a sidecar differ
+MAX_WORKERS = 1024
 CONTEST_VAL_DOCS = 50_000
 # The validation split of each export in the logs of the records: targets in whole rows of 2,048, bytes a target.
 CONTEST_VAL = dict(fineweb10B_sp1024=(62_021_632, 2.435930), fineweb10B_sp4096=(45_508_608, 3.319681),
                    fineweb10B_sp8192=(40_540_160, 3.726631),
                    fineweb10B_sp8192_lossless_caps_caseops_v1_reserved=(47_851_520, 3.157152))
+
+
+# ---------------------------------------- manifest.json and progress.json
+
+def read_json(path: Path) -> dict:
+    """A JSON object in a file. Raises ValueError with the reason where it is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(found, dict):
+        raise ValueError("not a JSON object")
+    return found
+
+
+def is_split(entry: Any, *numbers: str) -> bool:
+    """Whether `entry` describes a split: whole numbers, and files with a name, a number of tokens and a hash."""
+    def is_file(file: Any) -> bool:
+        return (isinstance(file, dict) and type(file.get("tokens")) is int
+                and isinstance(file.get("name"), str) and isinstance(file.get("sha256"), str))
+
+    return (isinstance(entry, dict) and all(type(entry.get(number)) is int and entry[number] >= 0 for number in numbers)
+            and isinstance(entry.get("files"), list) and isinstance(entry.get("sidecar", []), list)
+            and all(map(is_file, entry["files"] + entry.get("sidecar", []))))
+
+
+def check_written(folder: Path, files: list[dict]) -> None:
+    """The finished shards of an earlier run are there, each of its size."""
+    for file in files:
+        if train_gpt.shard_length(folder / file["name"]) != file["tokens"]:
+            raise InputError(f"{folder / file['name']} has not the {file['tokens']} tokens that progress.json says; remove "
+                             f"{folder} and repeat the command")
 
 
 # ---------------------------------------- dataset: ids -> shards, by many processes, and again after a kill
@@ -91,6 +128,7 @@ class Shards:
         self.kinds = dict(files=split, sidecar=f"{split}_bytes") if sidecar else dict(files=split)
         start = dict(read=0, documents=0, skip=0, done=False, **{kind: [] for kind in self.kinds})
         self.counts = dict(progress.get(split) or start)
+        check_written(folder, [file for kind in self.kinds for file in self.counts[kind]])
         self.skip, self.filled = self.counts["skip"], 0
         self.buffer = np.zeros((len(self.kinds), train_gpt.SHARD_HEADER_BYTES // 2 + SHARD_TOKENS), "<u2")
         self.room = self.buffer[:, train_gpt.SHARD_HEADER_BYTES // 2 :]
@@ -174,6 +212,7 @@ def build(folder: Path, model: Path, sources: dict[str, Iterator[Block]], worker
     """
     started, documents, text_bytes, splits, seen = time.perf_counter(), 0, 0, {}, set()
     layout = layout_of(model)  # a tokenizer that cannot be used is told before any process starts
+    byte_table(model)
     with ProcessPoolExecutor(workers, initializer=start_worker) as pool:
         pool.submit(os.getpid).result()  # processes start here, before the progress bar has a thread
         for split in ("val", "train"):
@@ -189,6 +228,7 @@ def build(folder: Path, model: Path, sources: dict[str, Iterator[Block]], worker
                 raise InputError(f"no document is left for the {split} split; choose another --val-docs")
             if split == "val":
                 paths = [folder / file["name"] for file in splits["val"]["files"]]
+                warn_of_excess(folder, model)
                 seen = {digest(d.tobytes()) for block in document_blocks(paths, 65536) for d in documents_of(block)}
     if dropped := shards.counts["read"] - splits["train"]["documents"]:
         print(f"{dropped} training documents are also in the validation split and were left out", file=sys.stderr)
@@ -198,6 +238,12 @@ def build(folder: Path, model: Path, sources: dict[str, Iterator[Block]], worker
     return splits
 
 
+def byte_table(model: Path) -> train_gpt.ByteTable:
+    """The contest's byte rule for a tokenizer. Raises InputError where train_gpt.py refuses it."""
+    cfg = train_gpt.Config(tokenizer_path=str(model), vocab_size=processor(model).vocab_size())
+    return train_gpt.load_byte_table(cfg, torch.device("cpu"))
+
+
 def memory(workers: int) -> str:
     """The peak resident memory of this process and of the largest of its ended children."""
     unit = 2**20 if sys.platform == "darwin" else 2**10
@@ -205,13 +251,19 @@ def memory(workers: int) -> str:
     return f"peak memory {own:.0f} MiB and at most {child:.0f} MiB in each of {workers} processes"
 
 
+def shard_blocks(path: Path) -> Iterator[np.ndarray]:
+    """The tokens of a shard, TOKEN_BLOCK at a time."""
+    size = train_gpt.shard_length(path)
+    for at in range(0, size, TOKEN_BLOCK):
+        yield train_gpt.read_shard(path, at, min(TOKEN_BLOCK, size - at))
+
+
 def document_blocks(paths: Iterable[Path], vocab_size: int) -> Iterator[np.ndarray]:
     """The tokens of shards in blocks of whole documents; each begins with BOS."""
     rest = np.empty(0, "<u2")
     for path in paths:
-        shard = train_gpt.read_shard(path)
-        for at in range(0, len(shard), TOKEN_BLOCK):
-            rest = np.concatenate([rest, train_gpt.check_tokens(shard[at : at + TOKEN_BLOCK], vocab_size, path)])
+        for block in shard_blocks(path):
+            rest = np.concatenate([rest, train_gpt.check_tokens(block, vocab_size, path)])
             if rest[0] != train_gpt.BOS:
                 raise InputError(f"{path} does not begin with a document")
             if last := int(np.flatnonzero(rest == train_gpt.BOS)[-1]):
@@ -249,13 +301,21 @@ def unfinished(folder: Path, plan: dict | None) -> Iterator[tuple[Path, dict]]:
     partial = folder.with_name(f"{folder.name}.partial")
     with alone_in(partial):
         journal = partial / "progress.json"
-        progress = json.loads(journal.read_text()) if journal.exists() else {}
+        try:
+            progress = read_json(journal) if journal.exists() else {}
+            if not all(is_split(progress[split], "read", "documents", "skip") for split in ("val", "train") if split in progress):
+                raise ValueError("a split of another form")
+        except ValueError as error:
+            raise InputError(f"{journal} is damaged ({error}); remove {partial} and repeat the command") from None
         if not plan or plan != progress.get("plan"):
             if plan and "val" in progress:
                 raise InputError(f"{partial} holds shards of other inputs or options; repeat that command or remove it")
             progress = dict(plan=plan)
-            for stale in partial.iterdir():
-                stale.unlink()
+            stale = partial.iterdir()
+        else:
+            stale = partial.glob("*.part")  # of a process that was killed while it wrote
+        for path in stale:
+            path.unlink()
         try:
             yield partial, progress
         except InputError:
@@ -271,27 +331,28 @@ def write_manifest(folder: Path, model: Path, splits: dict, **more: Any) -> None
     train_gpt.write_file(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
 
 
-def print_result(folder: Path, model: Path, splits: dict) -> None:
+def print_result(folder: Path, model: Path, splits: dict, variant: str = "") -> None:
     """What is there now, and the command that trains on it."""
     for split, has in splits.items():
         print(f"{folder}: {split} {has['documents']} documents, {has['tokens']} tokens, {len(has['files'])} shards")
     size = processor(model).vocab_size()
-    print(f"DATA_PATH={folder} TOKENIZER_PATH={model} VOCAB_SIZE={size} python train_gpt.py")
+    variant = variant and f"VARIANT={variant} "
+    print(f"{variant}DATA_PATH={folder} TOKENIZER_PATH={model} VOCAB_SIZE={size} python train_gpt.py")
 
 
-def publish(partial: Path, folder: Path, model: Path, splits: dict) -> None:
+def publish(partial: Path, folder: Path, model: Path, splits: dict, variant: str = "") -> None:
     """Write the manifest and give the folder its name; from then on the dataset is there, and whole."""
     write_manifest(partial, model, splits)
     (partial / "progress.json").unlink()
     partial.replace(folder)
-    print_result(folder, model, splits)
+    print_result(folder, model, splits, variant)
 
 
-def write_dataset(folder: Path, model: Path, val: Iterable[str], train: Iterable[str], workers: int) -> None:
-    """A dataset of documents in memory. Drops val's documents from train."""
+def write_dataset(folder: Path, model: Path, val: Iterable[str], train: Iterable[str], workers: int, variant: str = "") -> None:
+    """A dataset of documents in memory, for a VARIANT of train_gpt.py if named. Drops val's documents from train."""
     with unfinished(folder, None) as (partial, progress):
         splits = build(partial, model, dict(val=json_blocks(val), train=json_blocks(train)), workers, progress)
-        publish(partial, folder, model, splits)
+        publish(partial, folder, model, splits, variant)
 
 
 # ---------------------------------------- verify
@@ -304,12 +365,27 @@ def check_files(cfg: train_gpt.Config, split: str, expected: dict) -> None:
         if [p.name for p in found[kind]] != [f["name"] for f in files]:
             raise InputError(f"{cfg.data_path}: the {split} {what} are not those of the manifest")
         for path, file in zip(found[kind], files):
-            if len(train_gpt.read_shard(path)) != file["tokens"] or file_hash(path) != file["sha256"]:
+            if train_gpt.shard_length(path) != file["tokens"] or file_hash(path) != file["sha256"]:
                 raise InputError(f"{path} is not the file of the manifest")
 
 
 def sidecars(cfg: train_gpt.Config, split: str) -> list[Path]:
     return sorted(Path(cfg.data_path).glob(f"fineweb_{split}_bytes_*.bin"))
+
+
+def warn_of_excess(folder: Path, model: Path) -> None:
+    """Warn where the sidecars of a folder differ from the bytes of the pieces by more than train_gpt.py accepts."""
+    paths = sorted(folder.glob("fineweb_val_bytes_*.bin"))
+    if not paths or layout_of(model) is None:
+        return
+    sizes, cfg = case.piece_bytes(processor(model)), train_gpt.Config(data_path=str(folder))
+    counted = sum(int(block.sum(dtype=np.int64)) for path in paths for block in shard_blocks(path))
+    shards = train_gpt.find_shards(cfg, "val")
+    tokens = sum(np.bincount(block, minlength=len(sizes)) for path in shards for block in shard_blocks(path))
+    if abs(counted - (pieces := int(tokens @ sizes))) > EXCESS * pieces:
+        print(f"WARNING: {folder}: the sidecar counts {counted} bytes, the pieces have {pieces}: train_gpt.py refuses a "
+              f"difference of over {EXCESS:.0%}. It comes from runs of white space, which the tokenizer joins; join them "
+              "in the text before `tokenize`", file=sys.stderr)
 
 
 def read_sidecar(cfg: train_gpt.Config) -> np.ndarray:
@@ -321,7 +397,7 @@ def read_sidecar(cfg: train_gpt.Config) -> np.ndarray:
             raise InputError(f"{path} is missing: {cfg.tokenizer_path} is a case tokenizer, whose validation split is "
                              "scored by the bytes of the original text")
         counts.append(train_gpt.read_shard(path))
-        if (size := len(train_gpt.read_shard(shard))) != len(counts[-1]):
+        if (size := train_gpt.shard_length(shard)) != len(counts[-1]):
             raise InputError(f"{path} has {len(counts[-1])} counts, but {shard.name} {size} tokens")
     if len(sidecars(cfg, "val")) > len(shards):
         raise InputError(f"{cfg.data_path}: {len(sidecars(cfg, 'val'))} sidecars, but {len(shards)} validation shards")
@@ -334,8 +410,7 @@ class PlainBytes:
     changed, strange = None, 0
 
     def __init__(self, cfg: train_gpt.Config, split: str):
-        self.sp = processor(Path(cfg.tokenizer_path))
-        self.table = train_gpt.load_byte_table(cfg, torch.device("cpu"))
+        self.sp, self.table = processor(Path(cfg.tokenizer_path)), byte_table(Path(cfg.tokenizer_path))
 
     def count(self, block: np.ndarray, start: int) -> np.ndarray:
         """Bytes of each token of whole documents, the first of which begins at token `start` of the split."""
@@ -352,8 +427,8 @@ class PlainBytes:
 class CaseBytes:
     """The bytes of a split's tokens in the original text: of val by its sidecar, of train by the pieces.
 
-    `changed` counts are not those of the decoded text: normalization has changed characters, which tokens do not tell.
-    Where that is not white space that became one space, they are `strange`, and few.
+    `changed` counts are not those of the decoded text: normalization has changed characters, and tokens do not say which.
+    `strange` are those of them that are not white space that became one space; in most text they are few.
     """
 
     def __init__(self, cfg: train_gpt.Config, split: str):
@@ -390,6 +465,7 @@ class Totals(NamedTuple):
     row_bytes: int
     digests: set[bytes]
     changed: int | None
+    strange: int
 
     def __str__(self) -> str:
         changed = "" if self.changed is None else (
@@ -425,17 +501,18 @@ def measure(cfg: train_gpt.Config, split: str, only: set[bytes] | None = None) -
         digests.update(m for m in marks if only is None or m in only)
         documents, tokens, largest = documents + len(split_up), tokens + len(block), max(largest, int(block.max()))
         total, tail = total + int(counts.sum()), np.concatenate([tail, counts])[-2048:]
-    if rule.strange > tokens * STRANGE:
-        raise InputError(f"{cfg.data_path}: {rule.strange} of {tokens} counts of the sidecar are not those of the "
-                         "decoded text, more than normalization changes: it is of other tokens or another text")
     over = (tokens - 1) % 2048
     row_bytes = total - int(tail[len(tail) - over :].sum())
-    return Totals(documents, tokens, total, largest, tokens - 1 - over, row_bytes, digests, rule.changed)
+    return Totals(documents, tokens, total, largest, tokens - 1 - over, row_bytes, digests, rule.changed, rule.strange)
 
 
 def check_text(cfg: train_gpt.Config, inputs: list[Path]) -> None:
-    """The validation split is the beginning of a text: its tokens, and the bytes of each if it has a sidecar."""
-    model, at, size = Path(cfg.tokenizer_path), 0, 0
+    """The validation split is the beginning of a text: its tokens, and the bytes that they count.
+
+    A sidecar must have the bytes of the text exactly. The byte rule of a plain tokenizer counts normalized text, so its
+    total must lie between what normalization can take from the text and add to it.
+    """
+    model, at, size, low, high = Path(cfg.tokenizer_path), 0, 0, 0, 0
     sidecar = layout_of(model) is not None
     stored = np.concatenate([train_gpt.read_shard(path) for path in train_gpt.find_shards(cfg, "val")])
     stored = np.stack([stored, read_sidecar(cfg)]) if sidecar else stored
@@ -447,9 +524,29 @@ def check_text(cfg: train_gpt.Config, inputs: list[Path]) -> None:
             raise InputError(f"{cfg.data_path}: the validation split is not what {lines} make: "
                              f"{what_differs(there, found.tokens)}")
         at, size = at + there.shape[-1], size + found.text_bytes
+        for char, count in Counter("".join(block.texts())).items():
+            least, most = normal_sizes(char)
+            low, high = low + count * least, high + count * most
     if at < stored.shape[-1]:
         raise InputError(f"{cfg.data_path}: the validation split has {stored.shape[-1]} tokens, the text {at}")
-    print(f"val: each token{' and its bytes are' if sidecar else ' is'} what the text makes; it has {size} bytes")
+    counted = int(stored[1].sum()) if sidecar else int(PlainBytes(cfg, "val").count(stored, 0).sum())
+    if not sidecar and not low <= counted <= high:
+        raise InputError(f"{cfg.data_path}: the tokens count {counted} bytes, but normalization leaves {low} to {high} of "
+                         f"the text's {size}: {model} changes the text in another way, and its scores compare with none")
+    print(f"val: each token{' and its bytes are' if sidecar else ' is'} what the text makes; it has {size} bytes, of which "
+          f"the tokens count {counted}")
+
+
+@functools.cache
+def normal_sizes(char: str) -> tuple[int, int]:
+    """(least, most) UTF-8 bytes that NFKC, with or without case folding, can leave of a character.
+
+    Controls, white space and marks can vanish, and Hangul jamo join, so their least is 0.
+    """
+    forms = [char, *(unicodedata.normalize("NFKC", form) for form in (char, char.casefold()))]
+    kept = [c for c in forms[1] if unicodedata.category(c)[0] not in "CMZ" and c not in "\u2581\ufffd"
+            and not "\u1100" <= c <= "\u11ff"]
+    return min(len("".join(kept).encode()), *(len(form.encode()) for form in forms)), max(len(form.encode()) for form in forms)
 
 
 def what_differs(there: np.ndarray, found: np.ndarray) -> str:
@@ -470,25 +567,40 @@ def check_contest(name: str, val: Totals) -> None:
         print(f"{name}: the validation split has the targets and the bytes of the contest's records")
 
 
-def check_split(cfg: train_gpt.Config, split: str, expected: dict | None, only: set[bytes] | None) -> Totals:
-    """Compare a split with its entry of the manifest, if it has one, and print its totals."""
+def check_split(cfg: train_gpt.Config, split: str, expected: dict | None, only: set[bytes] | None, has_text: bool) -> Totals:
+    """Compare a split with its entry of the manifest, if it has one, and print its totals.
+
+    Strange counts of a sidecar are an error without a manifest that lists its hash, or else a warning. The text proves all.
+    """
     if expected:
         check_files(cfg, split, expected)
     found = measure(cfg, split, only)
     print(f"{split}: {found}")
     if expected and found.documents != expected["documents"]:
         raise InputError(f"{cfg.data_path}: {found.documents} {split} documents instead of {expected['documents']}")
+    if found.strange > found.tokens * STRANGE and not has_text:
+        why = (f"{cfg.data_path}: {found.strange} of {found.tokens} counts of the sidecar are not those of the decoded text, "
+               "more than normalization changes in most text; prove them with --text FILE")
+        if not expected:
+            raise InputError(why)
+        print(f"WARNING: {why}", file=sys.stderr)
     return found
 
 
 def read_manifest(folder: Path, args: argparse.Namespace) -> tuple[dict, Path]:
     """(manifest, {} with --no-manifest; its tokenizer). Raises InputError when one is missing or they do not match."""
     try:
-        manifest = {} if args.no_manifest else json.loads((folder / "manifest.json").read_text())
-        tokenizer = args.tokenizer or args.root / "tokenizers" / manifest["tokenizer"]
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder} has no readable manifest.json ({error}); for shards of another script add "
+        manifest = {} if args.no_manifest else read_json(folder / "manifest.json")
+        tokenizer = args.tokenizer or args.root / "tokenizers" / str(manifest["tokenizer"])
+        if not args.no_manifest and not (isinstance(manifest.get("tokenizer_sha256"), str)
+                             and all(is_split(manifest.get(split), "documents") for split in ("val", "train"))):
+            raise ValueError("not of the form that prepare.py writes")
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{folder} has no readable manifest.json ({why}); for shards of another script add "
                          "--no-manifest --tokenizer MODEL") from None
+    except KeyError:
+        raise InputError(f"{folder}: name the tokenizer with --tokenizer MODEL") from None
     if not tokenizer.is_file():
         raise InputError(f"no tokenizer at {tokenizer}; name it with --tokenizer")
     if manifest and file_hash(tokenizer) != manifest["tokenizer_sha256"]:
@@ -502,12 +614,13 @@ def verify(args: argparse.Namespace) -> None:
     manifest, tokenizer = read_manifest(folder, args)
     size = processor(tokenizer).vocab_size()
     cfg = train_gpt.Config(data_path=str(folder), tokenizer_path=str(tokenizer), vocab_size=size)
-    val = check_split(cfg, "val", manifest.get("val"), None)
+    val = check_split(cfg, "val", manifest.get("val"), None, bool(args.text))
     check_contest(args.name, val)
     if args.text:
         check_text(cfg, args.text)
+    warn_of_excess(folder, tokenizer)
     if not manifest or manifest["train"]["files"]:
-        both = check_split(cfg, "train", manifest.get("train"), val.digests).digests
+        both = check_split(cfg, "train", manifest.get("train"), val.digests, False).digests
         if both:
             raise InputError(f"{folder}: {len(both)} documents are in both splits")
     print(f"{folder}: {'as the manifest says; ' if manifest else ''}no document in both splits")
@@ -542,13 +655,29 @@ def python_documents() -> list[str]:
 
 def demo(args: argparse.Namespace) -> None:
     """The data of VARIANT=demo, unless it is there already."""
-    folder, model = args.root / "datasets" / "demo_sp1024", args.root / "tokenizers" / "demo_1024_bpe.model"
+    make_small("demo", "demo_sp1024", "demo_1024_bpe", python_documents, args)
+
+
+def smoke(args: argparse.Namespace) -> None:
+    """The data of VARIANT=smoke, unless it is there already: Python's language reference, in a few seconds."""
+    from pydoc_data.topics import topics
+
+    make_small("smoke", "smoke", "smoke", lambda: [topics[name] for name in sorted(topics)], args)
+
+
+def make_small(variant: str, name: str, model_name: str, read: Callable[[], list[str]], args: argparse.Namespace) -> None:
+    """A dataset of documents that Python carries, for a VARIANT, and a tokenizer of 1,024 pieces trained on them."""
+    folder, model = args.root / "datasets" / name, args.root / "tokenizers" / f"{model_name}.model"
     if (folder / "manifest.json").is_file() and model.is_file():
         print(f"{folder} is there already")
         return
-    documents = python_documents()
+    if folder.exists():
+        raise InputError(f"{folder} is there, but not whole, or {model} is missing; remove it and repeat the command")
+    documents = read()
+    if args.val_docs >= len(documents):
+        raise InputError(f"--val-docs {args.val_docs} leaves nothing to train on: there are {len(documents)} documents")
     train_tokenizer(documents[args.val_docs :], 1024, model)
-    write_dataset(folder, model, documents[: args.val_docs], documents[args.val_docs :], args.workers)
+    write_dataset(folder, model, documents[: args.val_docs], documents[args.val_docs :], args.workers, variant)
 
 
 def identity(path: Path) -> list:
@@ -557,6 +686,8 @@ def identity(path: Path) -> list:
         found = path.stat()
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
+    if not path.is_file():
+        raise InputError(f"{path} is not a regular file (a folder or a pipe); give a file of JSON lines, plain or zstd")
     return [str(path.resolve()), found.st_size, found.st_mtime_ns]
 
 
@@ -566,7 +697,7 @@ def tokenize(args: argparse.Namespace) -> None:
         raise InputError(f"--name {args.name!r} must be the name of a folder in {args.root / 'datasets'}, no path")
     folder, val_docs = args.root / "datasets" / args.name, 0 if args.val else args.val_docs
     if args.tokenizer and not args.tokenizer.is_file():
-        raise InputError(f"no tokenizer at {args.tokenizer}")
+        raise InputError(f"no tokenizer at {args.tokenizer}; without --tokenizer one is trained")
     if args.tokenizer and args.case and layout_of(args.tokenizer) != args.case:
         kind = f"of --case {layout_of(args.tokenizer)}" if layout_of(args.tokenizer) else "without case marks"
         raise InputError(f"{args.tokenizer} is a tokenizer {kind}; --case {args.case} would need another")
@@ -626,36 +757,56 @@ def download(args: argparse.Namespace) -> None:
         print_result(folder, paths[tokenizer], splits)
 
 
-def positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise ValueError
+def whole_number(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
+    """The type of an option that takes a whole number between two limits."""
+    def number(text: str) -> int:
+        try:
+            found = int(text)
+        except ValueError:
+            found = least - 1
+        if not least <= found <= most:
+            limits = f"of at least {least}" if most == 2**63 - 1 else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"must be a whole number {limits}, not {text[:40]!r}")
+        return found
+
     return number
+
+
+positive, workers = whole_number(1), whole_number(1, MAX_WORKERS)
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells a wrong command line in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        sys.exit(f"{self.prog}: {message}; see {self.prog} --help")
 
 
 def parser() -> argparse.ArgumentParser:
     """The commands and their options."""
-    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("--root", type=Path, default=HERE, help="folder of datasets/ and tokenizers/ (default: data/)")
     commands = cli.add_subparsers(required=True)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    make = commands.add_parser("demo", help=demo.__doc__)
-    make.add_argument("--val-docs", type=positive, default=40)
-    make.add_argument("--workers", type=positive, default=cores)
-    make.set_defaults(run=demo)
+    for run, val_docs in ((demo, 40), (smoke, 5)):
+        make = commands.add_parser(run.__name__, help=run.__doc__)
+        make.add_argument("--val-docs", type=positive, default=val_docs, help="validation documents (default: %(default)s)")
+        make.add_argument("--workers", type=workers, default=cores, help="processes (default: one a core)")
+        make.set_defaults(run=run)
     get = commands.add_parser("download", help=download.__doc__)
     get.add_argument("variant", help="sp1024, sp4096, sp8192, or what else stands after fineweb10B_ on the hub")
-    get.add_argument("--train-shards", type=int, default=80, help="the first ones, 200 MB each (default: %(default)s)")
+    get.add_argument("--train-shards", type=whole_number(0), default=80, help="the first ones, 200 MB each (default: %(default)s)")
     get.add_argument("--repo", default="willdepueoai/parameter-golf", help="dataset repository (default: %(default)s)")
     get.add_argument("--revision", default="main", help="branch, tag or commit of it (default: %(default)s)")
     get.add_argument("--folder", default="datasets", help="of datasets/ and tokenizers/ there (default: %(default)s)")
     get.add_argument("--endpoint", help="address of the hub (default: HF_ENDPOINT, or huggingface.co)")
-    get.add_argument("--workers", type=positive, default=8, help="files at a time (default: %(default)s)")
+    get.add_argument("--workers", type=workers, default=8, help="files at a time (default: %(default)s)")
     get.set_defaults(run=download)
     encode = commands.add_parser("tokenize", help=tokenize.__doc__)
     encode.add_argument("inputs", type=Path, nargs="+", help='JSON lines, {"text": ...}, plain or .zst')
     encode.add_argument("--name", required=True, help="name of the dataset")
     encode.add_argument("--tokenizer", type=Path, help="SentencePiece model; without it one is trained")
-    encode.add_argument("--vocab-size", type=positive, default=1024, help="pieces of a trained tokenizer")
+    encode.add_argument("--vocab-size", type=whole_number(8, MAX_PIECES), default=1024, help="pieces of a trained tokenizer")
     encode.add_argument("--case", choices=case.LAYOUTS, help="lossless marks for capitals: the contest's v1, or ahead "
                         "of the space; with --tokenizer it is the tokenizer's")
     encode.add_argument("--tokenizer-docs", type=positive, default=100_000, help="documents it is trained on, at most")
@@ -663,7 +814,7 @@ def parser() -> argparse.ArgumentParser:
     encode.add_argument("--val", type=Path, help="JSON lines of the validation split")
     encode.add_argument("--val-docs", type=positive, default=CONTEST_VAL_DOCS,
                         help="without --val: how many first documents are validation (default: %(default)s)")
-    encode.add_argument("--workers", type=positive, default=cores, help="processes (default: one a core)")
+    encode.add_argument("--workers", type=workers, default=cores, help="processes (default: one a core)")
     encode.set_defaults(run=tokenize)
     check = commands.add_parser("verify", help=verify.__doc__)
     check.add_argument("name")
@@ -684,12 +835,25 @@ def command_line() -> None:
     """`main`, where a mistake, a killed process and Ctrl-C end in one line."""
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # `prepare.py verify NAME | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit("prepare.py: the output was closed before the end")
     except (InputError, OSError) as error:
-        sys.exit(f"prepare.py: {error}")
+        sys.exit(f"prepare.py: {one_line(error)}")
     except BrokenProcessPool:
         sys.exit("prepare.py: a process was killed (out of memory?); the same command goes on with what is finished")
+    except MemoryError:
+        sys.exit("prepare.py: out of memory; the same command goes on with what is finished")
     except KeyboardInterrupt:
         sys.exit("prepare.py: stopped; the same command goes on with what is finished")
+
+
+def one_line(error: Exception) -> str:
+    """An error's message, with control characters escaped, which a file's name can hold."""
+    if isinstance(error, OSError) and error.filename is not None:
+        error = f"{error.filename}: {error.strerror}"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error))
 
 
 if __name__ == "__main__":

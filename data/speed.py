@@ -48,11 +48,11 @@ def theirs(args: argparse.Namespace) -> np.ndarray:
 
 
 def main() -> None:
-    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli = prepare.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("file", type=Path, help="JSON lines, plain or .zst")
     cli.add_argument("--tokenizer", type=Path, required=True)
     cli.add_argument("--docs", type=prepare.positive, default=20_000, help="how many (default: %(default)s)")
-    cli.add_argument("--workers", type=prepare.positive, default=2, help="processes or threads (default: %(default)s)")
+    cli.add_argument("--workers", type=prepare.workers, default=2, help="processes or threads (default: %(default)s)")
     cli.add_argument("--turns", type=prepare.positive, default=3, help="default: %(default)s")
     args = cli.parse_args()
     for turn in range(1, args.turns + 1):
@@ -64,5 +64,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except prepare.InputError as error:
-        sys.exit(f"speed.py: {error}")
+    except (prepare.InputError, OSError) as error:
+        sys.exit(f"speed.py: {prepare.one_line(error)}")

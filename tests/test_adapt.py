@@ -33,6 +33,14 @@ STREAMS = [kind for kind in KINDS if KINDS[kind].get("ttt_scope") != "document"]
 FIRSTS = (0, 41, 42, 60, 137, 139)  # where the documents of `text` begin
 
 
+@pytest.fixture(autouse=True, scope="module")
+def chunks_of_any_length():
+    """How chunks are cut is clearer in short ones, which a run refuses."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(t, "LEAST_CHUNK", 1)
+        yield
+
+
 def cfg_of(kind, **changes):
     return dataclasses.replace(CFG, **KINDS[kind] | changes)
 

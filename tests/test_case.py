@@ -1,16 +1,20 @@
 """Case marks: lossless over all of Unicode, bytes of the original in each token, datasets with a sidecar from end to end."""
 
+import contextlib
 import functools
+import io
 import json
 import os
 import re
 import signal
+import tempfile
 from pathlib import Path
 
 import case
 import encode
 import numpy as np
 import pytest
+import torch
 from conftest import make_model, prepare, run, write_json_lines
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -230,6 +234,92 @@ def test_verify_refuses_a_sidecar_of_something_else(made, tmp_path, damage, opti
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
+RARE = ["e\u0301", "\u0327\u0301", "\U0001f468\u200d\U0001f469\u200d\U0001f467", "\U0001f1e9\U0001f1ea", "\u0130", "\u1e9e", "\ufb03", "\ufdfa",
+        "\u3300", "\u33a5", "\uff76\uff9e", "\uff21", "\uff01", "\u00bd", "\u2126", "\u1100\u1161\u11a8", "\u0e33", "\u0f71\u0f72", "\U0001d400", "\ufe0f",
+        "\u200d", "\u200b", "\u00ad", "\r", "\r\n", "\t", "\u00a0", "   ", "\n\n", "\x01", "\x85", "\u2028", "\ufeff", "\ufffd", "\u2581", *case.MARKS,
+        "A", "NASA", "The", "iPhone", " ", "."]
+
+
+def split_of(root, model, texts, val=None):
+    """The arguments of `verify` for a validation split of texts, as `tokenize` writes it, and the file of its text."""
+    folder, docs = root / "datasets" / "mine", root / "docs.jsonl"
+    folder.mkdir(parents=True)
+    write_json_lines(docs, texts)
+    shards = prepare.Shards(folder, "val", {}, sidecar=encode.layout_of(model) is not None)
+    for tokens in [encoded(model, *texts)] if val is None else [val]:
+        shards.add(tokens, len(texts), len(texts))
+    prepare.write_manifest(folder, model, dict(val=shards.finish(), train=dict(documents=0, tokens=0, files=[])))
+    return ["--root", str(root), "verify", "mine", "--tokenizer", str(model)], docs
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@given(texts=st.lists(st.lists(st.sampled_from(RARE), max_size=30).map("".join) | st.text(max_size=30), min_size=1, max_size=4))
+@example(texts=["\ufdfa" * 40])
+@example(texts=["\uff76\uff9e" * 40, "\u00bd \u3300"])
+@settings(max_examples=30, deadline=None)
+def test_verify_accepts_the_sidecar_of_any_text(models, layout, texts):
+    """With the text, and without it, as the manifest has its hash, then with a warning where it differs much."""
+    with tempfile.TemporaryDirectory() as root, contextlib.redirect_stderr(io.StringIO()) as told:
+        verify, docs = split_of(Path(root), models[layout], texts)
+        prepare.main([*verify, "--text", str(docs)])
+        assert "counts of the sidecar" not in told.getvalue()
+        prepare.main(verify)
+        assert all(re.match("WARNING: .*(decoded text.* --text FILE|train_gpt.py refuses)", line) for line in told.getvalue().splitlines())
+
+
+def test_strange_counts_are_a_warning_with_a_manifest_and_an_error_without(models, tmp_path, capsys):
+    verify, docs = split_of(tmp_path, models["v1"], ["\ufb01 \u00bd" * 20])
+    prepare.main(verify)  # f, i; 1, the slash, 2
+    assert capsys.readouterr().err.startswith(f"WARNING: {tmp_path}/datasets/mine: 100 of ")  # and of the total
+    with pytest.raises(t.InputError, match="100 of [0-9]+ counts of the sidecar .* prove them with --text FILE"):
+        prepare.main([*verify, "--no-manifest"])
+    (tmp_path / "datasets" / "mine" / "fineweb_train_000000.bin").write_bytes((tmp_path / "datasets" / "mine" / "fineweb_val_000000.bin").read_bytes())
+    with pytest.raises(t.InputError, match="1 documents are in both splits"):
+        prepare.main([*verify, "--no-manifest", "--text", str(docs)])  # its counts are proved: the next check speaks
+
+
+@pytest.mark.parametrize("share", [0.005, 0.05, 0.199])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_verify_with_the_text_refuses_a_sidecar_that_is_inflated(models, documents, layout, share, tmp_path):
+    """Its manifest lists the forged file, and only its space tokens count more, as if white space had been there."""
+    tokens, counts = encoded(models[layout], documents[0])
+    spaces = np.flatnonzero(["\u2581" in encode.processor(models[layout]).id_to_piece(int(token)) for token in tokens])
+    forged = counts.copy()
+    forged[spaces[: int(share * counts.sum())]] += 1
+    verify, docs = split_of(tmp_path, models[layout], documents[:1], np.stack([tokens, forged]))
+    with pytest.raises(t.InputError, match=f"token [0-9]+ counts {counts[spaces[0]] + 1} bytes instead of {counts[spaces[0]]}$"):
+        prepare.main([*verify, "--text", str(docs)])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_sidecar_of_prose_is_accepted_and_one_inflated_by_over_1_percent_refused(models, documents, layout, tmp_path, capsys):
+    """Text without runs of white space. A forged sidecar counts more at its space tokens alone; prepare.py warns of what train_gpt.py refuses."""
+    texts, sp = [" ".join(text.split()) for text in documents[:4]], encode.processor(models[layout])
+    tokens, counts = encoded(models[layout], *texts)
+    spaces = np.flatnonzero(["\u2581" in sp.id_to_piece(int(token)) for token in tokens])
+    for share in (0, 0.009, 0.011, 0.05, 0.199):
+        forged, root, model = counts.copy(), tmp_path / str(share), models[layout]
+        extra = int(share * counts.sum())
+        np.add.at(forged, np.resize(spaces, extra), 1)
+        split_of(root, model, texts, np.stack([tokens, forged]))
+        cfg = t.Config(data_path=str(root / "datasets" / "mine"), tokenizer_path=str(model), vocab_size=400)
+        prepare.warn_of_excess(Path(cfg.data_path), model)
+        warned = capsys.readouterr().err
+        if share < 0.01:
+            assert int(t.target_bytes(tokens, cfg, torch.device("cpu")).sum()) == sum(len(text.encode()) for text in texts) + extra and not warned
+        else:
+            with pytest.raises(t.InputError, match="bytes more .* over 1 %"):
+                t.target_bytes(tokens, cfg, torch.device("cpu"))
+            assert warned.startswith(f"WARNING: {cfg.data_path}: the sidecar counts {forged.sum()} bytes, the pieces have ") and warned.count("\n") == 1
+
+
+def test_tokenize_warns_of_text_whose_sidecar_is_refused(models, documents, tmp_path, capsys):
+    write_json_lines(tmp_path / "docs.jsonl", documents[:6])  # a tenth of it is indentation
+    arguments = ["tokenize", tmp_path / "docs.jsonl", "--tokenizer", models["v1"], "--name", "mine", "--val-docs", 3, "--workers", 1]
+    prepare.main(["--root", str(tmp_path), *map(str, arguments)])
+    assert "train_gpt.py refuses a difference of over 1%" in capsys.readouterr().err
+
+
 def test_the_command_line_tells_a_changed_count_in_one_line(made, tmp_path):
     """Whole runs in processes of their own: with the tokenizer there is, whose layout needs no option."""
     model = made / "tokenizers" / "ahead.model"
@@ -250,6 +340,7 @@ def test_a_killed_run_goes_on_with_its_sidecar(made, tmp_path):
     assert done.returncode == -signal.SIGKILL and there == {"fineweb_val_000000.bin", SIDECAR}
     other = cli(*(arg if arg != "v1" or arguments[i - 1] != "--case" else "ahead" for i, arg in enumerate(arguments)), before=small, check=False)
     assert other.returncode == 1 and "holds shards of other inputs or options" in other.stderr
+    (tmp_path / "datasets" / "v1.partial" / "fineweb_val_000001.bin.77.part").write_bytes(b"of the killed process")
     cli(*arguments, before=small)
     assert files_of(tmp_path, "v1") == files_of(made, "v1") and os.listdir(tmp_path / "datasets") == ["v1"]
 

@@ -29,28 +29,38 @@ def test_names_of_other_programs_pass():
 
 
 @pytest.mark.parametrize("name, words", [
-    ("TTT_ENABLED", "TTT_ENABLED: TTT_EPOCHS=0 turns it off"), ("MUON_WEIGHT_DECAY", "use MUON_WD"), ("DATA_DIR", "use DATA_PATH"),
-    ("SED", "did you mean SEED"), ("SEEDS", "did you mean SEED"), ("variant", "did you mean VARIANT"), ("Matrix_LR", "did you mean MATRIX_LR"),
-    ("MATRIX_RL", "nothing here does that"), ("MAX_WALLCLOCK", "nothing"), ("OUTPUT_DIRECTORY", "nothing"), ("HEAD_LR", "nothing"),
-    ("PHASED_TTT_NUM_PHASES", "nothing"), ("MLP_CLIP_SIGMAS", "nothing"), ("ttt_lr_mult", "nothing")])
-def test_a_name_that_is_meant_for_this_script_is_answered(name, words):
-    with pytest.raises(t.InputError, match=words):
+    ("TTT_ENABLED", "TTT_EPOCHS=0 turns it off"), ("MUON_WEIGHT_DECAY", "use MUON_WD"), ("EMBED_LR", "use TIED_EMBED_LR"),
+    ("MATRX_LR", "did you mean MATRIX_LR"), ("MATRIX_RL", "did you mean MATRIX_LR"), ("SEED_", "did you mean SEED"),
+    ("VARAINT", "did you mean VARIANT"), ("variant", "did you mean VARIANT"), ("Matrix_LR", "did you mean MATRIX_LR"),
+    ("WARMUPSTEPS", "did you mean WARMUP_STEPS"), ("EVAL_ONLLY", "did you mean EVAL_ONLY")])
+def test_a_name_that_can_only_be_meant_for_this_script_is_an_error_with_its_remedy(name, words):
+    with pytest.raises(t.InputError, match=rf"{name} is no option: .*{words}.*env -u {name} ") as caught:
         t.Config.from_env({name: "1"})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", """
+DATA_DIR TRAIN_DIR TOKENIZER WD ZSTD_CLEVEL ZSTD_NBTHREADS K8S_NS SKIP_INSTALL MATRIX_HOMESERVER COMPILE_COMMANDS ARTIFACT_DIR ARTIFACTS COMPILER
+KERNEL MODEL_DIR ITERATION SPEED TYPE SEEDS TARGET_MB MAX_WALLCLOCK HEAD_LR PHASED_TTT_NUM_PHASES MLP_CLIP_SIGMAS CASEOPS_ENABLED""".split())
+def test_a_name_that_others_use_or_that_merely_looks_like_an_option_is_a_warning(name):
+    assert t.Config.from_env({name: "1"}) == t.Config()
+    errors, warnings = t.unknown_options({name: "1", "SEED": "1", "HOME": "/"})
+    assert errors == [] and len(warnings) == 1 and warnings[0].split()[0] == name
 
 
 def test_all_such_names_are_told_at_once_and_answers_name_options():
-    with pytest.raises(t.InputError, match="EMA_ENABLED.*; QAT_ENABLED.*; HEAD_LR"):
-        t.Config.from_env(dict.fromkeys(("EMA_ENABLED", "QAT_ENABLED", "HEAD_LR"), "0"))
-    options = {f.name.upper() for f in dataclasses.fields(t.Config)}
-    assert not t.ANSWERS.keys() & options
-    assert all(options & set(re.findall(r"[A-Z_]+", text)) for text in t.ANSWERS.values())
+    with pytest.raises(t.InputError, match="EMA_ENABLED.*; QAT_ENABLED.*; MATRX_LR.*env -u EMA_ENABLED -u QAT_ENABLED -u MATRX_LR"):
+        t.Config.from_env(dict.fromkeys(("EMA_ENABLED", "QAT_ENABLED", "MATRX_LR", "DATA_DIR"), "0"))
+    options, lines = {f.name.upper() for f in dataclasses.fields(t.Config)}, t.TRANSLATIONS.strip().splitlines()
+    assert not {line.split("=")[0] for line in lines} & options
+    assert all(options & set(re.findall(r"[A-Z_]+", line.split("=", 1)[1])) for line in lines)
 
 
 @pytest.mark.parametrize("name, text, words", [
     ("SEED", "one", "SEED='one' is not valid"), ("SEED", "-1", r"SEED=-1 must lie in \[0, "),
     ("MATRIX_LR", "nan", "not valid"), ("EVAL_ONLY", "yes", "takes 0 or 1"), ("AVERAGING", "emma", "one of ema, swa, last"),
     ("VARIANT", "crad", "one of card"), ("VE_LAYERS", "9,x", "not valid"), ("VE_LAYERS", "9,11", "NUM_LAYERS=11"),
-    ("EVAL_SEQ_LEN", str(2**20 + 64), "EVAL_SEQ_LEN"), ("TRAIN_SEQ_LEN", str(2**20), "TRAIN_BATCH_TOKENS|2..26"),
+    ("EVAL_SEQ_LEN", str(2**20 + 64), "EVAL_SEQ_LEN"), ("TRAIN_SEQ_LEN", str(2**20), "TRAIN_BATCH_TOKENS|2..24"),
     ("NUM_HEADS", "7", "MODEL_DIM=512 must be a multiple of NUM_HEADS=7"), ("TRAIN_BATCH_TOKENS", "1000", "TRAIN_SEQ_LEN=2048"),
     ("ROPE_DIMS", "15", "ROPE_DIMS=15"), ("EMBED_BITS", "9", "2 to 8, or 16"), ("CLIP_SHARES", "0.5,0", "CLIP_SHARES"),
     ("CLIP_SHARES", "", "CLIP_SHARES"), ("EVAL_STRIDE", "100", "EVAL_STRIDE=100"), ("TTT_CHUNK_TOKENS", "3000", "TTT_CHUNK_TOKENS"),
@@ -128,6 +138,19 @@ def test_two_forms_of_one_schedule_are_refused(given, words):
 
 def test_tables_of_gigabytes_are_refused():
     """A header of an artifact could ask for them, too: they are built before any weight is."""
-    with pytest.raises(t.InputError, match="is above 2[*][*]26"):
-        t.Config(eval_seq_len=2**20, eval_stride=64, model_dim=4096, num_heads=8, ttt_epochs=0)
-    assert t.Config(eval_seq_len=2**20, ttt_epochs=0).window == 2**20
+    with pytest.raises(t.InputError, match="is above 2[*][*]24"):
+        t.Config(eval_seq_len=2**18, eval_stride=64, model_dim=4096, num_heads=8, ttt_epochs=0, eval_batch_seqs=1)
+    assert t.Config(eval_seq_len=2**18, ttt_epochs=0, eval_batch_seqs=1).window == 2**18
+
+
+@pytest.mark.parametrize("values, words", [
+    (dict(eval_seq_len=2**18, ttt_epochs=0), "EVAL_BATCH_SEQS=32 .*lower them"), (dict(ttt_batch_seqs=256), "TTT_BATCH_SEQS=256 .*lower them"),
+    (dict(eval_seq_len=2**14, eval_batch_seqs=4, ttt_epochs=0, document_attention=True), "DOCUMENT_ATTENTION=1 needs a mask"),
+    (dict(ttt_lora_rank=10**9), "TTT_LORA_RANK"), (dict(ttt_lora_rank=64, model_dim=32, num_heads=1, num_kv_heads=1), "at most MODEL_DIM=32"),
+    (dict(ttt_epochs=10**12), "TTT_EPOCHS"), (dict(num_loops=100), "NUM_LOOPS"), (dict(ttt_batch_seqs=10**9), "TTT_BATCH_SEQS"),
+    (dict(bigram_vocab_size=10**30), "BIGRAM_VOCAB_SIZE"), (dict(ttt_chunk_tokens=7), "TTT_CHUNK_TOKENS=7 .*rounding errors"),
+    (dict(ttt_first_chunk_tokens=4), "TTT_FIRST_CHUNK_TOKENS=4 .*rounding errors")])
+def test_what_asks_for_gigabytes_or_hours_is_refused(values, words):
+    with pytest.raises(t.InputError, match=words) as caught:
+        t.Config(**values)
+    assert "\n" not in str(caught.value)

@@ -318,6 +318,33 @@ def test_the_manifests_counts_and_hashes_are_checked(server, tree, tmp_path):
         download(server, tmp_path)
 
 
+@pytest.mark.parametrize("manifest, words", [
+    (b"[]", "it is not a JSON object"), (b"3", "it is not a JSON object"), (b"[" * 100_000, "recursion"), (b"\xff", "decode"), (b"", "Expecting value"),
+    (b'{"datasets": [{"name": "fineweb10B_sp384", "tokenizer_name": "a"}], "tokenizers": [{"name": "a", "model_path": 3}]}', "no 3 in folder"),
+])
+def test_a_manifest_of_the_hub_that_is_none_is_told_in_one_line(server, tree, tmp_path, manifest, words):
+    tree["datasets/manifest.json"] = manifest
+    with pytest.raises(t.InputError, match=words) as caught:
+        download(server, tmp_path)
+    assert "\n" not in str(caught.value) and not here(tmp_path)
+
+
+@pytest.mark.parametrize("manifest", [{}, dict(datasets=3, tokenizers=None), dict(datasets=[3, {}], tokenizers=["a"]),
+                                      dict(datasets=[dict(name="fineweb10B_sp384", tokenizer_name=[], stats=[1])])])
+def test_what_a_manifest_of_the_hub_leaves_open_is_not_checked(server, tree, tmp_path, manifest):
+    tree["datasets/manifest.json"] = json.dumps(manifest).encode()
+    tree[f"{DATASET}/manifest.json"] = json.dumps(dict(val=3, train=dict(files=[3, {}]))).encode()
+    download(server, tmp_path, "--train-shards", 0)
+    assert here(tmp_path, but=("manifest.json",)) == wanted(tree, 0)
+
+
+@pytest.mark.parametrize("endpoint", ["x", "http://[", "http://127.0.0.1:99999", "ftp://127.0.0.1", "http://a\tb"])
+def test_an_endpoint_that_is_no_address_is_told_in_one_line(server, tmp_path, endpoint):
+    with pytest.raises(t.InputError, match="^cannot get folder 'datasets' from dataset someone/shards@main: ") as caught:
+        download(server, tmp_path, "--endpoint", endpoint)
+    assert "\n" not in str(caught.value) and not here(tmp_path)
+
+
 def test_a_full_disk_is_told_and_a_nearly_full_one_before_the_start(server, tree, tmp_path, monkeypatch):
     name = "fineweb_val_000000.bin"
     part = tmp_path / "datasets" / "fineweb10B_sp384" / f"{name}.{hashlib.sha256(tree[f'{DATASET}/{name}']).hexdigest()[:12]}.part"

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import zstandard
-from conftest import ROOT
+from conftest import ROOT, unpacked
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_compress import CFG, ON_WIRE, PACKERS, claimed, sealed, unpacked_body
@@ -105,7 +105,7 @@ def test_a_single_flipped_bit_is_told_by_the_end_of_the_stream():
 def test_a_file_whose_codes_say_nearly_nothing_is_read(kind, rows, cols):
     codes = codes_of(kind, rows, cols)
     blob = t.pack({"a.codes": codes}, False, RANS)
-    assert torch.equal(t.unpack(blob)[1]["a.codes"], codes) and len(blob) < 3000 + entropy(codes) + 4 * t.LANES
+    assert torch.equal(unpacked(blob)[1]["a.codes"], codes) and len(blob) < 3000 + entropy(codes) + 4 * t.LANES
 
 
 def test_packing_does_not_change_what_it_packs():
@@ -219,9 +219,9 @@ def refuse(arrays, most=48e6):
     blob = file_of(arrays)
     tracemalloc.start()
     try:
-        with warnings.catch_warnings(), pytest.raises(t.InputError, match="contents do not fit") as caught:
+        with warnings.catch_warnings(), pytest.raises(t.InputError) as caught:
             warnings.simplefilter("error")  # numpy's would be another line on the terminal
-            t.unpack(blob)
+            unpacked(blob)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -250,7 +250,7 @@ def edited(name, at, value):
 
 
 def test_the_good_stream_is_read():
-    assert {n: tuple(w.shape) for n, w in t.unpack(file_of(GOOD))[1].items()} == {"a.codes": (90, 70), "b.codes": (20, 30)}
+    assert {n: tuple(w.shape) for n, w in unpacked(file_of(GOOD))[1].items()} == {"a.codes": (90, 70), "b.codes": (20, 30)}
 
 
 USED = int(np.flatnonzero(part("table").any(0))[0])
@@ -265,38 +265,21 @@ USED = int(np.flatnonzero(part("table").any(0))[0])
     edited("state", 0, 1), edited("state", 1023, 2**32 - 1),
     dict(words=part("words")[:-1]), dict(words=part("words")[1:]), dict(words=part("words")[:1]), dict(words=part("words")[:0]),
     dict(words=np.append(part("words"), part("words")[:1])), dict(words=part("words")[::-1].copy()),
-    dict(words=part("words").astype(np.float32)), dict(words=part("words").reshape(1, -1)),
+    dict(words=part("words").astype(np.float32)), dict(words=part("words").astype(np.uint32)), dict(table=part("table").astype(np.uint32)),
+    dict(state=part("state").view(np.int8)),
     edited("rows", 0, t.CONTEXTS), edited("rows", 0, 255), edited("columns", 5, 200), dict(rows=part("rows")[:-1]), dict(columns=part("columns")[:0]),
 ])
 def test_streams_that_are_no_streams_are_refused(change):
     refuse(changed(**change))
 
 
-@pytest.mark.parametrize("change", [
-    dict(words=part("words").astype(np.uint32)), dict(rows=part("rows").astype(np.float32)), dict(columns=part("columns").astype(np.uint16)),
-    dict(rows=part("rows").reshape(-1, 1)), dict(rows=part("rows").astype(np.uint32))])
-def test_another_spelling_of_a_stream_changes_no_code(change):
-    found, good = (t.unpack(file_of(arrays))[1] for arrays in (changed(**change), GOOD))
-    assert found.keys() == good.keys() and all(torch.equal(found[n], good[n]) for n in good)
-
-
 @pytest.mark.parametrize("name", ["rows", "columns", "table", "state", "words"])
 def test_a_stream_that_is_missing_is_refused(name):
     missing = {n: a for n, a in GOOD.items() if n != full(name)}
     if name == "words":  # which says that there is a stream
-        assert "a.codes" not in t.unpack(file_of(missing))[1]
+        assert "a.codes" not in unpacked(file_of(missing))[1]
     else:
         refuse(missing)
-
-
-@pytest.mark.parametrize("rows, columns", [((2**13, 64), (2**13, 64)), ((2**13, 64), 2**13), (2**13, (2**13, 64)), (2**14, 2**14)])
-def test_a_file_of_kilobytes_cannot_claim_gigabytes(rows, columns, monkeypatch):
-    """Classes of more dimensions than one would multiply; so would a table of more contexts, of which most are never used."""
-    arrays = changed(rows=np.zeros(rows, np.uint8), columns=np.zeros(columns, np.uint8), words=np.zeros(0, np.uint16))
-    assert len(file_of(arrays)) < 20_000
-    monkeypatch.setattr(t, "ARTIFACT_MOST_CODES", 2**22)
-    refuse(arrays)
-    refuse(changed(table=np.tile(part("table"), (1, 1000))), most=100e6)  # these are 25 MB of the file itself
 
 
 # ---- ten thousand mutations
@@ -342,9 +325,8 @@ def edited_header(body, draw):
 
 
 @pytest.mark.parametrize("name, count", [("zstd", 6000), ("brotli", 2000), ("rans", 1200)])
-def test_no_mutation_ends_in_anything_but_a_clean_error(name, count, monkeypatch):
+def test_no_mutation_ends_in_anything_but_a_clean_error(name, count):
     """The checksum is made anew, so that the change reaches the compressor; three of four are made below it and reach the parser."""
-    monkeypatch.setattr(t, "ARTIFACT_MOST_UNPACKED", 2**27)
     halves = {name: torch.linspace(0.1, 3, size).half() for name, size in (("a.steps", 30), ("a.columns", 40), ("b.steps", 7), ("gain", 4))}
     tensors = halves | {"a.codes": codes_of("scaled", 30, 40), "b.codes": codes_of("one", 7, 5)}
     draw, blob = random.Random(name), t.pack(tensors, False, dataclasses.replace(CFG, compressor=name))
@@ -355,7 +337,7 @@ def test_no_mutation_ends_in_anything_but_a_clean_error(name, count, monkeypatch
             inner = (shaken, edited_header, shaken)[i % 3](body, draw)
             data = shaken(blob[48:], draw) if i % 4 == 0 else PACKERS[name](inner)
             try:
-                header, found = t.unpack(sealed(data, name))
+                header, found = unpacked(sealed(data, name))
                 assert {n: (ON_WIRE.get(w.dtype, str(w.dtype)[6:]), list(w.shape)) for n, w in found.items()} == claimed(header)
             except t.InputError as error:
                 refused += 1

@@ -9,7 +9,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import finals, make_model, run
+from conftest import finals, make_model, run, unpacked
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_gptq import batches_of, gaussian, gptq_by_hand, hessian_of, weights_of
@@ -77,7 +77,7 @@ def test_what_is_read_is_codes_times_steps_times_columns(power):
     plans = t.coding_plans(weights | {"kept": torch.ones(3)}, GRIDS, cfg, costs)
     tensors = t.quantize(weights | {"kept": torch.ones(3)}, plans)
     assert plans.keys() == SHAPES.keys() and tensors["kept"].dtype == torch.float16
-    read = t.dequantize(t.unpack(t.pack(tensors, False, CFG))[1])
+    read = t.dequantize(unpacked(t.pack(tensors, False, CFG))[1])
     for name, p in plans.items():
         assert torch.equal(p.columns, p.columns.half().float()) and p.columns.log().mean().abs() < 1e-3
         codes = tensors[f"{name}.codes"].double().numpy()
@@ -461,7 +461,7 @@ def saved(tmp_path, room, **changes):
     plans = t.coding_plans(weights, {"blocks.0.a.weight": t.Grid(6, 6.0)}, cfg, {})
     t.save_artifact(plans, weights, False, cfg, t.Ranks(), lambda text, **facts: lines.append(text))
     blob = cfg.artifact_path.read_bytes()
-    return blob, t.unpack(blob)[1], "\n".join(map(str, lines)), plans["blocks.0.a.weight"].steps
+    return blob, unpacked(blob)[1], "\n".join(map(str, lines)), plans["blocks.0.a.weight"].steps
 
 
 @pytest.mark.parametrize("compressor", ["rans", "zstd"])

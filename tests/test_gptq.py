@@ -342,9 +342,19 @@ def test_a_first_batch_that_loads_kernels_does_not_set_the_pace(gptq_cfg, log, m
     assert calibrated(cfg, log, monkeypatch, [4.0] + [0.1] * 29)[1] == 1
 
 
-def test_one_batch_is_taken_even_if_no_time_is_left(gptq_cfg, log, monkeypatch):
-    costs, count = calibrated(dataclasses.replace(gptq_cfg, max_wallclock_seconds=3.0, gptq_reserve_seconds=1.0), log, monkeypatch, [0.1])
-    assert count == 1 and all(cost.inputs.isfinite().all() for cost in costs.values())
+def test_no_batch_is_begun_that_might_end_after_the_limit(gptq_cfg, log, monkeypatch):
+    """Until one is timed, a batch is taken to last as long as a step, 0.1 s here."""
+    near, late = (dataclasses.replace(gptq_cfg, max_wallclock_seconds=s, gptq_reserve_seconds=1.0) for s in (3.25, 3.15))
+    costs, count = calibrated(near, log, monkeypatch, [0.1])
+    assert count == 1 and all(cost.inputs.isfinite().all() for cost in costs.values()) and "warnings" not in log.facts
+    assert calibrated(late, log, monkeypatch, []) == ({}, 0) and "GPTQ_RESERVE_SECONDS" in log.facts["warnings"][0]
+
+
+def test_coding_by_cost_without_calibration_names_the_remedy(gptq_cfg):
+    model = make_model(gptq_cfg)
+    weights, cfg = {name: p.detach() for name, p in model.named_parameters()}, dataclasses.replace(gptq_cfg, mean_step=0.1)
+    with pytest.raises(t.Unusable, match="raise GPTQ_RESERVE_SECONDS"):
+        t.coding_plans(weights, t.grids(model, cfg), cfg, {})
 
 
 def test_ranks_leave_the_calibration_together(tmp_path, env):

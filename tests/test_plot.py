@@ -77,12 +77,120 @@ def test_what_cannot_be_read_is_told_in_one_line(tmp_path, content, words):
 
 def test_curves_can_be_told_apart_without_color(tmp_path):
     run = loglines.read_curve(written(tmp_path))
-    figure = tools.plot.draw_curves({str(i): [run] for i in range(36)}, ["step", "minutes"])
+    figure = tools.plot.draw_curves({str(i): [run] for i in range(6)}, ["step", "minutes"])
     assert [panel.get_xlabel() for panel in figure.axes] == ["step", "training time, minutes"]
     for panel in figure.axes:
-        looks = {(line.get_marker(), line.get_linestyle(), line.get_markerfacecolor() == "white") for line in panel.lines}
-        assert len(panel.lines) == 3 * 36 and len(looks) == 2 * 36 + 1  # means, validation, and the thin lines, without marks
-        assert {line.get_linewidth() for line in panel.lines if line.get_marker() == "None"} == {0.6}
+        named = [line for line in panel.lines if not line.get_label().startswith("_")]
+        marked = [line for line in panel.lines if line.get_marker() not in (".", "None")]
+        assert len(panel.lines) == 3 * 6 and len({line.get_linestyle() + str(line._dash_pattern) for line in named}) == 6
+        assert len({line.get_marker() for line in marked}) == 6 and all(line.get_xdata().tolist() != [] for line in marked)
+
+
+@pytest.mark.parametrize("count", [7, 12, 36])
+def test_more_than_six_curves_get_a_panel_each(tmp_path, count):
+    run = loglines.read_curve(written(tmp_path))
+    figure = tools.plot.draw_curves({f"run {i}": [run._replace(bpb=i + 1.0)] for i in range(count)}, ["minutes", "step"])
+    assert [panel.get_title() for panel in figure.axes] == [f"run {i}, final {i + 1:.4f} bpb" for i in range(count)]
+    for panel in figure.axes:
+        assert [line.get_color() for line in panel.lines].count("0.8") == count - 1 and panel.get_ylim() == figure.axes[0].get_ylim()
+    assert figure.get_supxlabel() == tools.plot.AXES["minutes"] and cut_off(figure, 100, 60) == []
+
+
+@pytest.mark.parametrize("count", [1, 2, 15, 16, 200])
+def test_marks_of_many_validations_do_not_hide_the_curve(tmp_path, count):
+    """At most 15, and the last validation has one."""
+    run = loglines.read_curve(written(tmp_path))
+    run = run._replace(points=run.points | {"val": [(i, i / 60, 6.0 + i / 1000) for i in range(1, count + 1)]})
+    panel, = tools.plot.draw_curves({"a": [run]}, ["step"]).axes
+    line = panel.lines[2]
+    first, every = line.get_markevery()
+    marked = line.get_xdata()[first::every]
+    assert len(line.get_xdata()) == count and marked[-1] == count and min(count, 8) <= len(marked) <= 15
+
+
+def test_training_and_validation_are_named_apart(tmp_path):
+    """A mark of validation belongs to no line of training, and a run without one says so beside runs that have one."""
+    one, none = loglines.read_curve(written(tmp_path, "one")), loglines.read_curve(written(tmp_path, "none", **{"9 val_loss": "9 no"}))
+    panel, = (figure := tools.plot.draw_curves({"one": [one], "none": [none]}, ["step"])).axes
+    above, below = ([text.get_text() for text in legend.get_texts()] for legend in figure.legends)
+    assert below == ["one, final 2.9000 bpb", "none, final 2.9000 bpb, no validation logged"] and above == ["training loss", "validation loss"]
+    training, validation = panel.lines[:2], panel.lines[2]
+    assert [*validation.get_xdata()] == [2] and [*validation.get_ydata()] == [6.5] and validation.get_markeredgecolor() == "black"
+    assert all(6.5 not in line.get_ydata() for line in training)
+    alone = tools.plot.draw_curves({"none": [none]}, ["step"])
+    assert [[text.get_text() for text in legend.get_texts()] for legend in alone.legends] == [["training loss"], ["none, final 2.9000 bpb"]]
+
+
+@pytest.mark.parametrize("steps, every", [(1, 1), (10, 1), (10, 3), (50, 1)])
+def test_every_point_of_a_short_run_is_in_the_picture(tmp_path, steps, every):
+    """However steep its start; and the time is counted from zero, in seconds."""
+    losses = [6.9, 5.0, *[4 + i % 2 / 100 for i in range(steps)]][:steps]
+    lines = [f"step:{i}/{steps} train_loss:{loss:.4f} train_time:{200 * i}ms step_avg:1ms" for i, loss in enumerate(losses, 1)]
+    lines += [f"step:{i}/{steps} val_loss:{7 - i / 10:.4f} val_bpb:3.1 eval_time:5ms train_time:{200 * i}ms" for i in range(every, steps + 1, every)]
+    (tmp_path / "a.txt").write_text("\n".join([LOG.splitlines()[0], *lines, ""]))
+    figure = tools.plot.draw_curves({"a": [loglines.read_curve(tmp_path / "a.txt")]}, ["step", "seconds"])
+    for panel, scale in zip(figure.axes, (1, 0.2)):
+        low, high = panel.get_ylim()
+        shown = {float(y) for line in panel.lines for y in line.get_ydata()}
+        assert set(losses) <= shown and low < min(shown) and max(shown) < high
+        left, right = panel.get_xlim()
+        assert left < 0 and scale * steps < right < 1.1 * scale * steps
+        assert [*panel.lines[0].get_xdata()] == pytest.approx([scale * i for i in range(1, steps + 1)])
+    assert not figure.legends[0].get_title().get_text()
+
+
+def test_a_long_run_says_what_is_cut(tmp_path):
+    losses = [9.0] * 10 + [3 + i % 3 / 10 for i in range(90)]
+    figure = tools.plot.draw_curves({"a": [text_log(tmp_path, "a", losses)]}, ["step"])
+    high = figure.axes[0].get_ylim()[1]
+    assert 3.2 < high < 4 and figure.legends[0].get_title().get_text() == f"losses above {high:.2f} are not shown"
+
+
+def test_seeds_share_a_color_and_their_mean_is_thick(tmp_path):
+    logs = {f"v{v}-{seed}": written(tmp_path, f"v{v}-{seed}", **{"=7": f"={seed}", ":7": f":{seed}", "=512": f"={512 * v}", "6.4000": f"6.{seed}000"})
+            for v in (1, 2) for seed in (1, 2, 3)}
+    groups = tools.plot.by_settings([loglines.read_curve(path) for path in logs.values()])
+    assert {name: len(runs) for name, runs in groups.items()} == {"v1": 3, "v2": 3}
+    panel, = tools.plot.draw_curves(groups, ["step"]).axes
+    thin, thick = panel.lines[:3], panel.lines[3]
+    assert [line.get_ydata()[-1] for line in thin] == pytest.approx([6.1, 6.2, 6.3]) and thick.get_ydata()[-1] == pytest.approx(6.2)
+    assert {line.get_color() for line in thin} == {thick.get_color()} != {panel.lines[5].get_color()}
+    assert all(line.get_linewidth() < 1 < thick.get_linewidth() for line in thin) and thick.get_label() == "v1, 3 seeds, mean 2.9000 bpb"
+    numbered = [loglines.read_curve(written(tmp_path, f"run-{seed}", **{"=7": f"={seed}", ":7": f":{seed}"})) for seed in (1, 2)]
+    assert {name: len(runs) for name, runs in tools.plot.by_settings(numbered).items()} == {"smoke": 2}
+    twice = tools.plot.by_settings([loglines.read_curve(path) for path in [logs["v1-1"], written(tmp_path, "again", **{"=7": "=1", ":7": ":1"})]])
+    assert [len(runs) for runs in twice.values()] == [1, 1]  # the same seed again
+
+
+@pytest.mark.parametrize("names, short", [(["2026_race_a", "2026_race_ab"], ["a", "ab"]), (["run", "run-2"], ["run", "run-2"]), (["x_1"], ["x_1"]),
+                                          (["x/a_1", "y/a_1"], ["x/a_1.txt", "y/a_1.txt"])])
+def test_names_are_as_short_as_they_differ(names, short):
+    assert tools.plot.short_names([SimpleNamespace(path=tools.plot.Path(f"{name}.txt")) for name in names]) == short
+
+
+RACE = {"baseline": [2.0011, 2.0031], "card": [1.9106, 1.9110, 1.9167, 1.9065, 1.8748], "pr1812": [1.8282, 1.8289, 1.8309, 1.8118],
+        "frontier": [1.7858, 1.7823, 1.7833, 1.7709, 1.7511]}
+
+
+def test_the_race_of_the_readme_is_drawn_from_its_logs():
+    """An adapted log joins the line of its artifact, whatever the order; its scores of earlier stages do not replace those of training."""
+    names = ["card_adapted", "frontier", "baseline", "card", "frontier_adapted", "pr1812"]
+    figure = tools.plot.draw_scores([loglines.read_stages(ROOT / "logs" / f"2026-11-22_race2_{name}.txt") for name in names])
+    panel, = figure.axes
+    drawn = {text.get_text(): [round(float(y), 4) for y in line.get_ydata()] for text, line in zip(panel.texts[-4:], panel.lines)}
+    assert drawn == RACE and cut_off(figure, inside=False) == []
+    assert [*panel.lines[0].get_xdata()] == [0, 2] and [*panel.lines[1].get_xdata()] == [0, 1, 2, 3, 4]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert all(f"{max(scores[1:]):.4f}" in readme and f"{scores[-1]:.4f}" in readme for scores in RACE.values())
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 20])
+@pytest.mark.parametrize("prefix", ["run", 2 * "a_name_of_a_run_that_tells_of_all_of_its_settings_and_of_more_"])
+def test_nothing_of_a_picture_of_scores_is_cut(count, prefix):
+    """Names beside lines that end at equal scores do not lie over each other."""
+    runs = [loglines.Stages(tools.plot.Path(f"{prefix}{i}.txt"), str(i), False, dict(raw=2.0 + i / 100, coded=2.1, ttt=1.9)) for i in range(count)]
+    figure = tools.plot.draw_scores(runs)
+    assert cut_off(figure, inside=False) == []
 
 
 def text_log(tmp_path, name, losses, minutes=1.0):
@@ -119,17 +227,20 @@ def test_a_log_of_the_contests_script_joins_a_race():
     assert panel.lines[4].get_xdata()[-1] == pytest.approx(3020 * 2048 / 1e6) and panel.lines[4].get_label() == "baseline, final 2.0339 bpb"
 
 
-def cut_off(figure):
-    """By how many pixels what a figure draws lies outside of it, left, below, right, above; and the labels in panels that leave them."""
+def cut_off(figure, width=150, height=100, inside=True):
+    """By how many pixels what a figure draws lies outside of it, left, below, right, above; and the labels that leave their panels or lie over others."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     renderer, page = canvas.get_renderer(), figure.bbox
     box = figure.get_tightbbox(renderer).transformed(figure.dpi_scale_trans)
     beyond = [page.x0 - box.x0, page.y0 - box.y0, box.x1 - page.x1, box.y1 - page.y1]
     for panel in figure.axes:
-        assert panel.bbox.width > 150 and panel.bbox.height > 100, "no room is left for the panel"
-    inside = [(text, text.get_window_extent(renderer), panel.bbox) for panel in figure.axes for text in panel.texts]
-    return [round(by) for by in beyond if by > 1] + [text.get_text() for text, own, its in inside if own.x1 > its.x1 + 8 or own.x0 < its.x0 - 8]
+        assert panel.bbox.width > width and panel.bbox.height > height, "no room is left for the panel"
+    boxes = [(text, text.get_window_extent(renderer), panel.bbox) for panel in figure.axes for text in panel.texts if text.get_text()]
+    leave = [text.get_text() for text, own, its in boxes if inside and (own.x1 > its.x1 + 8 or own.x0 < its.x0 - 8)]
+    over = [f"{text.get_text()} over {other.get_text()}" for i, (text, own, _) in enumerate(boxes) for other, its, _ in boxes[:i]
+            if own.padded(-1).overlaps(its.padded(-1))]
+    return [round(by) for by in beyond if by > 1] + leave + over
 
 
 LONG = "a_name_of_a_run_that_tells_of_all_of_its_settings_and_of_more_"
@@ -159,7 +270,7 @@ def test_nothing_of_a_picture_of_an_artifact_is_cut(monkeypatch, scale, name):
     monkeypatch.setattr(inspect, "contents", lambda *_: found)
     for count in (1, 3, 12):
         monkeypatch.setattr(inspect, "merged", lambda _, count=count: rows[:count])
-        assert cut_off(tools.plot.draw_artifact(tools.plot.Path(name))) == []
+        assert cut_off(tools.plot.draw_artifact(tools.plot.Path(name)), inside=False) == []
 
 
 def test_the_picture_of_codings_is_whole_and_can_be_read_without_color():
@@ -178,7 +289,7 @@ def test_the_axis_counts_what_it_says(tmp_path, by, x):
 
 def test_tokens_come_from_the_variant_where_nothing_overrides_them(tmp_path):
     run = loglines.read_curve(written(tmp_path, **{" TRAIN_BATCH_TOKENS=512": ""}))
-    assert tools.plot.batch_tokens(run) == t.VARIANTS["smoke"]["train_batch_tokens"]
+    assert tools.plot.batch_tokens(run) == t.row("smoke")["train_batch_tokens"]
     with pytest.raises(tools.plot.Refused, match="VARIANT=old must be"):
         tools.plot.batch_tokens(loglines.read_curve(written(tmp_path, **{"smoke": "old", " TRAIN_BATCH_TOKENS=512": ""})))
     assert tools.plot.batch_tokens(loglines.read_curve(written(tmp_path, smoke="old"))) == 512  # whatever else has changed since
@@ -188,12 +299,12 @@ def test_a_group_is_the_mean_and_the_band_of_the_steps_that_all_its_runs_have(tm
     runs = [loglines.read_curve(path) for path in (
         written(tmp_path, "a"), written(tmp_path, "b", **{"=7": "=8", ":7": ":8", "6.4000": "5.0000", ":20ms": ":40ms"}),
         written(tmp_path, "c", **{"=7": "=9", ":7": ":9", "step:1/9": "step:0/9", "6.4000": "6.0000"}))]
-    panel, = tools.plot.draw_curves(tools.plot.by_variant(runs), ["minutes"]).axes
-    train, mean, val = panel.lines
+    panel, = tools.plot.draw_curves(tools.plot.by_variant(runs), ["minutes"], band=True).axes
+    train, val = panel.lines
     assert [*train.get_xdata()] == pytest.approx([(20 + 40 + 20) / 3 / 60_000]) and [*train.get_ydata()] == pytest.approx([(6.4 + 5 + 6) / 3])
     band = panel.collections[0].get_paths()[0].vertices[:, 1]
     assert (band.min(), band.max()) == (5.0, 6.4)
-    assert mean.get_label() == "smoke, final 2.9000 bpb (3 seeds: mean, band min to max)" and [*val.get_ydata()] == [6.5]
+    assert train.get_label() == "smoke, 3 seeds, mean 2.9000 bpb" and [*val.get_ydata()] == [6.5]
 
 
 def test_runs_that_are_no_seeds_of_one_variant_are_not_averaged(tmp_path):

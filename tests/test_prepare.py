@@ -1,3 +1,4 @@
+import gzip
 import itertools
 import json
 import os
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import zstandard
-from conftest import ROOT, prepare, write_json_lines
+from conftest import ROOT, prepare, run, write_json_lines
 from helpers import forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -92,13 +93,183 @@ def test_a_tokenizer_is_trained_with_the_contests_options(made, tmp_path):
     assert "as the manifest says" in cli("--root", tmp_path, "verify", "own").stdout
 
 
-@pytest.mark.parametrize("line, words", [('{"txt": "a"}', "line 2: not a JSON object with"), ("{", "line 2: not"), ("3", "line 2: not"),
-                                         ("", "line 2 is empty; take it out: every line is a document"), (" \r", "line 2 is empty; take it out")])
-def test_a_bad_line_is_named(tmp_path, dataset, line, words):
+BAD_LINES = [
+    (b'{"txt": "a"}', 'has no string "text"'), (b'{"text": 3}', 'has no string "text"'), (b'{"text": null}', 'has no string "text"'),
+    (b'{"text": ["a"]}', 'has no string "text"'), (b'{"text": Infinity}', 'has no string "text"'), (b"{", "is not JSON"), (b"a,b", "is not JSON"),
+    (b'{"text": "a"} {"text": "b"}', "is not JSON"), (b'{"text": "a\tb"}', "is not JSON"), (b"3", "is not a JSON object"),
+    (b'["text"]', "is not a JSON object"), (b'[{"text": "a"}]', "is not a JSON object"), (b'"text"', "is not a JSON object"),
+    (b"NaN", "is not a JSON object"), (b"", "is empty"), (b" \r", "is empty"), (b"\xef\xbb\xbf", "is empty"),
+    (b'{"text": "\\ud800"}', "has a lone surrogate"), (b'{"text": "\\udc00\\ud800"}', "has a lone surrogate"),
+    (b'{"text": "\xed\xa0\x80"}', "is not UTF-8"), (b'{"text": "\xff"}', "is not UTF-8"), (b"[" * 100_000, "is nested too deeply"),
+    (b'{"text": ' * 100_000, "is nested too deeply"), (b'{"text": "a", "b": ' + b'{"c": ' * 100_000 + b"1" + b"}" * 100_001, "is nested too deeply"),
+]
+
+
+@pytest.mark.parametrize("line, words", BAD_LINES, ids=[f"{words} {line[:20]}" for line, words in BAD_LINES])
+def test_a_bad_line_is_named(tmp_path, line, words):
     path = tmp_path / "x.jsonl"
-    path.write_text('{"text": "good"}\n' + line + "\n")
-    done = cli("--root", tmp_path, "tokenize", path, "--tokenizer", dataset["TOKENIZER_PATH"], "--name", "x", "--val-docs", 1, check=False)
-    assert done.returncode == 1 and str(path) in done.stderr and words in done.stderr
+    path.write_bytes(b'{"text": "good"}\n' + line + b'\n{"text": "good"}\n')
+    with pytest.raises(t.InputError) as caught:
+        [text for block in encode.read_blocks([path]) for text in block.texts()]
+    assert str(caught.value).startswith(f"{path}, line 2 {words}") and "must be JSON lines, plain or zstd" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("line, text", [
+    (b'\xef\xbb\xbf{"text": "a"}', "a"), (b'{"text": "\\ud83d\\ude00"}', "\U0001f600"), (b'{"text": "a", "n": %s}' % (b"9" * 6000), "a"),
+    (b'{"n": -Infinity, "text": "a", "m": 1e999}', "a"), (b'{"text": "b", "text": "a"}\r', "a"), (b' {"text": ""} ', ""),
+    (b'{"text": "\\u0000\xc2\x85"}', "\0\x85"),
+])
+def test_an_unusual_line_is_read(tmp_path, line, text):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(line + b"\n" + line)
+    assert [text for block in encode.read_blocks([path]) for text in block.texts()] == [text, text]
+
+
+BEGINS = "line 1 does not begin with a JSON object; the input must be JSON lines, plain or zstd"
+ZSTD = zstandard.ZstdCompressor().compress(b'{"text": "a"}\n{"text": "b"}\n')
+
+
+@pytest.mark.parametrize("name, blob, words", [
+    ("x.jsonl.gz", gzip.compress(b'{"text": "a"}\n'), BEGINS), ("x.txt", b"a sentence\nand another\n", BEGINS), ("x.json", b'[\n{"text": "a"},', BEGINS),
+    ("x.jsonl", bytes(range(256)) * 40, BEGINS), ("x.jsonl", '{"text": "a"}\n'.encode("utf-16"), BEGINS), ("x.jsonl.zst", b"PK\3\4", "not zstd"),
+    ("x.jsonl.zst", b'{"text": "a"}\n', "cannot read .*x.jsonl.zst: not zstd, or damaged"), ("x.jsonl.zst", ZSTD[:-2], "it is cut"),
+    ("x.jsonl.zst", ZSTD[:4] + b"\xff" * 9 + ZSTD[13:], "x.jsonl.zst: not zstd, or damaged"), ("x.jsonl", b"", "the text has 0 documents"),
+    ("x.jsonl.zst", b"", "the text has 0 documents"), ("folder", None, "folder is not a regular file"), ("pipe", None, "pipe is not a regular file"),
+    ("none.jsonl", None, "cannot read .*none.jsonl: No such file"), ("link", None, "cannot read .*link: No such file"),
+])
+def test_a_file_of_another_kind_is_told_in_one_line(tmp_path, dataset, name, blob, words):
+    path, root = tmp_path / name, tmp_path / "root"
+    if blob is not None:
+        path.write_bytes(blob)
+    elif name == "folder":
+        path.mkdir()
+    elif name == "pipe":
+        os.mkfifo(path)
+    elif name == "link":
+        path.symlink_to("nowhere")
+    with pytest.raises(t.InputError, match=words) as caught:
+        tokenize(root, path, "--tokenizer", dataset["TOKENIZER_PATH"], "--name", "x", "--val-docs", 1, "--workers", 1)
+    assert "\n" not in str(caught.value) and not [p for p in root.rglob("*") if p.is_file()]
+
+
+def test_zstd_is_known_by_its_first_bytes(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(ZSTD)
+    assert [text for block in encode.read_blocks([tmp_path / "x.jsonl"]) for text in block.texts()] == ["a", "b"]
+
+
+def test_a_small_file_that_unpacks_to_an_endless_line_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(encode, "LONGEST_LINE", 1 << 20)
+    (tmp_path / "x.zst").write_bytes(zstandard.ZstdCompressor().compress(b'{"text": "a"}\n{"text": "' + b"x" * (1 << 22)))
+    with pytest.raises(t.InputError, match="x.zst, line 2 has more than 1,048,576 bytes; split the document"):
+        list(encode.read_blocks([tmp_path / "x.zst"]))
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ("tokenize x --name n --workers 0", "argument --workers: must be a whole number from 1 to 1024, not '0'"),
+    ("tokenize x --name n --workers 99999999999", "from 1 to 1024"),
+    ("tokenize x --name n --val-docs -1", "--val-docs: must be a whole number of at least 1, not '-1'"),
+    ("tokenize x --name n --vocab-size 65537", "--vocab-size: must be a whole number from 8 to 65536"), ("tokenize x --name n --vocab-size 1e9", "not '1e9'"),
+    (f"tokenize x --name n --tokenizer-mb {'9' * 5000}", "--tokenizer-mb: must be a whole number"),
+    ("download sp1024 --train-shards -3", "--train-shards: must be"),
+    ("tokenize --name n", "required: inputs"), ("verify", "required: name"), ("nothing", "invalid choice: 'nothing'"), ("", "required"),
+    ("smoke --val-docs x", "not 'x'"),
+])
+def test_a_wrong_command_line_is_one_line(arguments, words):
+    with pytest.raises(SystemExit) as caught:
+        prepare.main(arguments.split())
+    told = caught.value.code
+    assert isinstance(told, str) and words in told and told.endswith("--help") and "\n" not in told and len(told) < 400
+
+
+def test_a_name_with_control_characters_is_printed_escaped(tmp_path):
+    done = cli("--root", tmp_path, "tokenize", tmp_path / "a\n\x1b[31mb", "--name", "x", check=False)
+    assert done.returncode == 1 and done.stderr == f"prepare.py: cannot read {tmp_path}/a\\n\\x1b[31mb: No such file or directory\n"
+
+
+@pytest.mark.parametrize("error, words", [(PermissionError(13, "Permission denied", "/x"), "/x: Permission denied"), (MemoryError(), "out of memory"),
+                                          (OSError(28, "No space left on device"), "No space left on device")])
+def test_an_error_of_the_machine_is_one_line(monkeypatch, error, words):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(prepare, "main", fail)
+    with pytest.raises(SystemExit, match=words) as caught:
+        prepare.command_line()
+    assert caught.value.code.startswith("prepare.py: ") and "\n" not in caught.value.code
+
+
+@pytest.mark.parametrize("kind", ["folder", "link"])
+@pytest.mark.parametrize("name", ["fineweb_val_000000.bin", "fineweb_train_000007.bin"])
+@pytest.mark.parametrize("options", [[], ["--no-manifest"]])
+def test_verify_names_what_is_no_file_but_has_the_name_of_a_shard(made, dataset, tmp_path, monkeypatch, kind, name, options):
+    folder = copied(made[0], tmp_path)
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).mkdir() if kind == "folder" else (folder / name).symlink_to("nowhere")
+    monkeypatch.setattr("sys.argv", ["prepare.py", "--root", str(tmp_path), "verify", "mine", "--tokenizer", dataset["TOKENIZER_PATH"], *options])
+    with pytest.raises(SystemExit) as caught:
+        prepare.command_line()
+    told = caught.value.code
+    assert told.startswith("prepare.py: ") and "\n" not in told and (name in told or "train shards are not those of the manifest" in told)
+
+
+def copied(root, to):
+    folder = to / "datasets" / "mine"
+    folder.mkdir(parents=True)
+    for name, blob in files_of(root).items():
+        (folder / name).write_bytes(blob)
+    return folder
+
+
+@pytest.mark.parametrize("change, words", [
+    *[(change, "not of the form") for change in (
+        lambda m: {}, lambda m: m | dict(val=None), lambda m: m | dict(train=[]), lambda m: m | dict(val=m["val"] | dict(files=3)),
+        lambda m: m | dict(val=m["val"] | dict(files=[3])), lambda m: m | dict(val=m["val"] | dict(documents="3")), lambda m: m | dict(tokenizer_sha256=[]),
+        lambda m: m | dict(val=m["val"] | dict(files=[dict(name="a", tokens=1)])), lambda m: {k: v for k, v in m.items() if k != "train"})],
+    (lambda m: [], "not a JSON object"), (lambda m: 3, "not a JSON object"), ("[" * 100_000, "nested too deeply"), ("", "Expecting value"),
+    (b"\xff\xfe", "decode"),
+])
+def test_a_damaged_manifest_is_told_in_one_line(made, dataset, tmp_path, change, words):
+    path = copied(made[0], tmp_path) / "manifest.json"
+    blob = json.dumps(change(json.loads(path.read_text()))) if callable(change) else change
+    path.write_bytes(blob if isinstance(blob, bytes) else blob.encode())
+    with pytest.raises(t.InputError, match=f"has no readable manifest.json .*{words}") as caught:
+        prepare.main(["--root", str(tmp_path), "verify", "mine", "--tokenizer", dataset["TOKENIZER_PATH"]])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("progress, words", [
+    ("[]", "progress.json is damaged"), ("", "progress.json is damaged"), ("[" * 100_000, "progress.json is damaged .nested too deeply"),
+    (dict(val=3), "progress.json is damaged"), (dict(val=dict(read=0)), "progress.json is damaged"),
+    (dict(val=dict(read=-1, documents=0, skip=0, done=False, files=[])), "progress.json is damaged"),
+    (dict(val=dict(read=3, documents=3, skip=0, done=True, files=[dict(name="fineweb_val_000000.bin", tokens=5, sha256="")])),
+     "fineweb_val_000000.bin is not a file"),
+])
+def test_a_damaged_journal_is_told_and_nothing_is_published(made, dataset, tmp_path, progress, words):
+    partial, docs = tmp_path / "datasets" / "mine.partial", made[0] / "docs.jsonl"
+    partial.mkdir(parents=True)
+    plan = dict(inputs=[prepare.identity(docs)], val=3, tokenizer=prepare.file_hash(Path(dataset["TOKENIZER_PATH"])))
+    (partial / "progress.json").write_text(progress if isinstance(progress, str) else json.dumps(dict(plan=plan) | progress))
+    with pytest.raises(t.InputError, match=words):
+        tokenize(tmp_path, docs, "--tokenizer", dataset["TOKENIZER_PATH"], "--name", "mine", "--val-docs", 3, "--workers", 1)
+    assert not (tmp_path / "datasets" / "mine").exists()
+
+
+def test_a_damaged_tokenizer_is_refused_in_one_line(dataset, tmp_path):
+    """Each loads and encodes, or is refused with its name; none ends the process, which a forked one shows."""
+    good, path, refused = Path(dataset["TOKENIZER_PATH"]).read_bytes(), tmp_path / "bad.model", 0
+    name = good.index(b"<0x41>")
+    blobs = [b"", good[:1000], good[:-1], good[:name] + b"<0xZZ>" + good[name + 6 :], good[: name + 1] + b"\xff" + good[name + 2 :]]
+    blobs += [good[:at] + bytes([good[at] ^ 1 << at % 8]) + good[at + 1 :] for at in range(0, len(good), len(good) // 40)]
+    for blob in blobs:
+        path.write_bytes(blob)
+        encode.processor.cache_clear()
+        try:
+            encode.processor(path).decode(encode.processor(path).encode("some text"))
+        except t.InputError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            refused += 1
+    assert 5 <= refused < len(blobs)
 
 
 def test_an_existing_dataset_is_not_overwritten(made, dataset):
@@ -254,13 +425,12 @@ def test_a_cut_zstd_file_is_an_error_even_at_the_end_of_a_line(tmp_path):
         list(encode.read_blocks([tmp_path / "cut.jsonl.zst"]))
 
 
-@pytest.mark.parametrize("line", ['{"text": 3}', '{"text": "\\ud800"}', '["text"]'])
-def test_a_line_without_a_text_is_named(tmp_path, dataset, line):
+def test_a_bad_line_leaves_no_file(tmp_path, dataset):
     path = tmp_path / "x.jsonl"
-    path.write_text('{"text": "good"}\n{"text": "better"}\n' + line + "\n")
-    with pytest.raises(t.InputError, match='x.jsonl, line 3: not a JSON object with a "text"'):
-        tokenize(tmp_path, path, "--tokenizer", dataset["TOKENIZER_PATH"], "--name", "mine", "--val-docs", 1, "--workers", 1)
-    assert not list((tmp_path / "datasets").iterdir())
+    path.write_text('{"text": "good"}\n{"text": "better"}\n["text"]\n')
+    done = cli("--root", tmp_path, "tokenize", path, "--tokenizer", dataset["TOKENIZER_PATH"], "--name", "mine", "--val-docs", 1, "--workers", 1, check=False)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(f"prepare.py: {path}, line 3 is not a JSON object; the input must be")
+    assert len(done.stderr.splitlines()) == 2 and not list((tmp_path / "datasets").iterdir())  # the first line is the note on the validation split
 
 
 def test_work_is_done_in_order_and_not_far_ahead():
@@ -389,7 +559,7 @@ def test_two_runs_do_not_write_the_same_dataset(many, tmp_path):
 
 
 def test_a_full_disk_is_told_and_leaves_nothing(many, tmp_path, monkeypatch):
-    part = tmp_path / "datasets" / "mine.partial" / "fineweb_val_000000.bin.part"
+    part = tmp_path / "datasets" / "mine.partial" / f"fineweb_val_000000.bin.{os.getpid()}.part"
 
     def build(*args, build=prepare.build):
         part.symlink_to("/dev/full")  # every write to it fails for want of space
@@ -516,7 +686,7 @@ def test_every_command_of_the_page_is_one_that_parses():
     lines = [line.split("#")[0].split() for line in (ROOT / "data" / "README.md").read_text().splitlines() if line.startswith("    python")]
     assert len(lines) >= 6 and all((ROOT / line[1]).is_file() for line in lines)
     commands = [line[2:] for line in lines if line[1] == "data/prepare.py"]
-    assert {prepare.parser().parse_args(args).run.__name__ for args in commands} == {"demo", "download", "tokenize", "verify"}
+    assert {prepare.parser().parse_args(args).run.__name__ for args in commands} == {"demo", "download", "smoke", "tokenize", "verify"}
 
 
 def test_a_name_of_the_contests_must_hold_its_validation_split(dataset, tmp_path, monkeypatch, capsys):
@@ -538,3 +708,62 @@ def test_the_speed_tool_compares_both_on_the_same_documents(made, dataset):
     args = [made[0] / "docs.jsonl.zst", "--tokenizer", dataset["TOKENIZER_PATH"], "--docs", 30, "--turns", 1]
     done = forked.python([ROOT / "data" / "speed.py", *args], os.environ)
     assert done.returncode == 0 and "30 documents, " in done.stdout and "documents/min" in done.stdout and "turn 1: tokenize" in done.stdout, done.stderr
+
+
+# verify --text
+
+
+@given(text=st.text() | st.text(ODD + "\u1100\u1161\u11a8\uac01\ufe0f\u1e9e\u0130\u00df\u3300\u33a5\u00bd\ufb03\uff21\U0001d400\u0f71\u0f72", max_size=40))
+@settings(max_examples=300, deadline=None)
+def test_normalization_leaves_bytes_between_the_limits(models, text):
+    sizes = [prepare.normal_sizes(char) for char in text]
+    for model in models[0]:
+        sp = encode.processor(model)
+        assert sum(least for least, _ in sizes) <= len(sp.decode(sp.encode(text)).encode()) <= sum(most for _, most in sizes)
+
+
+def test_verify_refuses_a_tokenizer_that_makes_the_text_longer(documents, tmp_path, capsys):
+    """Every letter \u00f8 becomes ten x: tokens and decoded text agree on the bytes, the text of the file does not."""
+    rules = tmp_path / "rules.tsv"
+    rules.write_text("f8\t" + " ".join(["78"] * 10) + "\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode, "CONTEST_TRAINER", encode.CONTEST_TRAINER | dict(normalization_rule_tsv=str(rules)))
+        encode.train_tokenizer(documents[:10], 400, tmp_path / "long.model")
+    write_json_lines(tmp_path / "docs.jsonl", ["a \u00f8 b"] * 2 + ["other"])
+    tokenize(tmp_path, tmp_path / "docs.jsonl", "--tokenizer", tmp_path / "long.model", "--name", "mine", "--val-docs", 2, "--workers", 1)
+    verify = ["--root", str(tmp_path), "verify", "mine", "--tokenizer", str(tmp_path / "long.model")]
+    prepare.main(verify)
+    with pytest.raises(t.InputError, match=r"the tokens count 28 bytes, but normalization leaves 8 to 12 of the text's 12: .*long.model changes the text"):
+        prepare.main([*verify, "--text", str(tmp_path / "docs.jsonl")])
+
+
+def test_verify_with_the_text_tells_both_sizes(made, documents, dataset, capsys):
+    prepare.main(["--root", str(made[0]), "verify", "mine", "--tokenizer", dataset["TOKENIZER_PATH"], "--text", str(made[0] / "docs.jsonl")])
+    sp, size = encode.processor(Path(dataset["TOKENIZER_PATH"])), sum(len(d.encode()) for d in documents[:3])
+    counted = sum(len(sp.decode(sp.encode(d)).encode()) for d in documents[:3])
+    assert f"val: each token is what the text makes; it has {size} bytes, of which the tokens count {counted}\n" in capsys.readouterr().out
+
+
+# Small sets
+
+
+def test_the_smoke_variant_runs_on_what_smoke_makes(tmp_path, capsys):
+    """From the folder above data/, with no other setting of a path or a size."""
+    arguments = ["--root", str(tmp_path / "data"), "smoke", "--workers", "1"]
+    prepare.main(arguments)
+    assert "VARIANT=smoke DATA_PATH=" in capsys.readouterr().out
+    done = run(dict(VARIANT="smoke", ITERATIONS="2", VAL_MAX_TOKENS="100", VAL_LOSS_EVERY="0", TTT_EPOCHS="0"), cwd=tmp_path)
+    assert "final_int6_roundtrip" in done.stdout
+    before = files_of(tmp_path / "data", "smoke")
+    prepare.main(arguments)
+    assert "is there already" in capsys.readouterr().out and files_of(tmp_path / "data", "smoke") == before
+    (tmp_path / "data" / "tokenizers" / "smoke.model").unlink()
+    with pytest.raises(t.InputError, match="smoke is there, but not whole, or .*smoke.model is missing; remove it"):
+        prepare.main(arguments)
+    assert files_of(tmp_path / "data", "smoke") == before
+
+
+def test_a_small_set_needs_text_to_train_on(tmp_path):
+    with pytest.raises(t.InputError, match="--val-docs 5000 leaves nothing to train on: there are [0-9]+ documents"):
+        prepare.main(["--root", str(tmp_path), "smoke", "--val-docs", "5000"])
+    assert not list(tmp_path.iterdir())

@@ -15,6 +15,7 @@ from tools.runlog import RESULT, RunLog, Score, read_log
 HEADER = r"^variant:(?P<variant>\w+) seed:(?P<seed>\d+) overrides: (?P<overrides>.+)$"
 CONTEST = "contest's script"  # in place of a variant
 CONTEST_HEADER = r"^(?P<options>train_batch_tokens:\d+ .+)\nseed:(?P<seed>\d+)$"
+CONTEST_RAW = r"^step:\d+/\d+ val_loss:(?P<loss>[\d.]+) val_bpb:(?P<bpb>[\d.]+) "
 STEP = re.compile(r"^step:(\d+)/\d+ (train|val)_loss:([\d.]+) .*train_time:(\d+)ms", re.MULTILINE)
 EXACT = r"^{}_exact val_loss:(?P<loss>\d+\.\d+) val_bpb:(?P<bpb>\d+\.\d+)$"
 WEIGHTS = r"^DIAGNOSTIC {} val_loss:(?P<loss>\d+\.\d+) val_bpb:(?P<bpb>\d+\.\d+) "
@@ -25,6 +26,8 @@ STAGES = dict(raw=WEIGHTS.format("raw"), averaged=WEIGHTS.format(r"post_\w+"),
 Curve = namedtuple("Curve", "path points bpb variant seed overrides")
 # Ended. total_bytes: of code and model; scores: a Score by the keys of STAGES.
 Scored = namedtuple("Scored", "path variant seed overrides parameters total_bytes scores")
+# Ended or not, or of EVAL_ONLY. artifact: its sha256, or None; scores: bits per byte by the keys of STAGES.
+Stages = namedtuple("Stages", "path artifact eval_only scores")
 
 
 def read_text(path: Path) -> str:
@@ -82,3 +85,15 @@ def read_scored(path: Path) -> RunLog | Scored:
     return Scored(path, *read_header(text), int(only(r"^model_params:(\d+) ", "model_params:...")[1]),
                   int(only(r"^Total submission size \S+ (\d+) bytes$", "Total submission size ...")[1]),
                   {name: Score(float(match["loss"]), float(match["bpb"]), math.nan) for name, match in scores.items()})
+
+
+def read_stages(path: Path) -> Stages:
+    """Every stage that the log of a run, of EVAL_ONLY or of the contest's script has. Raises Refused if it has none."""
+    text = read_text(path)
+    _, _, overrides = read_header(text) or contest_header(text) or (None, None, {})
+    patterns = STAGES if read_header(text) else dict(raw=CONTEST_RAW, coded=EXACT.format(r"final_\w+_roundtrip"))
+    scores = {name: float(found[-1]["bpb"]) for name, pattern in patterns.items() if (found := [*re.finditer(pattern, text, re.MULTILINE)])}
+    if not scores:
+        raise Refused(f"{path} has no score of any stage; is it the log of a run that reached its evaluation?")
+    artifact = re.search(r"artifact_sha256\W+([0-9a-f]{64})\b", text)
+    return Stages(path, artifact and artifact[1], overrides.get("EVAL_ONLY") == "1", scores)

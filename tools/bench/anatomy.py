@@ -140,9 +140,9 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        events = own_events(func._opname, args, out) if func.namespace == "golf" else [describe(func, args, kwargs or {}, out)]
-        if any(x.device.type == self.device for x in tensors((args, kwargs, out))):
-            self.events += filter(None, events)
+        event = describe(func, args, kwargs or {}, out)
+        if event and any(x.device.type == self.device for x in tensors((args, kwargs, out))):
+            self.events.append(event)
         return out
 
     def take(self) -> list[Event]:
@@ -166,22 +166,6 @@ def describe(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> Event | 
     if func._overloadpacket in flop_registry:
         return Event("product", name, moved, flop_registry[func._overloadpacket](*args, **kwargs, out_val=out))
     return Event("eager", name, moved)
-
-
-def own_events(name: str, args: tuple, out: Any) -> list[Event]:
-    """train_gpt.py's own operators: a product whose epilogue is the activation or its derivative, with all that this reads
-    and writes; forward another one follows, by torch, which reads what the first one wrote. The loss: a product by torch,
-    then a kernel that reads what it wrote and writes in its place.
-    """
-    flops = 2.0 * len(args[0]) * args[1].numel()
-    if name == "mlp_backward":
-        return [Event("product", name, sum(map(size, (*args[:3], out))), flops)]
-    if name == "loss":
-        (x, weight, targets, _), (losses, dlogits) = args, out
-        return [Event("product", "mm", sum(map(size, (x, weight, dlogits))), flops),
-                Event("triton", name, sum(map(size, (dlogits, targets, losses, dlogits))))]
-    (x, fc, proj, _), (y, pre, h) = args, out
-    return [Event("product", name, sum(map(size, (x, fc, pre, h))), flops), Event("product", "mm", sum(map(size, (h, proj, y))), flops)]
 
 
 def places(accesses: list[Any], hint: Callable[[Any], int]) -> float:

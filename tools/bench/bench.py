@@ -178,7 +178,6 @@ def batches(cfg: t.Config, ranks: t.Ranks) -> t.Batches:
 
 def make_trainer(cfg: t.Config, ranks: t.Ranks, looped: bool = False) -> tuple[str, t.Trainer]:
     """(name of the attention, trainer), as train_gpt.run_training makes them."""
-    t.check_kernels(cfg, ranks)
     name, attend, _ = t.choose_attention(cfg, ranks)
     model = t.GPT(cfg, attend, t.compute_dtype(cfg, ranks.device))
     model.init_weights(cfg)

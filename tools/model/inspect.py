@@ -32,6 +32,7 @@ import train_gpt
 from tools import command_line, run_tool
 from train_gpt import InputError
 
+MOST_BYTES = 2**30  # that are read of a file
 ROLES = ("matrix", "table", "scalar")
 LINE = "  {:30s}{:>7s}{:>13s}{:>9s}{:>6s}{:>7s}{:>13s}{:>13s}   {}"
 
@@ -93,14 +94,12 @@ def contents(path: Path, code: Path) -> dict[str, Any]:
     try:
         code_bytes = len(code.read_bytes())
         with path.open("rb") as file:
-            blob = file.read(train_gpt.ARTIFACT_MOST_UNPACKED)
+            blob = file.read(MOST_BYTES)
     except OSError as error:
         raise InputError(f"cannot read {error.filename}: {error.strerror}") from None
     try:
         header, tensors = train_gpt.unpack(blob)
-        settings = header["settings"]
-        if stray := settings.keys() ^ train_gpt.artifact_settings(train_gpt.Config()).keys():
-            raise InputError(f"its settings lack or add {', '.join(sorted(stray))}")
+        settings, _ = train_gpt.stored_settings(header)
         if not re.fullmatch("[0-9a-f]{64}", header["tokenizer_sha256"]):
             raise InputError("the hash of its tokenizer is not a sha256")
         cfg = train_gpt.Config.from_env(settings)
