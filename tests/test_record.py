@@ -210,6 +210,7 @@ def test_it_claims_no_more_than_the_logs_show(written):
     assert it["hardware"] == "1 process(es) on cpu x1, no GPU" and "H100" not in json.dumps({k: v for k, v in it.items() if k != "track"})
     false = {key for key, holds in it["compliance"].items() if not holds}
     assert false == {"full_validation_split"} and "whole validation split: NO" in page
+    assert "* warning of the log of seed 1: only 300 of the split's " in page
 
 
 def test_the_page_has_every_figure_of_the_logs(written, texts):
@@ -255,7 +256,7 @@ def as_contest(text, dataset="fineweb10B_sp1024", targets=62_021_849, size=151_0
     """The log of another machine, with its lines on memory, and of another text, every val_bpb computed again."""
     ratio = targets / size / math.log(2)
     scores = {stage: score | dict(bpb=score["loss"] * ratio) for stage, score in facts_of(text)["scores"].items()}
-    text = forged(overridden(text, VAL_MAX_TOKENS=limit), scores=scores, dataset=dataset, targets=targets, bytes=size,
+    text = forged(overridden(text, VAL_MAX_TOKENS=limit), scores=scores, dataset=dataset, targets=targets, bytes=size, val_split_targets=targets,
                   device="NVIDIA H100 80GB HBM3", world_size=8, versions=facts_of(text)["versions"] | dict(torch="2.9.1+cu128"))
     text = re.sub(r"^(?:averaging:|total_eval_time:).*", r"\g<0>\npeak memory allocated: 20001 MiB reserved: 21002 MiB", text, flags=re.M)
     return re.sub(r"(^step:\S+ val_loss:)(\S+)( val_bpb:)\S+", lambda m: f"{m[1]}{m[2]}{m[3]}{float(m[2]) * ratio:.4f}", text, flags=re.M)
@@ -427,6 +428,8 @@ REFUSALS = {
     "two ends of a log": (lambda s: s + "\n".join(["log:a artifact:b", s.splitlines()[-1], ""]), "RESULT", "once more; are there two logs"),
     "two beginnings": (lambda s: s.splitlines(True)[0] + s, "source:", "once more; are there two logs"),
     "a RESULT between": (lambda s: s.replace("model_params", s.splitlines()[-1] + "\nmodel_params"), "RESULT", "once more; are there two logs"),
+    "no warning": (without("WARNING: only"), "RESULT", "it has the warning 'only 300 of .*' but no line of this log does"),
+    "another warning": (lambda s: s.replace("WARNING: only 300", "WARNING: only 299"), "WARNING: only", BY[:3]),
     "no closing line": (without("log:"), "RESULT", BY.format("log:")),
     "a line after the last": (lambda s: s.replace("\nRESULT", "\nnote:fine\nRESULT"), "note:", "'note:fine', " + BY.format("RESULT ")),
     "a long training": (told(train_seconds=601.0), "training ended", "training took 601.000 s, over 600 s"),

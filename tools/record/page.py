@@ -209,6 +209,7 @@ def what_ran(entry: Entry) -> list[str]:
     lines.append(f"commit {entry.source.commit}, whose `train_gpt.py` this is" if entry.source.commit
                  else "its commit is not known: no commit of the project has a `train_gpt.py` of this sha256")
     local = ", but for local folders, which are `/path/to` here" * any(run.public() != run.text for run in entry.runs)
+    lines += [f"warning of the log of seed {run.seed}: {text}" for run in entry.runs for text in run.warnings]
     return [*lines, f"the logs are as the script wrote them{local}",
             "tools/record computed all numbers here from the logs"]
 
