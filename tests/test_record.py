@@ -241,6 +241,8 @@ def test_a_reviewer_can_run_the_folder_by_its_command(written, tmp_path, texts, 
     copy = shutil.copytree(written, tmp_path / "copy")
     out = run(command_of(copy, dataset), script=copy / "train_gpt.py", cwd=copy).stdout
     assert finals(out) == finals(texts[0])
+    artifact = found(r"^It writes `(.*?)`\. `EVAL_ONLY=1", (copy / "README.md").read_text())
+    assert (copy / artifact).is_file() and f" artifact:{artifact}\n" in out
     assert re.findall(r"train_loss:\S+", out) == re.findall(r"train_loss:\S+", texts[0])
 
 
@@ -428,7 +430,7 @@ REFUSALS = {
     "two ends of a log": (lambda s: s + "\n".join(["log:a artifact:b", s.splitlines()[-1], ""]), "RESULT", "once more; are there two logs"),
     "two beginnings": (lambda s: s.splitlines(True)[0] + s, "source:", "once more; are there two logs"),
     "a RESULT between": (lambda s: s.replace("model_params", s.splitlines()[-1] + "\nmodel_params"), "RESULT", "once more; are there two logs"),
-    "no warning": (without("WARNING: only"), "RESULT", "it has the warning 'only 300 of .*' but no line of this log does"),
+    "no warning": (without("WARNING: only"), "RESULT", "it has the warning .only 300 of .* but no line of this log does"),
     "another warning": (lambda s: s.replace("WARNING: only 300", "WARNING: only 299"), "WARNING: only", BY[:3]),
     "no closing line": (without("log:"), "RESULT", BY.format("log:")),
     "a line after the last": (lambda s: s.replace("\nRESULT", "\nnote:fine\nRESULT"), "note:", "'note:fine', " + BY.format("RESULT ")),
