@@ -89,11 +89,13 @@ class Settings(dict):
 
 
 def resolve(source: Source, run: RunLog) -> Settings:
-    """Every setting of a run, and model_params, as the script itself resolves the overrides of the log."""
+    """Every setting of a run, and model_params, as the script itself resolves the overrides of the log. A log could name
+    LD_PRELOAD among its overrides, so they are no environment before the source has an option of each name.
+    """
+    plain = unpack_source(source.contents).decode(errors="replace")
+    if unknown := [name for name in run.overrides if not re.search(f"^    {re.escape(name.lower())}: ", plain, re.MULTILINE)]:
+        run.refuse("variant", f"{unknown[0]} is no option of {source.path}")
     done = run_script(source, "--describe", **run.overrides)
     if done.returncode:
         run.refuse("variant", f"{source.path} does not take these settings: {last_line(done)}")
-    settings = Settings(re.findall(r"^(\w+)[=:](.*)$", done.stdout, re.M))
-    if unknown := sorted(run.overrides.keys() - settings.keys()):
-        run.refuse("variant", f"{unknown[0]} is no option of {source.path}")
-    return settings
+    return Settings(re.findall(r"^(\w+)[=:](.*)$", done.stdout, re.MULTILINE))
