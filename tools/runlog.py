@@ -43,7 +43,7 @@ class Score(NamedTuple):
 
 @dataclass(frozen=True)
 class RunLog:
-    """What a finished training run says of itself, seconds to the digit of its lines."""
+    """What a finished training run says of itself; clocks to the digit of its lines, stages to all digits."""
 
     source_sha256: str
     versions: dict  # {package: version}
@@ -234,7 +234,7 @@ def unshared(facts: dict, steps: list[Step]) -> dict[float | str, str]:
 def as_printed(facts: dict) -> dict:
     """The facts of a RunLog, with the digits that the lines of the log have."""
     names, digits, scores = ("raw", "averaged", "coded", "sliding", "ttt"), (4, 4, 8, 8, 8), facts["scores"].values()
-    found = {name: Score(round(score["loss"], n), round(score["bpb"], n), to_millisecond(score["seconds"]))
+    found = {name: Score(round(score["loss"], n), round(score["bpb"], n), score["seconds"])
              for name, n, score in zip(names, digits, scores)}
     clocks = {name: to_millisecond(facts[name]) for name in ("train_seconds", "eval_seconds")}
     clocks["pack_seconds"] = round(facts["pack_seconds"], 1)
