@@ -210,6 +210,7 @@ def test_it_claims_no_more_than_the_logs_show(written):
     assert it["hardware"] == "1 process(es) on cpu x1, no GPU" and "H100" not in json.dumps({k: v for k, v in it.items() if k != "track"})
     false = {key for key, holds in it["compliance"].items() if not holds}
     assert false == {"full_validation_split"} and "whole validation split: NO" in page
+    assert "* warning of the log of seed 1: only 300 of the split's " in page
 
 
 def test_the_page_has_every_figure_of_the_logs(written, texts):
@@ -240,6 +241,8 @@ def test_a_reviewer_can_run_the_folder_by_its_command(written, tmp_path, texts, 
     copy = shutil.copytree(written, tmp_path / "copy")
     out = run(command_of(copy, dataset), script=copy / "train_gpt.py", cwd=copy).stdout
     assert finals(out) == finals(texts[0])
+    artifact = found(r"^It writes `(.*?)`\. `EVAL_ONLY=1", (copy / "README.md").read_text())
+    assert (copy / artifact).is_file() and f" artifact:{artifact}\n" in out
     assert re.findall(r"train_loss:\S+", out) == re.findall(r"train_loss:\S+", texts[0])
 
 
@@ -255,7 +258,7 @@ def as_contest(text, dataset="fineweb10B_sp1024", targets=62_021_849, size=151_0
     """The log of another machine, with its lines on memory, and of another text, every val_bpb computed again."""
     ratio = targets / size / math.log(2)
     scores = {stage: score | dict(bpb=score["loss"] * ratio) for stage, score in facts_of(text)["scores"].items()}
-    text = forged(overridden(text, VAL_MAX_TOKENS=limit), scores=scores, dataset=dataset, targets=targets, bytes=size,
+    text = forged(overridden(text, VAL_MAX_TOKENS=limit), scores=scores, dataset=dataset, targets=targets, bytes=size, val_split_targets=targets,
                   device="NVIDIA H100 80GB HBM3", world_size=8, versions=facts_of(text)["versions"] | dict(torch="2.9.1+cu128"))
     text = re.sub(r"^(?:averaging:|total_eval_time:).*", r"\g<0>\npeak memory allocated: 20001 MiB reserved: 21002 MiB", text, flags=re.M)
     return re.sub(r"(^step:\S+ val_loss:)(\S+)( val_bpb:)\S+", lambda m: f"{m[1]}{m[2]}{m[3]}{float(m[2]) * ratio:.4f}", text, flags=re.M)
@@ -427,6 +430,8 @@ REFUSALS = {
     "two ends of a log": (lambda s: s + "\n".join(["log:a artifact:b", s.splitlines()[-1], ""]), "RESULT", "once more; are there two logs"),
     "two beginnings": (lambda s: s.splitlines(True)[0] + s, "source:", "once more; are there two logs"),
     "a RESULT between": (lambda s: s.replace("model_params", s.splitlines()[-1] + "\nmodel_params"), "RESULT", "once more; are there two logs"),
+    "no warning": (without("WARNING: only"), "RESULT", "it has the warning .only 300 of .* but no line of this log does"),
+    "another warning": (lambda s: s.replace("WARNING: only 300", "WARNING: only 299"), "WARNING: only", BY[:3]),
     "no closing line": (without("log:"), "RESULT", BY.format("log:")),
     "a line after the last": (lambda s: s.replace("\nRESULT", "\nnote:fine\nRESULT"), "note:", "'note:fine', " + BY.format("RESULT ")),
     "a long training": (told(train_seconds=601.0), "training ended", "training took 601.000 s, over 600 s"),
@@ -616,13 +621,20 @@ def test_two_seeds_are_no_record(write, texts, tmp_path):
 
 
 def test_the_settings_must_be_the_scripts(write, texts, tmp_path):
-    """What all logs say alike, but their script does not know."""
+    """What all logs say alike, but their script does not know. It does not run with names in its environment that it has no option of."""
     script = tmp_path / "script.py"
-    script.write_text("import os, sys\nif 'TUND_LR' in os.environ: sys.exit('script.py: TUND_LR is not an option')\nprint('VARIANT=smoke')\n")
-    texts = [forged(text, source_sha256=hashlib.sha256(script.read_bytes()).hexdigest()) for text in texts]
-    for override, words in (("TUNED_LR", f"TUNED_LR is no option of {script}"), ("TUND_LR", f"{script} does not take these settings: script.py: TUND_LR is")):
-        paths = write([forged(text, overrides={"VARIANT": "smoke", override: "1"}) for text in texts])
-        assert refusal(paths, tmp_path, "--script", str(script)).startswith(f"{paths[0]}:4: {words}")
+
+    def refused(printed, *overrides):
+        script.write_text("import os, sys\nclass Config:\n    variant: str = ''\n    tund_lr: float = 0\n"
+                          f"if 'TUND_LR' in os.environ: sys.exit('script.py: TUND_LR is not an option')\nprint('{printed}')\n")
+        told = dict(source_sha256=hashlib.sha256(script.read_bytes()).hexdigest(), overrides=dict.fromkeys(overrides, "1") | {"VARIANT": "smoke"})
+        return refusal(write([forged(text, **told) for text in texts]), tmp_path, "--script", str(script))
+
+    for name in ("TUNED_LR", "LD_PRELOAD", "PATH", "VARIAN", "VARIANT.*"):
+        assert refused("", name) == f"{tmp_path / '0.txt'}:4: {name} is no option of {script}"
+    assert refused("", "TUND_LR").endswith(f"{script} does not take these settings: script.py: TUND_LR is not an option")
+    assert "has no option TTT_EPOCHS" in refused("VARIANT=smoke\\njunk")
+    assert "has TTT_EPOCHS=few, which is not a number" in refused("VARIANT=smoke\\nTTT_EPOCHS=few")
 
 
 @pytest.mark.parametrize("changes, words", [
@@ -723,7 +735,7 @@ def last(**changed):
 
 
 def setting(**changed):
-    return lambda it: dataclasses.replace(it, settings=it.settings | changed)
+    return lambda it: dataclasses.replace(it, settings=source.Settings(it.settings | changed))
 
 
 def without_ttt(it):
@@ -866,7 +878,7 @@ def test_the_page_says_why_an_artifact_was_not_scored_again(write, texts, folder
         monkeypatch.setenv(where, str(tmp_path / "none"))
     path = command.main([str(write(texts)[0]), *ARGS, "--out", str(tmp_path / "out"), "--non-record", "--artifacts", str(models(folder)[0]),
                          *["--no-rescore"] * (not where)])
-    reason = f"no {where}={tmp_path / 'none'} here" if where else why
+    reason = f"no {where}=/path/to/none here" if where else why
     assert f"| as in the log | no: {reason} | - | - |" in (path / "README.md").read_text() and len(scripts) == count
     assert json.loads((path / "submission.json").read_text())["artifacts_checked"]["1"]["val_bpb_again"] is None
 

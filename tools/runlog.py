@@ -22,14 +22,14 @@ STEPS = {name: re.compile(pattern, re.ASCII) for name, pattern in dict(  # lines
     train=rf"{STEP} train_loss:\d+\.\d{{4}} {CLOCK}", stop=rf"stopping_early: wallclock_cap {CLOCK} {STEP}",
     val=rf"{STEP} val_loss:(?P<loss>\d+\.\d{{4}}) val_bpb:(?P<bpb>\d+\.\d{{4}}) eval_time:\d+ms {CLOCK}").items()}
 FREE = re.compile(  # and those of which they tell nothing
-    r"(nvidia-smi: |WARNING: |warmup_step:\d|gptq:collected |(late_qat|layer_loop):enabled |train_seq_len:\d+ step:|"
+    r"(nvidia-smi: |WARNING: attention |warmup_step:\d|gptq:collected |(late_qat|layer_loop):enabled |train_seq_len:\d+ step:|"
     r"checkpoint:|averaging: |\S+ of an earlier run is now |fit:factor |peak memory allocated: ).*", re.ASCII)
 PLACE = re.compile(  # a path in the line of a checkpoint, of the artifact, or of the log itself
     r"(?:^| )(?:checkpoint|artifact|log):(/.+?)(?= averaging:\w+ updates:| artifact_sha256:| variant:\w+ seed:| artifact:|$)")
 # Hashes of the tokens that are scored, of the bytes that each counts for, and of the artifact: not in every log
 HASHES = ("val_sha256", "val_bytes_sha256", "artifact_sha256")
 # Facts of RESULT that older logs lack, with the value that stands for "not told"
-OPTIONAL = dict.fromkeys(HASHES, "") | dict(val_split_targets=0, train_over_limit_seconds=0.0)
+OPTIONAL = dict.fromkeys(HASHES, "") | dict(val_split_targets=0, train_over_limit_seconds=0.0, warnings=[])
 HASH = re.compile(rf" ?\b({'|'.join(HASHES)}):([0-9a-f]{{64}})\b")
 
 
@@ -43,7 +43,7 @@ class Score(NamedTuple):
 
 @dataclass(frozen=True)
 class RunLog:
-    """What a finished training run says of itself, seconds to the digit of its lines."""
+    """What a finished training run says of itself; clocks to the digit of its lines, stages to all digits."""
 
     source_sha256: str
     versions: dict  # {package: version}
@@ -77,6 +77,7 @@ class RunLog:
     artifact_sha256: str
     val_split_targets: int  # of the whole validation split; 0 where the log does not tell it
     train_over_limit_seconds: float  # by which training passed MAX_WALLCLOCK_SECONDS
+    warnings: list  # texts of its WARNING lines
     path: Path
     text: str
     unshared: dict  # the losses and clocks of RESULT to all their digits, and the lines of steps: {value: name}
@@ -233,7 +234,7 @@ def unshared(facts: dict, steps: list[Step]) -> dict[float | str, str]:
 def as_printed(facts: dict) -> dict:
     """The facts of a RunLog, with the digits that the lines of the log have."""
     names, digits, scores = ("raw", "averaged", "coded", "sliding", "ttt"), (4, 4, 8, 8, 8), facts["scores"].values()
-    found = {name: Score(round(score["loss"], n), round(score["bpb"], n), to_millisecond(score["seconds"]))
+    found = {name: Score(round(score["loss"], n), round(score["bpb"], n), score["seconds"])
              for name, n, score in zip(names, digits, scores)}
     clocks = {name: to_millisecond(facts[name]) for name in ("train_seconds", "eval_seconds")}
     clocks["pack_seconds"] = round(facts["pack_seconds"], 1)
@@ -249,7 +250,7 @@ def check_facts(facts: dict) -> None:
     for name, kind in TYPES.items():
         if not isinstance(facts[name], (int, float) if kind is float else kind) or kind in (int, float) and not 0 <= facts[name] < math.inf:
             raise ValueError(f"it has {facts[name]} as {name}")
-    "".join([*facts["versions"].values(), *facts["overrides"].values()])  # a TypeError if one of them is no text
+    "".join([*facts["versions"].values(), *facts["overrides"].values(), *facts["warnings"]])  # a TypeError if one of them is no text
     for name in HASHES:
         if not re.fullmatch("[0-9a-f]{64}|", facts[name]):
             raise ValueError(f"its {name} is {facts[name]!r}, not 64 hexadecimal digits")
@@ -273,7 +274,7 @@ def check_facts(facts: dict) -> None:
 
 def walk(path: Path, rows: list[str], facts: dict) -> list[Step]:
     """The lines of steps. A line is refused if the facts make another one for this place, or if it is unknown."""
-    due, steps, at, artifact = [*lines_of(facts), RESULT], [], 0, ""
+    due, steps, at, artifact, warnings = [*lines_of(facts), RESULT], [], 0, "", [*facts["warnings"]]
     patterns = [re.compile("(.+)".join(map(re.escape, line.split(ANY)))) for line in due]
     for number, whole in enumerate(rows, 1):
         training, is_last = due[at].startswith("averaging:"), number == len(rows)
@@ -286,6 +287,8 @@ def walk(path: Path, rows: list[str], facts: dict) -> list[Step]:
                 artifact = match[1]
             elif row.startswith("log:") and match[2] != artifact:
                 refuse(path, number, f"the artifact is {match[2]}, but {artifact} further up")
+        elif warnings and row == f"WARNING: {warnings[0]}":
+            warnings.pop(0)
         elif found := [Step(number, kind, m) for kind, p in STEPS.items() if training and (m := p.fullmatch(row))]:
             steps += found
         elif any(p.fullmatch(row) for p in patterns[:at]) or row.startswith(RESULT) and not is_last:
@@ -293,6 +296,8 @@ def walk(path: Path, rows: list[str], facts: dict) -> list[Step]:
         elif not FREE.fullmatch(row) and not (is_last and due[at] == RESULT):
             wanted = due[at][:90].replace(ANY, "...")
             refuse(path, number, f"{row[:90]!r}, but by the RESULT line {wanted!r} must stand here")
+    if warnings:
+        refuse(path, len(rows), f"it has the warning {warnings[0][:60]!r}, but no line of this log does, in the same order")
     return steps
 
 

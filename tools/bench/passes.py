@@ -14,6 +14,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -137,7 +138,8 @@ class Row:
 
         scorer.document_chunks, evaluation = noted, t.evaluations(scorer, self.model, self.looped)["legal_ttt"]
         self.recorder.take()
-        evaluation()
+        with suppress(t.InputError):  # attention computes nothing, so the loss may be NaN, which is told after the last chunk
+            evaluation()
         return found[:-1]
 
     def documents(self, spans: list[tuple[int, int]]) -> list[Counted]:

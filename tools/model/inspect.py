@@ -92,7 +92,7 @@ def merged(rows: list[Row]) -> list[Row]:
 def contents(path: Path, code: Path) -> dict[str, Any]:
     """All that is told of an artifact. Raises InputError if it is not a whole model of this train_gpt.py."""
     try:
-        code_bytes = code.stat().st_size
+        code_bytes = len(code.read_bytes())
         with path.open("rb") as file:
             blob = file.read(MOST_BYTES)
     except OSError as error:

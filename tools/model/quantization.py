@@ -207,6 +207,8 @@ def main() -> None:
     cli.add_argument("--batches", type=positive, default=8, help="training batches that the costs are measured on (default: 8)")
     cli.add_argument("-o", "--out", type=Path, default=Path("quantization.png"), help="picture of the frontier")
     args = cli.parse_args()
+    if args.out.suffix not in (".png", ".svg") or not args.out.parent.is_dir():
+        raise t.InputError(f"-o {args.out} must be a .png or .svg file in a folder that exists")
     begin = time.perf_counter()
     study = Study(args.checkpoint, args.tokens, args.batches)
     print(f"unquantized: {study.base:.4f} bpb on {args.tokens} targets; costs and score in {time.perf_counter() - begin:.0f} s\n")

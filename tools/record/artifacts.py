@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from tools.files import Refused, read_bytes
 from tools.record.source import Source, last_line, run_script
-from tools.runlog import RESULT, RunLog
+from tools.runlog import RESULT, RunLog, public_path
 
 ALIKE, OTHERWISE = 2e-6, 1e-3  # relative difference of a score that is accepted on a machine like the log's, and on another
 
@@ -50,7 +50,7 @@ def check_artifacts(runs: list[RunLog], paths: list[Path], source: Source, setti
 def score_again(run: RunLog, path: Path, source: Source, settings: Mapping[str, str], rescore: bool) -> Check:
     """Run the whole evaluation of one artifact, and compare every stage with the log. Raises Refused."""
     where = places(settings)
-    missing = [f"no {name}={place} here" for name, place, there in (
+    missing = [f"no {name}={public_path(name, str(place))} here" for name, place, there in (
         ("DATA_PATH", where["DATA_PATH"], any(where["DATA_PATH"].glob("fineweb_val_*.bin"))),
         ("TOKENIZER_PATH", where["TOKENIZER_PATH"], where["TOKENIZER_PATH"].is_file())) if not there]
     if missing or not rescore:

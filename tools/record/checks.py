@@ -11,7 +11,7 @@ from tools.files import Refused
 from tools.record.artifacts import check_artifacts
 from tools.record.entry import CAP_BYTES, CAP_SECONDS, FEWEST_SEEDS, SPLITS, Entry, trained_in_time
 from tools.record.pack import pack_source
-from tools.record.source import find_source, resolve
+from tools.record.source import Settings, find_source, resolve
 from tools.runlog import RunLog, check_byte_counts, public_path, read_log
 
 NOT_SETTINGS = ("SEED", "RUN_ID", "OUTPUT_DIR", "ARTIFACT", "AUDIT")  # what may differ among the seeds
@@ -66,25 +66,25 @@ def check_same(runs: tuple[RunLog, ...]) -> None:
     check_byte_counts(runs)
 
 
-def check_settings(run: RunLog, settings: dict[str, str]) -> None:
+def check_settings(run: RunLog, settings: Settings) -> None:
     """The log has the numbers and the stages that these settings lead to."""
-    epochs, most = int(settings["TTT_EPOCHS"]), int(settings["VAL_MAX_TOKENS"])
+    epochs, most = settings.number("TTT_EPOCHS"), settings.number("VAL_MAX_TOKENS")
     for line, name, got in (("training ended", "ITERATIONS", run.iterations),
                             ("artifact", "EVAL_STRIDE", run.eval_stride),
                             ("artifact", "TTT_CHUNK_TOKENS", run.ttt_chunk_tokens),
                             ("model_params", "model_params", run.parameters)):
-        if got != int(settings[name]):
+        if got != settings.number(name):
             run.refuse(line, f"{name} is {got}, but the settings of the run make it {settings[name]}")
     if ("ttt" in run.scores) != (epochs > 0):
         run.refuse("total_eval_time", f"the stage legal_ttt is {'there' if 'ttt' in run.scores else 'missing'} before "
-                   f"this line, but TTT_EPOCHS={epochs}")
+                   f"this line, but TTT_EPOCHS={epochs:g}")
     if 0 < most < run.targets:
-        run.refuse("val_loader", f"{run.targets} targets, but VAL_MAX_TOKENS={most}")
+        run.refuse("val_loader", f"{run.targets} targets, but VAL_MAX_TOKENS={most:g}")
 
 
-def check_steps(run: RunLog, settings: dict[str, str]) -> None:
+def check_steps(run: RunLog, settings: Settings) -> None:
     """Every step that these settings let the script log has its line, and no other."""
-    every, validate = int(settings["TRAIN_LOG_EVERY"]), int(settings["VAL_LOSS_EVERY"])
+    every, validate = (int(settings.number(name)) for name in ("TRAIN_LOG_EVERY", "VAL_LOSS_EVERY"))
     trained = {step for step in range(1, run.steps + 1) if step <= 10 or step % every == 0}
     validated = {*range(validate, run.steps, validate)} if validate else {*()}
     for kind, got, due in (("train_loss", run.train_lines, trained), ("val_loss", run.val_lines, validated)):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from tools.record.artifacts import Check
-from tools.record.source import Source
+from tools.record.source import Settings, Source
 from tools.runlog import RunLog
 
 CAP_BYTES, CAP_SECONDS, FEWEST_SEEDS = 16_000_000, 600.0, 3
@@ -47,7 +47,7 @@ class Entry:
     """The runs of one submission, which agree, and what is shipped with them."""
 
     runs: tuple[RunLog, ...]  # by seed
-    settings: dict[str, str]  # resolved, as --describe prints them
+    settings: Settings  # resolved, as --describe prints them
     source: Source  # train_gpt.py as it ran
     shipped: bytes  # the same, or packed
     options: argparse.Namespace
@@ -61,7 +61,7 @@ class Entry:
     def is_whole(self) -> bool:
         """Whether every target of the validation split was scored, as far as the log tells how many it has."""
         run = self.first
-        return int(self.settings["VAL_MAX_TOKENS"]) == 0 and run.val_split_targets in (0, run.targets)
+        return self.settings.number("VAL_MAX_TOKENS") == 0 and run.val_split_targets in (0, run.targets)
 
     @property
     def is_contests(self) -> bool:
@@ -86,7 +86,7 @@ def eval_seconds(run: RunLog) -> float:
 
 def trained_in_time(entry: Entry, run: RunLog) -> bool:
     """Whether training ended within the contest's limit; one that passed a limit of its own of 600 s or more did not."""
-    passed = run.train_over_limit_seconds > 0 and float(entry.settings["MAX_WALLCLOCK_SECONDS"]) >= CAP_SECONDS
+    passed = run.train_over_limit_seconds > 0 and entry.settings.number("MAX_WALLCLOCK_SECONDS") >= CAP_SECONDS
     return run.train_seconds <= CAP_SECONDS and not passed
 
 

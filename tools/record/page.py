@@ -43,7 +43,7 @@ Once for each seed, inside this folder, after `pip install -r requirements.txt`:
 
 {data}.
 
-It writes `final_model.int6.ptz`; with `EVAL_ONLY=1 ARTIFACT=final_model.int6.ptz` before it, it scores that again.
+It writes `{artifact}`. `EVAL_ONLY=1 ARTIFACT={artifact}` with DATA_PATH and TOKENIZER_PATH, without the other settings, scores it again.
 
 ## Architecture
 
@@ -113,11 +113,17 @@ def timing_table(entry: Entry) -> str:
 def command(entry: Entry, tokenizer: str) -> str:
     """The command that repeats a run; `tokenizer` is the name of the file in the folder, if it holds one."""
     run = entry.first
-    settings = {"SEED": str(run.seed)} | configuration(run)
+    settings = {"SEED": str(run.seed), "RUN_ID": f"seed{run.seed}"} | configuration(run)
     if tokenizer:
         settings["TOKENIZER_PATH"] = tokenizer
     launcher = "python" if run.world_size == 1 else f"torchrun --standalone --nproc_per_node={run.world_size}"
     return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in settings.items()), launcher, "train_gpt.py"])
+
+
+def artifact_name(run: RunLog) -> str:
+    """The file that the command writes: named by its RUN_ID, but for scripts that always write one name."""
+    fixed = "final_model.int6.ptz"
+    return fixed if re.search(f"^log:.* artifact:(.*/)?{fixed}$", run.text, re.M) else f"seed{run.seed}.int6.ptz"
 
 
 def data_places(entry: Entry, shipped: str) -> str:
@@ -209,6 +215,7 @@ def what_ran(entry: Entry) -> list[str]:
     lines.append(f"commit {entry.source.commit}, whose `train_gpt.py` this is" if entry.source.commit
                  else "its commit is not known: no commit of the project has a `train_gpt.py` of this sha256")
     local = ", but for local folders, which are `/path/to` here" * any(run.public() != run.text for run in entry.runs)
+    lines += [f"warning of the log of seed {run.seed}: {text}" for run in entry.runs for text in run.warnings]
     return [*lines, f"the logs are as the script wrote them{local}",
             "tools/record computed all numbers here from the logs"]
 
@@ -267,7 +274,7 @@ def readme(entry: Entry, notes: str, tokenizer: str = "") -> bytes:
         track=f"**Not a record**: {reasons}." if reasons else "Track: 10 minutes on 8xH100, 16,000,000 bytes.",
         news=f"\n## What is new\n\n{notes.strip()}\n" if notes else "",
         results=results_table(entry), significance=significance_part(entry), command=command(entry, tokenizer),
-        data=data_places(entry, tokenizer), architecture=bullets(architecture(entry)), timing=timing_table(entry),
+        data=data_places(entry, tokenizer), artifact=artifact_name(entry.first), architecture=bullets(architecture(entry)), timing=timing_table(entry),
         compliance=bullets(compliance_list(entry)), source_rules=bullets(source_list(entry)), artifacts=artifacts_part(entry),
         what=bullets(what_ran(entry)), credits=bullets(credits_list(entry)))
     return page.encode()

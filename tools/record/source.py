@@ -76,18 +76,26 @@ def last_line(done: subprocess.CompletedProcess) -> str:
 
 
 class Settings(dict):
-    """{NAME: value} as a script prints them; a missing one is refused."""
+    """{NAME: value} as a script prints them. Raises Refused for a missing one, or one that should be a number."""
 
     def __missing__(self, name: str) -> str:
         raise Refused(f"the script that ran has no option {name}; tools.record needs a train_gpt.py of this project")
 
+    def number(self, name: str) -> float:
+        try:
+            return float(self[name])
+        except ValueError:
+            raise Refused(f"the script that ran has {name}={self[name]}, which is not a number") from None
+
 
 def resolve(source: Source, run: RunLog) -> Settings:
-    """Every setting of a run, and model_params, as the script itself resolves the overrides of the log."""
+    """Every setting of a run, and model_params, as the script itself resolves the overrides of the log. A log could name
+    LD_PRELOAD among its overrides, so they are no environment before the source has an option of each name.
+    """
+    plain = unpack_source(source.contents).decode(errors="replace")
+    if unknown := [name for name in run.overrides if not re.search(f"^    {re.escape(name.lower())}: ", plain, re.MULTILINE)]:
+        run.refuse("variant", f"{unknown[0]} is no option of {source.path}")
     done = run_script(source, "--describe", **run.overrides)
     if done.returncode:
         run.refuse("variant", f"{source.path} does not take these settings: {last_line(done)}")
-    settings = Settings(re.findall("^(\\w+)[=:](.*)$", done.stdout, re.M))
-    if unknown := sorted(run.overrides.keys() - settings.keys()):
-        run.refuse("variant", f"{unknown[0]} is no option of {source.path}")
-    return settings
+    return Settings(re.findall(r"^(\w+)[=:](.*)$", done.stdout, re.MULTILINE))
