@@ -7,6 +7,8 @@ MADE_WITH := $(shell cat .venv/ready 2> /dev/null)
 TORCH ?= $(if $(filter-out cpu torch,$(MADE_WITH)),torch==2.13.0,$(or $(MADE_WITH),torch==2.13.0))
 CUDA_TORCH ?= torch==2.9.1  # the contest's: on Linux the package index gives its CUDA build (about 6 GB)
 
+LOG ?= logs/2026-11-22_demo.txt  # the committed log that submission.json is made of
+
 TORCH_PIP := $(TORCH)
 TORCH_NOTE := pip fetches $(TORCH): 2.7 GB for the CUDA build on Linux. Without an NVIDIA GPU: `make $(MAKECMDGOALS) TORCH=cpu`, 0.2 GB
 ifeq ($(strip $(TORCH)),cpu)
@@ -30,7 +32,7 @@ REMAKE := --clear
 endif
 endif
 
-.PHONY: demo test test-all test-cuda mutants check-gpu python compiler bench lint clean remake
+.PHONY: demo test test-all test-cuda mutants check-gpu python compiler bench submission lint clean remake
 
 .venv/ready: requirements.txt requirements-dev.txt $(if $(REMAKE),remake) | python
 	$(PYTHON) -m venv $(REMAKE) $(SYSTEM_PACKAGES) .venv
@@ -83,6 +85,11 @@ check-gpu: python  # with the torch of the machine: it needs nothing else
 
 bench: .venv/ready
 	.venv/bin/python -m tools.bench
+
+submission: .venv/ready  # submission.json from LOG and the commit that it tells
+	.venv/bin/python -m tools.record $(LOG) --non-record --submission-only submission.json --name "One readable file, CPU check run" \
+		--author "the founder-engineer of this project" \
+		--blurb "Not an entry: nothing has been run on 8xH100 or on FineWeb. A run on CPU cores that shows that every stage works."
 
 lint: .venv/ready
 	.venv/bin/python -m ruff check .

@@ -11,11 +11,6 @@ shards -> batches -> GPT -> Muon + AdamW under a wallclock budget -> average -> 
 
 from __future__ import annotations
 
-import sys
-
-if sys.version_info < (3, 10):
-    sys.exit("train_gpt.py needs Python 3.10 or newer")
-
 import copy
 import difflib
 import fnmatch
@@ -30,6 +25,7 @@ import shutil
 import signal
 import statistics
 import subprocess
+import sys
 import time
 import traceback
 from collections import deque
@@ -39,7 +35,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
-from itertools import groupby, islice, pairwise, product
+from itertools import groupby, islice, product
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple, get_args, get_type_hints
@@ -50,7 +46,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from numpy import ndarray as Array
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 BOS = 1  # the contest's id for "a document begins"
 PACKAGES = ("numpy", "sentencepiece", "tqdm", "zstandard")
@@ -117,8 +112,6 @@ class Config:
         "auto",
         "fa3",
         "fa2",
-        "cudnn",
-        "flash",
         "sdpa",
     )
     dtype: str = choice("auto", "activations; auto: bf16 on CUDA or AVX-512 BF16", "auto", "bf16", "fp32")
@@ -197,7 +190,6 @@ class Config:
     muon_momentum_warmup_frac: float = fraction(0.0, "fraction of the run that it takes instead; 0: steps")
     muon_momentum_cooldown: float = fraction(1.0, "it falls back with the rate, down to this fraction; 1: stays")
     muon_backend_steps: int = positive(5, "Newton-Schulz iterations")
-    muon_coefficients: str = choice("quintic", "of those: all alike, or Polar Express's", "quintic", "polar")
     muon_row_normalize: bool = knob(False, "scale each row of a step to length 1 before (MuonEq-R)")
     muon_wd: float = knob(0.04, "decoupled weight decay of matrices")
     muon_wd_mlp: float = knob(-1.0, "the same for the MLP's; -1 is MUON_WD", -1)
@@ -273,7 +265,7 @@ class Config:
             for v in value if isinstance(value, tuple) else (value,):
                 if not isinstance(v, str) and not m["low"] <= v <= m["high"]:
                     raise InputError(f"{name}={v} must lie in [{m['low']:g}, {m['high']:g}]: {m['help']}")
-        for holds, text in model_rules(self) + run_rules(self) + evaluation_rules(self):
+        for holds, text in (*model_rules(self), *run_rules(self), *evaluation_rules(self), *memory_rules(self)):
             if not holds:
                 raise InputError(text.format(**vars(self), window=self.window))
 
@@ -292,7 +284,7 @@ class Config:
         variant = given.get("variant", cls.variant)
         if variant not in VARIANTS:
             raise InputError(f"VARIANT={variant} must be one of {', '.join(VARIANTS)}")
-        return cls(**VARIANTS[variant] | given)
+        return cls(**row(variant) | given)
 
     def group(self, *groups: str) -> dict:
         """The values of the options of these groups, by name."""
@@ -366,6 +358,18 @@ RUN SCALE SHARE SIZE START STD STEP STEPS VALUE
 DEFINED_ELSEWHERE = "DATA_DIR DATASETS_DIR MODEL_DIR TARGET_MB ZSTD_CLEVEL"
 
 
+def near_miss(name: str, options: Sequence) -> tuple:
+    """(the option that a name resembles, or an empty text, whether it can be meant for no other program). A short name,
+    or a word with another ending, may well be: SPEED, ARTIFACTS.
+    """
+    for option in options:
+        if option.replace("_", "") == name.upper().replace("_", ""):
+            return option, True
+    close = difflib.get_close_matches(name, options, 1, min(0.9, 1 - 1.1 / max(len(name), 2)))
+    word = "_" not in name and os.path.commonprefix([*close, name]) in (name, *close)
+    return "".join(close), not word and len(name) > 5
+
+
 def unknown_options(env: Mapping) -> tuple:
     """(what to say of names that can only be meant for this script, names that look like an option), none of them one:
     a near miss and another entry's name are errors, a name that shares a word with an option is worth a warning.
@@ -373,23 +377,16 @@ def unknown_options(env: Mapping) -> tuple:
     options = [f.name.upper() for f in fields(Config)]
     words = {word for option in options for word in option.split("_")}
     words = words.difference(COMMON_WORDS.split()).union(CONTEST_WORDS.split())
-    bare = {option.replace("_", ""): option for option in options}
     answers = dict(line.split("=", 1) for line in TRANSLATIONS.strip().splitlines())
     errors, warnings = [], []
-    for name in env:
-        if name in options:
-            continue
-        same = bare.get(name.upper().replace("_", ""))
-        close = difflib.get_close_matches(name, options, 1, min(0.9, 1 - 1.1 / max(len(name), 2)))
-        near = same or "".join(close)
-        answer = answers.get(name) or (f"did you mean {near}?" if near else "")
-        # a short word, or one with another ending, is a word that others use, too: SPEED, ARTIFACTS
-        common = not same and "_" not in name and (len(name) < 6 or os.path.commonprefix([near, name]) in (near, name))
-        if answer and not common and name not in DEFINED_ELSEWHERE.split():
+    for name in env.keys() - options:
+        near, certain = near_miss(name, options)
+        answer = answers.get(name) or near and f"did you mean {near}?"
+        if answer and (certain or name in answers) and name not in DEFINED_ELSEWHERE.split():
             errors.append(f"{name} is no option: {answer}")
         elif answer or name.isupper() and words.intersection(name.split("_")):
-            warnings.append(f"{name} ({answer})" if answer else name)
-    return errors, warnings
+            warnings.append(f"{name} ({answer})" if name in answers else name)
+    return sorted(errors), sorted(warnings)
 
 
 def model_rules(c: Config) -> list:
@@ -456,10 +453,6 @@ def run_rules(c: Config) -> list:
             "none above TRAIN_SEQ_LEN={train_seq_len}",
         ),
         (
-            c.muon_coefficients == "quintic" or c.muon_backend_steps >= 5,
-            "MUON_COEFFICIENTS={muon_coefficients} need 5 steps; MUON_BACKEND_STEPS={muon_backend_steps} are too few",
-        ),
-        (
             c.min_lr < (c.late_qat_threshold or 2) and (c.averaging != "swa" or c.min_lr < (c.swa_start_scale or 2)),
             "MIN_LR={min_lr} must be below LATE_QAT_THRESHOLD={late_qat_threshold}, and below SWA_START_SCALE="
             "{swa_start_scale} for AVERAGING=swa: what those start would never come",
@@ -486,24 +479,7 @@ LEAST_CHUNK = 8  # of a document: see Adaptation
 def evaluation_rules(c: Config) -> list:
     """The same for scoring and test-time training."""
     document = c.by_document
-    learning = c.ttt_batch_seqs if c.ttt_epochs else 0
-    tokens = max(c.eval_batch_seqs, learning) * c.window
-    masked = max(c.eval_batch_seqs, 0 if document else learning) * c.window**2 * c.document_attention
     return [
-        (
-            tokens <= 2**18,
-            "EVAL_BATCH_SEQS={eval_batch_seqs} or TTT_BATCH_SEQS={ttt_batch_seqs}, times the window of {window}, is "
-            "above 2**18 tokens in one forward pass; lower them",
-        ),
-        (
-            masked <= 2**29,
-            "DOCUMENT_ATTENTION=1 needs a mask of EVAL_BATCH_SEQS={eval_batch_seqs} or TTT_BATCH_SEQS="
-            "{ttt_batch_seqs}, times the window of {window} squared, above 2**29 bytes; lower them",
-        ),
-        (
-            c.ttt_lora_rank <= c.model_dim,
-            "TTT_LORA_RANK={ttt_lora_rank} must be at most MODEL_DIM={model_dim}",
-        ),
         (
             not document
             or not c.ttt_epochs
@@ -549,6 +525,29 @@ def evaluation_rules(c: Config) -> list:
     ]
 
 
+def memory_rules(c: Config) -> list:
+    """The same for the memory that an evaluation takes."""
+    learning = c.ttt_batch_seqs if c.ttt_epochs else 0
+    tokens = max(c.eval_batch_seqs, learning) * c.window
+    masked = max(c.eval_batch_seqs, 0 if c.by_document else learning) * c.window**2 * c.document_attention
+    return [
+        (
+            tokens <= 2**18,
+            "EVAL_BATCH_SEQS={eval_batch_seqs} or TTT_BATCH_SEQS={ttt_batch_seqs}, times the window of {window}, is "
+            "above 2**18 tokens in one forward pass; lower them",
+        ),
+        (
+            masked <= 2**29,
+            "DOCUMENT_ATTENTION=1 needs a mask of EVAL_BATCH_SEQS={eval_batch_seqs} or TTT_BATCH_SEQS="
+            "{ttt_batch_seqs}, times the window of {window} squared, above 2**29 bytes; lower them",
+        ),
+        (
+            c.ttt_lora_rank <= c.model_dim,
+            "TTT_LORA_RANK={ttt_lora_rank} must be at most MODEL_DIM={model_dim}",
+        ),
+    ]
+
+
 def option_groups() -> dict:
     name, groups = "", {}
     for f in fields(Config):
@@ -557,240 +556,87 @@ def option_groups() -> dict:
     return groups
 
 
-STREAM_TTT = dict(
-    ttt_epochs=3,
-    ttt_params=("*",),
-    ttt_scope="stream",
-    ttt_chunk_tokens=32_768,
-    ttt_lora_rank=0,
-    ttt_optimizer="sgd",
-    ttt_lr=0.002,
-    ttt_beta2=0.999,
-    ttt_batch_seqs=32,
-    ttt_grad_clip=1.0,
-)  # PR #549
-SP8192 = dict(
-    data_path="./data/datasets/fineweb10B_sp8192",
-    tokenizer_path="./data/tokenizers/fineweb_8192_bpe.model",
-    vocab_size=8192,
-    loader="shuffled",
-    mlp_mult=4.0,
-    xsa_last_n=11,
-    attn_gate_dims=12,
-    skip_gates=True,
-    num_loops=2,
-    bigram_vocab_size=0,
-    ve_layers=(),
-    warmdown_iters=0,
-    scalar_lr=0.02,
-    tied_embed_lr=0.03,
-    muon_row_normalize=True,
-    muon_wd=0.095,
-    embed_wd=0.085,
-    ema_decay=0.9965,
-    late_qat_threshold=0.0,
-    quantizer="gptq",
-)  # what PR #1812 and PR #2135 share
-VARIANTS: dict[str, dict] = {
-    "card": {},
-    "pr150": dict(
-        STREAM_TTT,
-        rope_base=50_000.0,
-        rope_dims=0,
-        xsa_last_n=0,
-        ln_scale_power=0.0,
-        ve_layers=(),
-        mlp_negative_slope=0.0,
-        bigram_hash="xor",
-        warmdown_iters=3000,
-        embed_wd=0.0,
-        averaging="swa",
-        swa_every=200,
-        swa_start_scale=0.5,
-        late_qat_threshold=2.0,
-        embed_bits=16,
-        table_bits=6,
-        clip_shares=(1.0,),
-        ttt_params=("*", "!blocks.0.*", "!blocks.1.*"),
-    ),
-    "pr455": dict(
-        STREAM_TTT,
-        rope_base=10_000.0 * 2 ** (16 / 14),
-        mlp_negative_slope=0.0,
-        warmdown_iters=3000,
-        adam_wd=0.04,
-        averaging="swa",
-        late_qat_threshold=0.1,
-        clip_shares=(1.0,),
-        ttt_params=("*", "!blocks.0.*", "!blocks.1.*"),
-    ),
-    "pr490": dict(
-        STREAM_TTT,
-        value_residual=True,
-        gated_attention=True,
-        bigram_vocab_size=4096,
-        ve_layers=(),
-        iterations=9000,
-        warmdown_iters=1200,
-        muon_momentum=0.95,
-        muon_momentum_warmup_start=0.85,
-        muon_momentum_warmup_steps=500,
-        adam_wd=0.04,
-        embed_bits=16,
-        table_bits=8,
-        quantizer="gptq",
-        clip_shares=(1.0,),
-        prune_share=0.02,
-        ttt_optimizer="adamw",
-        ttt_lr=1e-4,
-        ttt_batch_seqs=64,
-        ttt_chunk_tokens=131_072,
-        ttt_cosine_floor=0.1,
-        ttt_cosine_tokens=62_021_632,  # of the contest's split; published: 0
-        ttt_temperature=0.98,
-        ttt_params=("blocks.9.*", "blocks.10.*", "*.attn_scale", "*.mlp_scale", "bigram.scale", "tok_emb.*"),
-    ),
-    "pr1127": dict(
-        STREAM_TTT,
-        model_dim=480,
-        mlp_mult=3.2,
-        mlp_negative_slope=0.0,
-        mlp_affine=True,
-        skip_gates=True,
-        bigram_vocab_size=8192,
-        bigram_hash="linear",
-        bigram_scale_init=0.0,
-        ve_layers=(),
-        init="default",
-        train_batch_tokens=524_288,
-        micro_batch_tokens=65_536,
-        adam_wd=0.04,
-        decoder_lr_mult=2.0,
-        grad_clip_norm=0.0,
-        ema_decay=0.9985,
-        embed_bits=16,
-        table_bits=6,
-        ttt_epochs=1,
-        ttt_params=Config.ttt_params,
-        ttt_lora_rank=8,
-        ttt_optimizer="adamw",
-        ttt_lr=0.01,
-        ttt_beta2=0.95,
-    ),
+# A row of settings as the environment would give them; of a name that comes twice the later value counts.
+STREAM_TTT = """
+    TTT_EPOCHS=3 TTT_PARAMS=* TTT_SCOPE=stream TTT_CHUNK_TOKENS=32768 TTT_LORA_RANK=0 TTT_OPTIMIZER=sgd
+    TTT_LR=0.002 TTT_BETA2=0.999 TTT_BATCH_SEQS=32 TTT_GRAD_CLIP=1
+"""  # PR #549
+SP8192 = """
+    DATA_PATH=./data/datasets/fineweb10B_sp8192 TOKENIZER_PATH=./data/tokenizers/fineweb_8192_bpe.model
+    VOCAB_SIZE=8192 LOADER=shuffled MLP_MULT=4 XSA_LAST_N=11 ATTN_GATE_DIMS=12 SKIP_GATES=1 NUM_LOOPS=2
+    BIGRAM_VOCAB_SIZE=0 VE_LAYERS= WARMDOWN_ITERS=0 SCALAR_LR=0.02 TIED_EMBED_LR=0.03 MUON_ROW_NORMALIZE=1
+    MUON_WD=0.095 EMBED_WD=0.085 EMA_DECAY=0.9965 LATE_QAT_THRESHOLD=0 QUANTIZER=gptq
+"""  # what PR #1812 and PR #2135 share
+VARIANTS = {
+    "card": "",
+    "pr150": STREAM_TTT
+    + """
+    TTT_PARAMS=*,!blocks.0.*,!blocks.1.* ROPE_BASE=50000 ROPE_DIMS=0 XSA_LAST_N=0 LN_SCALE_POWER=0 VE_LAYERS=
+    MLP_NEGATIVE_SLOPE=0 BIGRAM_HASH=xor WARMDOWN_ITERS=3000 EMBED_WD=0 AVERAGING=swa SWA_EVERY=200
+    SWA_START_SCALE=0.5 LATE_QAT_THRESHOLD=2 EMBED_BITS=16 TABLE_BITS=6 CLIP_SHARES=1
+    """,
+    "pr455": STREAM_TTT
+    + """
+    TTT_PARAMS=*,!blocks.0.*,!blocks.1.* ROPE_BASE=22081.790273476247 MLP_NEGATIVE_SLOPE=0 WARMDOWN_ITERS=3000
+    ADAM_WD=0.04 AVERAGING=swa LATE_QAT_THRESHOLD=0.1 CLIP_SHARES=1
+    """,  # ROPE_BASE: 10,000 * 2**(16/14)
+    "pr490": STREAM_TTT
+    + """
+    TTT_PARAMS=blocks.9.*,blocks.10.*,*.attn_scale,*.mlp_scale,bigram.scale,tok_emb.* TTT_CHUNK_TOKENS=131072
+    TTT_OPTIMIZER=adamw TTT_LR=0.0001 TTT_BATCH_SEQS=64 VALUE_RESIDUAL=1 GATED_ATTENTION=1
+    BIGRAM_VOCAB_SIZE=4096 VE_LAYERS= ITERATIONS=9000 WARMDOWN_ITERS=1200 MUON_MOMENTUM=0.95
+    MUON_MOMENTUM_WARMUP_START=0.85 MUON_MOMENTUM_WARMUP_STEPS=500 ADAM_WD=0.04 EMBED_BITS=16 TABLE_BITS=8
+    QUANTIZER=gptq CLIP_SHARES=1 PRUNE_SHARE=0.02 TTT_COSINE_FLOOR=0.1 TTT_COSINE_TOKENS=62021632
+    TTT_TEMPERATURE=0.98
+    """,  # TTT_COSINE_TOKENS: of the contest's split; published: 0
+    "pr1127": STREAM_TTT
+    + """
+    TTT_EPOCHS=1 TTT_PARAMS=*.c_q.weight,*.c_v.weight,tok_emb.weight TTT_LORA_RANK=8 TTT_OPTIMIZER=adamw
+    TTT_LR=0.01 TTT_BETA2=0.95 MODEL_DIM=480 MLP_MULT=3.2 MLP_NEGATIVE_SLOPE=0 MLP_AFFINE=1 SKIP_GATES=1
+    BIGRAM_VOCAB_SIZE=8192 BIGRAM_HASH=linear BIGRAM_SCALE_INIT=0 VE_LAYERS= INIT=default
+    TRAIN_BATCH_TOKENS=524288 MICRO_BATCH_TOKENS=65536 ADAM_WD=0.04 DECODER_LR_MULT=2 GRAD_CLIP_NORM=0
+    EMA_DECAY=0.9985 EMBED_BITS=16 TABLE_BITS=6
+    """,
     "pr1812": SP8192
-    | STREAM_TTT
-    | dict(
-        activation="silu",
-        qk_gain_init=5.25,
-        qk_gains=2,
-        parallel_residual_start=7,
-        smear_gate=False,
-        embed_scale=True,
-        iterations=50_000,
-        warmdown_frac=0.72,
-        matrix_lr=0.022,
-        muon_momentum_warmup_steps=0,
-        muon_momentum_warmup_frac=0.22,
-        muon_momentum_cooldown=0.25,
-        muon_wd_mlp=0.115,
-        adam_wd=0.005,
-        matrix_clip_sigmas=13.3,
-        embed_clip_sigmas=20.0,
-        gptq_calibration_batches=64,
-        gptq_reserve_seconds=12.0,
-        compressor="brotli",
-        ttt_epochs=4,
-        ttt_chunk_tokens=65_536,
-        ttt_lr=0.005,
-        ttt_nesterov=True,
-        ttt_z_loss=1e-5,
-        ttt_params=("*.weight",),
-        ttt_cosine_floor=0.0,
-        ttt_cosine_tokens=40_540_160,  # of the contest's split; published: 0
-    ),
-    "frontier": dict(
-        SP8192,
-        document_attention=True,
-        qk_gain_init=5.0,
-        parallel_residual_start=8,
-        train_seq_len=3072,
-        early_seq_lens=(1024, 2048),  # PR #2014
-        early_seq_ends=(0.1, 0.7),
-        warmdown_frac=0.85,
-        min_lr=0.1,
-        matrix_lr=0.028,
-        muon_momentum=0.97,
-        adam_wd=0.02,
-        beta2=0.99,
-        mean_step=0.1,
-        matrix_bits=8,
-        compressor="rans",
-        eval_stride=1024,
-    ),
-    "demo": dict(
-        data_path="./data/datasets/demo_sp1024",
-        tokenizer_path="./data/tokenizers/demo_1024_bpe.model",
-        num_layers=6,
-        model_dim=128,
-        num_heads=4,
-        num_kv_heads=2,
-        ve_layers=(4, 5),
-        ve_dim=64,
-        bigram_vocab_size=16_384,
-        bigram_dim=64,
-        train_seq_len=256,
-        train_batch_tokens=2048,
-        micro_batch_tokens=2048,
-        warmup_steps=1,
-        max_wallclock_seconds=120,
-        warmdown_iters=0,
-        warmdown_frac=0.8,
-        matrix_lr=0.02,
-        scalar_lr=0.015,
-        tied_embed_lr=0.03,
-        muon_momentum=0.95,
-        muon_momentum_warmup_start=0.85,
-        muon_momentum_warmup_steps=100,
-        ema_decay=0.9,
-        train_log_every=20,
-        step_floor=0.0,
-        fit=False,
-        eval_stride=128,
-        ttt_lr=0.02,
-    ),
-    "smoke": dict(
-        STREAM_TTT,
-        data_path="./data/datasets/smoke",
-        tokenizer_path="./data/tokenizers/smoke.model",
-        dtype="fp32",
-        num_layers=4,
-        model_dim=32,
-        num_heads=4,
-        num_kv_heads=2,
-        rope_dims=4,
-        xsa_last_n=2,
-        ve_layers=(2, 3),
-        bigram_vocab_size=64,
-        bigram_dim=8,
-        ve_dim=8,
-        train_seq_len=32,
-        train_batch_tokens=256,
-        micro_batch_tokens=128,
-        iterations=20,
-        max_wallclock_seconds=60,
-        warmup_steps=1,
-        warmdown_iters=10,
-        muon_momentum_warmup_steps=10,
-        ema_decay=0.8,
-        train_log_every=5,
-        val_loss_every=10,
-        step_floor=0.0,
-        fit=False,
-        eval_stride=8,
-        ttt_chunk_tokens=256,
-        ttt_lr=0.02,
-    ),
+    + STREAM_TTT
+    + """
+    TTT_EPOCHS=4 TTT_PARAMS=*.weight TTT_CHUNK_TOKENS=65536 TTT_LR=0.005 ACTIVATION=silu QK_GAIN_INIT=5.25
+    QK_GAINS=2 PARALLEL_RESIDUAL_START=7 SMEAR_GATE=0 EMBED_SCALE=1 ITERATIONS=50000 WARMDOWN_FRAC=0.72
+    MATRIX_LR=0.022 MUON_MOMENTUM_WARMUP_STEPS=0 MUON_MOMENTUM_WARMUP_FRAC=0.22 MUON_MOMENTUM_COOLDOWN=0.25
+    MUON_WD_MLP=0.115 ADAM_WD=0.005 MATRIX_CLIP_SIGMAS=13.3 EMBED_CLIP_SIGMAS=20 GPTQ_CALIBRATION_BATCHES=64
+    GPTQ_RESERVE_SECONDS=12 COMPRESSOR=brotli TTT_NESTEROV=1 TTT_Z_LOSS=1e-05 TTT_COSINE_FLOOR=0
+    TTT_COSINE_TOKENS=40540160
+    """,  # TTT_COSINE_TOKENS: of the contest's split; published: 0
+    "frontier": SP8192
+    + """
+    DOCUMENT_ATTENTION=1 QK_GAIN_INIT=5 PARALLEL_RESIDUAL_START=8 TRAIN_SEQ_LEN=3072 EARLY_SEQ_LENS=1024,2048
+    EARLY_SEQ_ENDS=0.1,0.7 WARMDOWN_FRAC=0.85 MIN_LR=0.1 MATRIX_LR=0.028 MUON_MOMENTUM=0.97 ADAM_WD=0.02
+    BETA2=0.99 MEAN_STEP=0.1 MATRIX_BITS=8 COMPRESSOR=rans EVAL_STRIDE=1024
+    """,  # rows that grow: PR #2014
+    "demo": """
+    DATA_PATH=./data/datasets/demo_sp1024 TOKENIZER_PATH=./data/tokenizers/demo_1024_bpe.model NUM_LAYERS=6
+    MODEL_DIM=128 NUM_HEADS=4 NUM_KV_HEADS=2 VE_LAYERS=4,5 VE_DIM=64 BIGRAM_VOCAB_SIZE=16384 BIGRAM_DIM=64
+    TRAIN_SEQ_LEN=256 TRAIN_BATCH_TOKENS=2048 MICRO_BATCH_TOKENS=2048 WARMUP_STEPS=1 MAX_WALLCLOCK_SECONDS=120
+    WARMDOWN_ITERS=0 WARMDOWN_FRAC=0.8 MATRIX_LR=0.02 SCALAR_LR=0.015 TIED_EMBED_LR=0.03 MUON_MOMENTUM=0.95
+    MUON_MOMENTUM_WARMUP_START=0.85 MUON_MOMENTUM_WARMUP_STEPS=100 EMA_DECAY=0.9 TRAIN_LOG_EVERY=20 STEP_FLOOR=0
+    FIT=0 EVAL_STRIDE=128 TTT_LR=0.02
+    """,
+    "smoke": STREAM_TTT
+    + """
+    TTT_CHUNK_TOKENS=256 TTT_LR=0.02 DATA_PATH=./data/datasets/smoke
+    TOKENIZER_PATH=./data/tokenizers/smoke.model DTYPE=fp32 NUM_LAYERS=4 MODEL_DIM=32 NUM_HEADS=4 NUM_KV_HEADS=2
+    ROPE_DIMS=4 XSA_LAST_N=2 VE_LAYERS=2,3 BIGRAM_VOCAB_SIZE=64 BIGRAM_DIM=8 VE_DIM=8 TRAIN_SEQ_LEN=32
+    TRAIN_BATCH_TOKENS=256 MICRO_BATCH_TOKENS=128 ITERATIONS=20 MAX_WALLCLOCK_SECONDS=60 WARMUP_STEPS=1
+    WARMDOWN_ITERS=10 MUON_MOMENTUM_WARMUP_STEPS=10 EMA_DECAY=0.8 TRAIN_LOG_EVERY=5 VAL_LOSS_EVERY=10
+    STEP_FLOOR=0 FIT=0 EVAL_STRIDE=8
+    """,
 }
+
+
+def row(variant: str) -> dict:
+    """The settings of a variant, as values by the names of options."""
+    hints, pairs = get_type_hints(Config), (pair.split("=", 1) for pair in VARIANTS[variant].split())
+    return {name.lower(): parse(hints[name.lower()], name, text) for name, text in pairs}
 
 
 def parse(kind: Any, name: str, text: str) -> Any:
@@ -1085,13 +931,7 @@ class Log:
         self(f"source:{Path(__file__).name} sha256:{sha256} bytes:{len(source)}", source_sha256=sha256)
         self(" ".join(f"{name}:{version}" for name, version in versions.items()), versions=versions)
         self(f"device:{device} world_size:{ranks.world}", device=device, world_size=ranks.world)
-        if names := unknown_options(env)[1]:
-            self.warn(f"set, but no option of this script: {', '.join(names)}")
-        if ranks.world == 1 and not on_gpu and torch.get_num_threads() + busy_cores() > os.cpu_count() > 1:
-            self.warn(
-                "other processes keep cores busy, and OpenMP threads that spin at barriers then make a step up to 8 "
-                "times slower; set OMP_WAIT_POLICY=PASSIVE, or OMP_NUM_THREADS to the number of idle cores"
-            )
+        self.warn(*run_warnings(env, ranks))
         if self.active and on_gpu and shutil.which("nvidia-smi"):
             query = ["nvidia-smi", "--query-gpu=name,driver_version,power.limit,clocks.max.sm", "--format=csv,noheader"]
             self(f"nvidia-smi: {subprocess.run(query, capture_output=True, text=True).stdout.strip().splitlines()}")
@@ -1103,6 +943,20 @@ class Log:
             seed=cfg.seed,
             overrides=overrides,
         )
+
+
+def run_warnings(env: Mapping, ranks) -> list:
+    """What a user should know of the environment and of the machine before a run."""
+    names, texts = unknown_options(env)[1], []
+    if names:
+        texts.append(f"set, but no option of this script: {', '.join(names)}")
+    alone_on_cpu = ranks.world == 1 and ranks.device.type == "cpu"
+    if alone_on_cpu and torch.get_num_threads() + busy_cores() > os.cpu_count():
+        texts.append(
+            "other processes keep cores busy, and OpenMP threads that spin at barriers then make a step up to 8 times "
+            "slower; set OMP_WAIT_POLICY=PASSIVE, or OMP_NUM_THREADS to the number of idle cores"
+        )
+    return texts
 
 
 def busy_cores() -> int:
@@ -1297,6 +1151,15 @@ class ByteTable(NamedTuple):
         return self.base[targets] + (self.space[targets] & ~self.boundary[previous])
 
 
+def check_piece(piece: str, is_byte: bool, cfg):
+    """Raises InputError for a piece that the contest's byte rule counts wrong: a space may only be its beginning."""
+    if "\u2581" in piece[1:] or is_byte and not re.fullmatch("<0x[0-9A-F]{2}>", piece):
+        raise InputError(
+            f"TOKENIZER_PATH={cfg.tokenizer_path} has the piece {piece!r}: a space may only begin a piece, else the "
+            "byte rule counts it wrong; train it with split_by_whitespace and without whitespace suffixes"
+        )
+
+
 def load_byte_table(cfg, device: torch.device) -> ByteTable:
     """The contest's byte rule, read off the tokenizer: control, unknown and unused pieces are boundaries of 0 bytes."""
     sp = load_tokenizer(cfg)
@@ -1305,11 +1168,7 @@ def load_byte_table(cfg, device: torch.device) -> ByteTable:
         if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i):
             continue
         piece, boundary[i] = sp.id_to_piece(i).translate(dict.fromkeys(map(ord, CASE_MARKS))), False
-        if "\u2581" in piece[1:] or sp.is_byte(i) and not re.fullmatch("<0x[0-9A-F]{2}>", piece):
-            raise InputError(
-                f"TOKENIZER_PATH={cfg.tokenizer_path} has the piece {piece!r}: a space may only begin a piece, "
-                "else the byte rule counts it wrong; train it with split_by_whitespace and without whitespace suffixes"
-            )
+        check_piece(piece, sp.is_byte(i), cfg)
         space[i] = piece.startswith("\u2581") and not sp.is_byte(i)
         base[i] = 1 if sp.is_byte(i) else len(piece[int(space[i]) :].encode())
     table = ByteTable(*(torch.from_numpy(a) for a in (base, space, boundary)))
@@ -1426,8 +1285,8 @@ def documents_of(ids: Tensor) -> Documents:
     return Documents(mask, torch.cat((rows, inside)).sort().values.int())
 
 
-def attend_sdpa(q, k, v, documents=None, scale=None, backend=None):
-    """Causal attention by torch, by its own choice or by an SDPBackend; RuntimeError if that can't.
+def attend_sdpa(q, k, v, documents=None, scale=None):
+    """Causal attention by torch's own kernels.
 
     q: (B, S, H, C), of the last S of T positions; k, v: (B, T, K, C), H a multiple of K; returns (B, S, H, C). Inside
     of Documents, if given.
@@ -1440,8 +1299,7 @@ def attend_sdpa(q, k, v, documents=None, scale=None, backend=None):
     if q.is_cuda and (q.dtype == torch.float32 or mask is not None):
         # for these there is one kernel that keeps no (T, T) scores, and it knows no groups
         k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
-    with sdpa_kernel(backend) if backend else nullcontext():
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=True)
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=True)
     return last_of(y.transpose(1, 2), queries)
 
 
@@ -1497,7 +1355,6 @@ class Attention(NamedTuple):
     warning: str = ""
 
 
-TORCH_KERNELS = dict(cudnn=SDPBackend.CUDNN_ATTENTION, flash=SDPBackend.FLASH_ATTENTION)
 FLASH_PACKAGES = dict(fa3=("flash_attn_interface", "flash_attn_3"), fa2=("flash_attn", "flash_attn"))
 
 
@@ -1507,10 +1364,6 @@ def load_attention(name: str, cfg, ranks) -> Callable:
         return attend_sdpa
     if ranks.device.type != "cuda" or compute_dtype(cfg, ranks.device) != torch.bfloat16:
         raise ImportError("it runs on a GPU, in bf16")
-    if name in TORCH_KERNELS:
-        if cfg.document_attention:
-            raise ImportError("it cannot keep documents apart")
-        return partial(attend_sdpa, backend=TORCH_KERNELS[name])
     if name == "fa3" and torch.cuda.get_device_capability(ranks.device)[0] != 9:
         raise ImportError("it runs on a Hopper GPU")
     return partial(attend_flash, flash_kernels(name, cfg.document_attention, ranks.compiles(cfg)))
@@ -1726,7 +1579,7 @@ class MLP(nn.Module):
         hidden = cfg.mlp_dim
         self.fc, self.proj = Linear(cfg.model_dim, hidden), Linear(hidden, cfg.model_dim)
         leaky = partial(F.leaky_relu, negative_slope=cfg.mlp_negative_slope)
-        self.activation = F.silu if cfg.activation == "silu" else leaky
+        self.activation = dict(leaky_relu=leaky, silu=F.silu)[cfg.activation]
         self.scale = filled(1.0, hidden) if cfg.mlp_affine else None
         self.bias = filled(0.0, hidden) if cfg.mlp_affine else None
 
@@ -1898,29 +1751,19 @@ def parameter_roles(model: nn.Module) -> dict:
 
 # ---- Optimizer: gradients -> weights. Muon for matrices, sharded over ranks; AdamW for tables and scalars.
 
-NEWTON_SCHULZ = dict(
-    quintic=((3.4445, -4.7750, 2.0315),),  # kellerjordan.github.io/posts/muon
-    polar=(  # arXiv:2505.16932: the best polynomial of each step after those before it, for norms of up to 1 / 1.02
-        (8.156554524902461, -22.48329292557795, 15.878769915207462),
-        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-    ),
-)
+NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # kellerjordan.github.io/posts/muon
 
 
-def orthogonalize(g: Tensor, steps: int, coefficients: str = "quintic") -> Tensor:
+def orthogonalize(g: Tensor, steps: int) -> Tensor:
     """Push the singular values of each matrix in g (N, R, C) towards 1 by a quintic Newton-Schulz iteration.
 
-    Five steps land them in about [0.7, 1.2], which trains as well as exactly 1; by Polar Express in [0.86, 1.14].
+    Five steps land them in about [0.7, 1.2], which trains as well as exactly 1.
     """
-    every = NEWTON_SCHULZ[coefficients]
+    a, b, c = NEWTON_SCHULZ
     tall = g.size(-2) > g.size(-1)
     x = g.mT if tall else g
-    x = x / ((1.0 if coefficients == "quintic" else 1.02) * x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for i in range(steps):
-        a, b, c = every[min(i, len(every) - 1)]
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
         s = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
@@ -1950,7 +1793,7 @@ class Muon(torch.optim.Optimizer):
             update = grad + momentum * buffer.mul_(momentum).add_(grad)
             if cfg.muon_row_normalize:
                 update = F.normalize(update, dim=-1, eps=1e-7)
-            return orthogonalize(update.to(dtype), cfg.muon_backend_steps, cfg.muon_coefficients)
+            return orthogonalize(update.to(dtype), cfg.muon_backend_steps)
 
         def move(params, updates, scale, rate, decay):
             steps = [u[: p.size(0), : p.size(1)].float() for u, p in zip(updates, params)]
@@ -2614,6 +2457,16 @@ def stored_settings(header: Mapping) -> tuple:
     return defaults | known, sorted(defaults.keys() - known.keys())
 
 
+# What a matrix is stored as: codes, or their classes beside an entropy-coded stream, with the axes of their shape
+STORED = (
+    (".codes", "int8", slice(0, 2)),
+    (".steps", "float16", slice(0, 1)),
+    (".columns", "float16", slice(1, 2)),
+    (".codes.rows", "uint8", slice(0, 1)),
+    (".codes.columns", "uint8", slice(1, 2)),
+)
+
+
 def tensor_layouts(header: Mapping, file_bytes: int) -> dict:
     """(dtypes, shape) of every tensor that a file with this header may hold, by name: each parameter of its model in
     floating point, or as codes, plain or entropy-coded. Raises InputError if the file is too small for that model.
@@ -2622,28 +2475,29 @@ def tensor_layouts(header: Mapping, file_bytes: int) -> dict:
         params = dict(GPT(Config.from_env(stored_settings(header)[0])).named_parameters())
     if (count := sum(p.numel() for p in params.values())) > FREE_WEIGHTS + 8 * file_bytes:
         raise InputError(f"its settings make {count} weights, more than 8 for each of its {file_bytes} bytes")
-    layouts: dict[str, tuple] = {name: (("float16", "float32"), tuple(p.shape)) for name, p in params.items()}
+    layouts = {"rans.table": ("uint16", (256, CONTEXTS)), "rans.state": ("uint32", (LANES,))}
+    layouts["rans.words"] = "uint16", (count,)  # or fewer
     for name, p in params.items():
-        if p.ndim == 2:
-            rows, columns = (len(p),), (p.size(1),)
-            layouts |= {f"{name}.codes": (("int8",), rows + columns), f"{name}.steps": (("float16",), rows)}
-            layouts |= {f"{name}.columns": (("float16",), columns), f"{name}.codes.rows": (("uint8",), rows)}
-            layouts[f"{name}.codes.columns"] = ("uint8",), columns
-    coder = {"table": ("uint16", (256, CONTEXTS)), "state": ("uint32", (LANES,)), "words": ("uint16", (0, count))}
-    return layouts | {f"rans.{name}": ((dtype,), shape) for name, (dtype, shape) in coder.items()}
+        shape = tuple(p.shape)
+        layouts[name] = "float16 float32", shape
+        for suffix, dtype, axes in STORED if p.ndim == 2 else ():
+            layouts[name + suffix] = dtype, shape[axes]
+    return layouts
 
 
 def check_layout(table: list, layouts: Mapping) -> list:
-    """(name, dtype, shape) of the tensors that a header lists, if each is one of `layouts` and comes once; of the words
-    of the entropy coder, as many as (least, most) there. Raises InputError.
+    """(name, dtype, shape) of the tensors that a header lists, each of which must be one of `layouts` and come once.
+    There may be fewer words of the entropy coder. Raises InputError.
     """
     checked: dict[str, tuple] = {}
     for name, dtype, shape in table:
-        kinds, wanted = layouts.get(name, ((), ()))
-        fits = wanted[0] <= shape[0] <= wanted[1] if name == "rans.words" else tuple(shape) == wanted
-        if dtype not in kinds or name in checked or not fits or not all(type(n) is int for n in shape):
+        kinds, wanted = layouts.get(name, ("", ()))
+        if name == "rans.words" and len(shape) == 1:
+            wanted = (min(shape[0], wanted[0]),)
+        fits = tuple(shape) == wanted and all(type(n) is int and n >= 0 for n in shape)
+        if dtype not in kinds.split() or name in checked or not fits:
             raise InputError(f"its tensor {name!r:.99} of {dtype!r:.20} {shape!r:.99} is not one of its model's")
-        checked[name] = name, dtype, tuple(shape[: len(wanted)])
+        checked[name] = name, dtype, wanted
     return list(checked.values())
 
 
@@ -2840,7 +2694,9 @@ def load_artifact(path: Path, env: Mapping, blob: bytes | None = None) -> Artifa
         weights, digest = dequantize(tensors), hashlib.sha256(blob).hexdigest()
         if bad := [name for name, w in weights.items() if not w.isfinite().all()]:
             raise InputError(f"its weights {bad[0]} are NaN or infinite")
-        return Artifact(cfg, weights, header["looped"] is True, digest, warnings)
+        if type(header["looped"]) is not bool:
+            raise InputError("its header does not say whether the model is looped")
+        return Artifact(cfg, weights, header["looped"], digest, warnings)
     except OSError as error:
         raise InputError(f"artifact {path} cannot be read: {error.strerror}") from None
     except (InputError, LookupError, TypeError, AttributeError) as error:
@@ -3163,7 +3019,7 @@ class Scorer:
         """One pass over all targets. Each part is an iterable of (ScoredChunk, places) and the adapter, if any, that
         gets the chunks, one after the other, after their score is final. `apart`: each rank has parts of its own.
         """
-        begin, show = perf_counter(), Progress(self)
+        begin, bar = perf_counter(), progress_bar("scoring", len(self.bytes), self.log)
         # one place more, for what batches of documents compute beyond the end of one
         scored = torch.zeros(2, len(self.bytes) + 1, dtype=torch.float64, device=self.tokens.device)
         nll, index = scored
@@ -3172,10 +3028,14 @@ class Scorer:
                 # the score is final; the next chunk is scored when the loop asks for it, so after what is learnt here
                 nll[places] = chunk.nll
                 index[places] = torch.full_like(chunk.nll, chunk.index)
-                show(chunk.nll, places)
+                if not bar.disable:  # else no host waits for the device
+                    done = nll[:-1] > 0
+                    bpb = float(nll[:-1].sum() / self.bytes[done].sum() / math.log(2))
+                    bar.set_postfix_str(f"{bpb:.4f} bpb", refresh=False)
+                    bar.update(int(done.sum()) - bar.n)
                 if adapt and not chunk.last:
                     adapt(chunk)
-        show.bar.close()
+        bar.close()
         if apart:
             self.ranks.sum_(scored)
         self.audited = dict(nll=nll[:-1], bytes=self.bytes, chunk=index[:-1].long())
@@ -3248,7 +3108,7 @@ class Scorer:
         """
         device, bounds = self.tokens.device, self.chunk_bounds(longest)
         first, end = spans.split(1, dim=1)
-        for index, (low, high) in enumerate(pairwise(bounds)):
+        for index, (low, high) in enumerate(zip(bounds, bounds[1:])):
             offsets = torch.arange(high - min(high, self.cfg.window), high + 1, device=device)
             tokens = self.tokens[(first + offsets).clamp(max=end)]  # one that has ended repeats its last, and weighs 0
             inputs, targets = tokens[:, :-1], tokens[:, low - high :]
@@ -3271,23 +3131,6 @@ class Scorer:
                 ),
                 places.masked_fill(ended, len(self.bytes)),
             )
-
-
-class Progress:
-    """Bits per byte so far, on a bar for a person who watches. Else it keeps nobody waiting."""
-
-    def __init__(self, scorer: Scorer):
-        self.bar = progress_bar("scoring", len(scorer.bytes), scorer.log)
-        self.bytes = scorer.bytes if self.bar.disable else F.pad(scorer.bytes, (0, 1))
-        self.nll, self.size = torch.zeros(2, dtype=torch.float64, device=scorer.tokens.device)
-
-    def __call__(self, nll: Tensor, places: Tensor):
-        """The targets of these places of the stream have this nll, in nats; behind its end there are none."""
-        if not self.bar.disable:
-            self.nll += nll.sum()
-            self.size += self.bytes[places].sum()
-            self.bar.set_postfix_str(f"{float(self.nll / math.log(2) / self.size):.4f} bpb", refresh=False)
-            self.bar.update(int((places < len(self.bytes) - 1).sum()))
 
 
 # ---- Test-time training: scored chunks -> better weights for the next ones.
@@ -3631,6 +3474,8 @@ def run(argv: list, env: Mapping):
     """`main`; after a mistake of the user's status 1 and one line, after Ctrl-C 130, after a bug 1 and a traceback. Of
     several ranks the one that failed first speaks.
     """
+    if sys.version_info < (3, 10):
+        sys.exit("train_gpt.py needs Python 3.10 or newer")
     for name in ("stdout", "stderr"):  # None where the parent closed it
         setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))
     on_signals(signal.default_int_handler)

@@ -75,8 +75,12 @@ def survives(text, right, wrong):
 
 def main(words):
     text = (ROOT / "train_gpt.py").read_text()
+    if stale := [name for name, right, _ in mutants() if right not in text]:
+        sys.exit(f"tests.mutants: {stale[0]!r} of tests/mutants.txt changes a text that train_gpt.py does not have")
     chosen = [(section_of(text, text.index(right)), name, right, wrong) for name, right, wrong in mutants()]
     chosen = [m for m in chosen if not words or any(word in m[0] + " " + m[1] for word in words)]
+    if not chosen:
+        sys.exit(f"tests.mutants: no mutant has {' or '.join(words)} in its name or section; the sections are {', '.join(TESTS)}")
     counts = {}
     with ThreadPoolExecutor(JOBS) as pool:
         for (section, name, _, _), (alive, why) in zip(chosen, pool.map(lambda m: survives(text, *m[2:]), chosen)):

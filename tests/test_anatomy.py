@@ -20,7 +20,7 @@ from tools.bench import anatomy, costs
 from tools.bench.anatomy import Event
 
 X, C = sympy.symbols("x c", integer=True)
-TINY = t.Config(**t.VARIANTS["card"] | dict(num_layers=3, xsa_last_n=2, model_dim=64, num_heads=4, num_kv_heads=2, ve_layers=(2,), ve_dim=16, bigram_dim=16,
+TINY = t.Config(**t.row("card") | dict(num_layers=3, xsa_last_n=2, model_dim=64, num_heads=4, num_kv_heads=2, ve_layers=(2,), ve_dim=16, bigram_dim=16,
                                             vocab_size=128, train_seq_len=32, train_batch_tokens=64, micro_batch_tokens=64, eval_stride=32,
                                             ttt_chunk_tokens=32, muon_backend_steps=2, dtype="fp32", compile="off"))
 

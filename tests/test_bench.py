@@ -28,7 +28,7 @@ def tool(*args):
 @pytest.mark.parametrize("variant, looped", [("card", False), ("pr1812", False), ("pr1812", True), ("pr490", False), ("pr1127", False)])
 def test_operations_are_those_that_torch_counts(variant, looped):
     sizes = TINY | (dict(ve_layers=()) if variant != "card" else {}) | (dict(attn_gate_dims=8, mlp_mult=4.0) if variant == "pr1812" else {})
-    cfg = t.Config(**t.VARIANTS[variant] | sizes | dict(num_loops=2 * (variant == "pr1812"), loop_start=1, loop_end=2,
+    cfg = t.Config(**t.row(variant) | sizes | dict(num_loops=2 * (variant == "pr1812"), loop_start=1, loop_end=2,
                                                         ttt_chunk_tokens=32, xsa_last_n=2, rope_dims=8, parallel_residual_start=-1))
     model, tokens = make_model(cfg), torch.randint(2, 128, (3, 33))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -44,7 +44,7 @@ def test_operations_of_the_contest_model_are_the_published_ones():
     """239.6 MFLOP a token for 11 layers without bigram and value tables; they add their two small projections."""
     small = 6 * 128 * (512 + 256)
     assert costs.train_flops(t.Config(), False).total == pytest.approx(239.6e6 + small, rel=2e-4)
-    assert costs.train_flops(t.Config(**t.VARIANTS["pr1812"]), True).total == pytest.approx(444.1e6 + 6 * 17 * 12 * 8, rel=2e-4)
+    assert costs.train_flops(t.Config(**t.row("pr1812")), True).total == pytest.approx(444.1e6 + 6 * 17 * 12 * 8, rel=2e-4)
 
 
 # ---- names in a profile
@@ -195,8 +195,8 @@ def test_the_plain_step_is_ours():
 
 def test_the_plain_step_refuses_what_it_does_not_know():
     with pytest.raises(t.InputError, match="not [A-Z_]+="):
-        plain.check(t.Config(**t.VARIANTS["pr1812"]))
-    plain.check(t.Config(**t.VARIANTS["demo"]))
+        plain.check(t.Config(**t.row("pr1812")))
+    plain.check(t.Config(**t.row("demo")))
 
 
 # ---- the tool
@@ -239,7 +239,7 @@ def test_ours_are_timed_on_a_cpu():
 
 
 def test_a_scaling_study_changes_one_thing_at_a_time():
-    cfg = t.Config(**t.VARIANTS["demo"])
+    cfg = t.Config(**t.row("demo"))
     for _, _, changed in bench.scaled(cfg):
         differ = {n for n, v in vars(changed).items() if v != vars(cfg)[n]}
         assert differ <= {"model_dim", "num_heads", "num_kv_heads"} or differ <= {"num_layers", "ve_layers", "xsa_last_n"} or (
@@ -300,7 +300,7 @@ def test_another_attention_fails_the_run_after_its_results_are_written(tmp_path,
     (["--env", "NUM_HEADS=3"], {}, "MODEL_DIM=32 must be a multiple of NUM_HEADS=3"),
     ([], {"VARIANT": "card"}, "VARIANT=card: choose rows by --variant"),
     ([], {"ATTENTION": "fa3"}, "ATTENTION=fa3 cannot run"),
-    (["-o", "no/such/folder/x.json"], {}, "there is no folder no/such/folder"),
+    (["-o", "no/such/folder/x.json"], {}, "or there is no folder to hold it"),
     (["--compare", "missing.json"], {}, "--compare missing.json: No such file"),
     (["--compare", str(ROOT / "submission.json")], {}, "submission.json is not a file of this tool")])
 def test_wrong_input_is_one_line(args, env, words, tmp_path, monkeypatch):

@@ -78,7 +78,7 @@ def test_it_trains_and_scores_as_the_source_does(packed, env, tmp_path):
     steps, scores = (re.findall(p, plain) for p in (r"train_loss:[\d.]+", r"val_bpb:[\d.]+"))
     assert len(steps) >= 10 and steps == re.findall(r"train_loss:[\d.]+", shipped) and scores == re.findall(r"val_bpb:[\d.]+", shipped)
     assert list(finals(shipped)) == ["final_int6_roundtrip", "final_int6_sliding_window", "legal_ttt"] and finals(shipped) == finals(plain)
-    files = [tmp_path / folder / "final_model.int6.ptz" for folder in ("plain", "shipped")]
+    files = [next((tmp_path / folder).glob("*.int6.ptz")) for folder in ("plain", "shipped")]
     (header, tensors), (same, others) = (t.unpack(file.read_bytes()) for file in files)
     assert header == same and tensors.keys() == others.keys() and all(torch.equal(w, others[name]) for name, w in tensors.items())
     code, model = packed.stat().st_size, files[1].stat().st_size
@@ -184,7 +184,7 @@ def test_a_source_that_does_not_compile_is_refused_in_one_line(tmp_path, content
     assert out.read_bytes() == b"an earlier one" and not done.stdout
 
 
-@pytest.mark.parametrize("out, words", [("source.py", "is the source; name another file"), ("none/out.py", "cannot write .*out.py: No such file"),
+@pytest.mark.parametrize("out, words", [("source.py", "is the source; name another file"), ("source.py/out.py", "cannot write .*out.py: "),
                                         (".", "is a folder; name another file")])
 def test_a_place_that_cannot_hold_the_file_is_told_in_one_line(tmp_path, out, words):
     source = tmp_path / "source.py"
@@ -192,3 +192,17 @@ def test_a_place_that_cannot_hold_the_file_is_told_in_one_line(tmp_path, out, wo
     done = tool("tools.record.pack", source, "-o", tmp_path / out)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and re.search(words, done.stderr), done.stderr
     assert source.read_bytes() == b"x = 1\n" and [p.name for p in tmp_path.iterdir()] == ["source.py"]
+
+
+def test_it_makes_the_folder_of_the_file(tmp_path):
+    """`python -m tools.record.pack train_gpt.py -o packed/train_gpt.py` as the pages have it, and unpacking gives the source back."""
+    (tmp_path / "train_gpt.py").write_bytes(b"x = 1\n")
+    done = tool("tools.record.pack", "train_gpt.py", "-o", "packed/train_gpt.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert pack.unpack_source((tmp_path / "packed" / "train_gpt.py").read_bytes()) == b"x = 1\n"
+
+
+def test_a_file_that_is_not_packed_is_its_own_source():
+    packed = pack.pack_source(b"x = 1\n")
+    for file in (b"", b"x = 1\n", packed + b"y = 2\n", packed.replace(b'b85decode("', b'b85decode("0')):
+        assert pack.unpack_source(file) == file

@@ -73,5 +73,5 @@ def test_the_table_has_a_row_a_count(tmp_path, capsys):
 
 def test_a_vocabulary_of_unknown_length_is_told_in_a_line(monkeypatch):
     monkeypatch.setenv("VOCAB_SIZE", "4096")
-    with pytest.raises(SystemExit, match="VOCAB_SIZE=4096: .* for 1024 and 8192 alone"):
+    with pytest.raises(t.InputError, match="VOCAB_SIZE=4096: .* for 1024 and 8192 alone"):
         passes.main([])

@@ -289,7 +289,7 @@ def test_the_axis_counts_what_it_says(tmp_path, by, x):
 
 def test_tokens_come_from_the_variant_where_nothing_overrides_them(tmp_path):
     run = loglines.read_curve(written(tmp_path, **{" TRAIN_BATCH_TOKENS=512": ""}))
-    assert tools.plot.batch_tokens(run) == t.VARIANTS["smoke"]["train_batch_tokens"]
+    assert tools.plot.batch_tokens(run) == t.row("smoke")["train_batch_tokens"]
     with pytest.raises(tools.plot.Refused, match="VARIANT=old must be"):
         tools.plot.batch_tokens(loglines.read_curve(written(tmp_path, **{"smoke": "old", " TRAIN_BATCH_TOKENS=512": ""})))
     assert tools.plot.batch_tokens(loglines.read_curve(written(tmp_path, smoke="old"))) == 512  # whatever else has changed since

@@ -1,15 +1,21 @@
 """README, submission.json and the logs agree; every command in the README is one that exists."""
 
 import dataclasses
+import hashlib
 import json
 import re
-import statistics
+import shlex
+import shutil
 
 import pytest
-from conftest import ROOT, finals
+from conftest import ROOT
+from helpers import forked
 
 import train_gpt as t
 from tools import table
+from tools.record import command as record
+from tools.record import source
+from tools.record.submission import as_json
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line.split("#")[0].strip() for line in README.splitlines() if line.startswith("    ")]
@@ -50,12 +56,26 @@ def test_every_variant_is_in_the_table():
     assert set(re.findall(r"^\| `(\w+)`", README, re.M)) >= set(t.VARIANTS)
 
 
-def test_the_submission_is_what_its_logs_say():
-    submission = json.loads((ROOT / "submission.json").read_text())
-    logs = [(ROOT / name).read_text() for name in submission["logs"]]
-    assert submission["val_bpb"] == round(statistics.mean(finals(log)["legal_ttt"] for log in logs), 8)
-    assert submission["bytes_total"] == max(int(re.search(r"Total submission size \S+ (\d+) bytes", log)[1]) for log in logs)
-    assert all(f"sha256:{submission['source_sha256']}" in log for log in logs)
+def test_the_submission_is_what_its_command_makes_of_the_committed_log(tmp_path, monkeypatch):
+    """`make submission` in a folder that holds the log alone: the script comes from the history. A rewritten history gives commits other names, so
+    the commit is looked up: its train_gpt.py must be the one that the log tells.
+    """
+    text, makefile = (ROOT / "submission.json").read_text(), (ROOT / "Makefile").read_text()
+    assert any(command.startswith("make submission") for command in COMMANDS)
+    it, log = json.loads(text), re.search(r"^LOG \?= (\S+)", makefile, re.M)[1]
+    recipe = shlex.split(re.search(r"^submission:.*\n((?:\t.*\n)+)", makefile, re.M)[1].replace("\\\n", " ").replace("$(LOG)", log))
+    assert it["logs"] == [log] and recipe[:3] == [".venv/bin/python", "-m", "tools.record"] and "submission.json" in recipe
+    if not source.committed(it["source_sha256"])[0]:
+        pytest.skip("this checkout has no history that holds the script of the log")
+    (tmp_path / "logs").mkdir()
+    shutil.copy(ROOT / log, tmp_path / "logs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(source, "run_script", lambda script, *words, **env: forked.python([script.path, *words], env))
+    record.main(recipe[3:])
+    made = json.loads((tmp_path / "submission.json").read_text())
+    assert text == as_json(made | dict(commit=it["commit"])).decode()
+    assert made["commit"] == it["commit"] or not (found := source.git("show", f"{it['commit']}:train_gpt.py")) or (
+        hashlib.sha256(found).hexdigest() == it["source_sha256"])
 
 
 def test_every_score_in_the_readme_is_in_a_log():

@@ -9,18 +9,18 @@ import re
 import shlex
 import shutil
 import statistics
-from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ROOT, finals, run, tool
+from helpers import forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt as t
 from tools import runlog, table
 from tools.files import Refused
-from tools.record import checks, command, credits, pack, significance
+from tools.record import artifacts, checks, command, credits, entry, pack, page, significance, source
 
 SCRIPT = ROOT / "train_gpt.py"
 ARGS = ["--script", str(SCRIPT), "--name", "Three seeds", "--date", "2026-04-30"]
@@ -28,17 +28,23 @@ FREE = ("warmup_step", "late_qat")  # lines to which no other number is bound
 
 
 @pytest.fixture(scope="module", autouse=True)
-def resolve_once():
-    """The script is asked once for each set of overrides: to import torch takes seconds."""
-    resolve, known = checks.resolve, {}
+def scripts():
+    """The script runs in forks, and is asked once for each set of overrides: to import torch takes seconds. The runs that scored an artifact."""
+    resolve, known, scored = checks.resolve, {}, []
 
     def once(script, log):
         key = (script, *sorted(log.overrides.items()))
         return known[key] if key in known else known.setdefault(key, resolve(script, log))
 
+    def run_script(script, *arguments, **env):
+        scored.extend([env] * ("EVAL_ONLY" in env))
+        return forked.python([script.path, *arguments], env | dict(CUDA_VISIBLE_DEVICES=""))
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checks, "resolve", once)
-        yield
+        for module in (source, artifacts):
+            patch.setattr(module, "run_script", run_script)
+        yield scored
 
 
 def found(pattern, text):
@@ -61,6 +67,11 @@ def folder(dataset, tmp_path_factory):
 def texts(folder):
     """The logs, with their hashes in the RESULT line alone, so that `forged` may write the other lines from the facts."""
     return [runlog.HASH.sub("", (folder / seed / "logs" / f"seed{seed}.txt").read_text()) for seed in "123"]
+
+
+def models(folder):
+    """The artifacts of the three seeds."""
+    return [next((folder / seed).glob("*.int6.ptz")) for seed in "123"]
 
 
 def facts_of(text):
@@ -124,13 +135,13 @@ def written(folder, tmp_path_factory):
 
 
 def test_the_folder_holds_what_ran(written, folder):
-    assert sorted(p.name for p in written.iterdir()) == ["README.md", "requirements.txt", "submission.json", "train_gpt.py", *(
+    assert sorted(p.name for p in written.iterdir()) == ["README.md", "requirements.txt", "submission.json", "tiny.model", "train_gpt.py", *(
         f"train_seed{seed}.log" for seed in "123")]
     assert [p.name for p in written.parent.iterdir()] == [written.name]
     assert (written / "train_gpt.py").read_bytes() == SCRIPT.read_bytes()
     for seed in "123":
         original = (folder / seed / "logs" / f"seed{seed}.txt").read_text()
-        places = [f"OUTPUT_DIR={folder}/{seed} ", f"artifact:{folder}/{seed}/final", f"log:{folder}/{seed}/logs/seed", f"={folder.parent}/"]
+        places = [f"OUTPUT_DIR={folder}/{seed} ", f"artifact:{folder}/{seed}/", f"log:{folder}/{seed}/logs/seed", f"={folder.parent}/"]
         assert sum(map(original.count, places)) >= 4
         assert (written / f"train_seed{seed}.log").read_text() == without_places(original, seed, folder)
 
@@ -145,7 +156,7 @@ def without_places(text, seed, folder):
 def test_nothing_in_the_folder_tells_of_a_machine_or_its_user(written, folder):
     root = str(folder.parents[1])
     assert root.count("/") > 1
-    for path in written.iterdir():
+    for path in {*written.iterdir()} - {written / "tiny.model"}:
         assert not re.search(rf"{root}|/home/|/Users/|/root/", path.read_text()), path
     assert "the logs are as the script wrote them, but for local folders, which are `/path/to` here" in (written / "README.md").read_text()
 
@@ -179,10 +190,10 @@ def test_submission_says_what_the_logs_say_to_the_last_digit(written, folder, te
     assert [it["seed_results"][seed]["val_loss"] for seed in "123"] == losses
     assert it["val_bpb"] == pytest.approx(np.mean(scores), abs=5e-9) and it["val_bpb_std"] == pytest.approx(np.std(scores, ddof=1), abs=5e-9)
     assert it["val_loss"] == pytest.approx(np.mean(losses), abs=5e-9) and it["val_loss_std"] == pytest.approx(np.std(losses, ddof=1), abs=5e-9)
-    models = [(folder / seed / "final_model.int6.ptz").stat().st_size for seed in "123"]
+    sizes = [path.stat().st_size for path in models(folder)]
     code = SCRIPT.stat().st_size
-    assert [it["seed_results"][seed]["artifact_bytes"] for seed in "123"] == [code + model for model in models]
-    assert (it["bytes_code"], it["bytes_total"], it["artifact_bytes_mean"]) == (code, code + max(models), round(code + np.mean(models)))
+    assert [it["seed_results"][seed]["artifact_bytes"] for seed in "123"] == [code + model for model in sizes]
+    assert (it["bytes_code"], it["bytes_total"], it["artifact_bytes_mean"]) == (code, code + max(sizes), round(code + np.mean(sizes)))
     for seed, text in zip("123", texts):
         result = it["seed_results"][seed]
         assert result["train_wallclock_ms"] == 1000 * result["train_time_s"] == int(found(r"^training ended.*train_time:(\d+)ms", text))
@@ -220,10 +231,9 @@ def command_of(folder, dataset):
     """The settings of the page's command, with the data where it lies here."""
     command = shlex.split(next(line for line in (folder / "README.md").read_text().splitlines() if line.startswith("    ")))
     assert command[-2:] == ["python", "train_gpt.py"] and "SEED=1" in command and not any("OUTPUT_DIR" in part for part in command)
-    here = {f"/path/to/{Path(place).name}": place for place in (dataset["DATA_PATH"], dataset["TOKENIZER_PATH"])}
     given = dict(part.split("=", 1) for part in command[:-2])
-    assert {*here} <= {*given.values()}
-    return {name: here.get(value, value) for name, value in given.items()}
+    assert given["DATA_PATH"] == "/path/to/tiny" and given["TOKENIZER_PATH"] == "tiny.model"
+    return given | dict(DATA_PATH=dataset["DATA_PATH"])
 
 
 def test_a_reviewer_can_run_the_folder_by_its_command(written, tmp_path, texts, dataset):
@@ -254,15 +264,15 @@ def as_contest(text, dataset="fineweb10B_sp1024", targets=62_021_849, size=151_0
 def test_the_packed_script_is_what_is_shipped_and_counted_and_runs(write, texts, tmp_path, folder, dataset):
     path = command.main([*map(str, write(texts)), *ARGS, "--out", str(tmp_path / "out"), "--pack"])
     it, page, shipped = json.loads((path / "submission.json").read_text()), (path / "README.md").read_text(), (path / "train_gpt.py").read_bytes()
-    size, models = len(shipped), [(folder / seed / "final_model.int6.ptz").stat().st_size for seed in "123"]
+    size, sizes = len(shipped), [path.stat().st_size for path in models(folder)]
     assert size < len(SCRIPT.read_bytes()) / 2 and it["bytes_code"] == size
-    assert [r["artifact_bytes"] for r in it["seed_results"].values()] == [size + model for model in models] and it["bytes_total"] == size + max(models)
+    assert [r["artifact_bytes"] for r in it["seed_results"].values()] == [size + model for model in sizes] and it["bytes_total"] == size + max(sizes)
     assert f"`train_gpt.py`: {size:,} bytes, sha256 {hashlib.sha256(shipped).hexdigest()}" in page
     assert f"it is packed: what wrote the logs, and runs, are the {SCRIPT.stat().st_size:,} bytes in it of sha256 " in page
-    assert f"{size + max(models):,} (code {size:,}), {16_000_000 - size - max(models):,} to spare" in page
+    assert f"{size + max(sizes):,} (code {size:,}), {16_000_000 - size - max(sizes):,} to spare" in page
     out = run(command_of(path, dataset), script=path / "train_gpt.py", cwd=path).stdout
     assert finals(out) == finals(texts[0]) and f"sha256:{hashlib.sha256(shipped).hexdigest()} bytes:{size}\n" in out
-    assert f"\ncode {size} + model {models[0]} = {size + models[0]} bytes\n" in out
+    assert f"\ncode {size} + model {sizes[0]} = {size + sizes[0]} bytes\n" in out
 
 
 def test_a_script_that_was_packed_before_it_ran_is_recorded_without_packing(write, texts, tmp_path):
@@ -271,7 +281,8 @@ def test_a_script_that_was_packed_before_it_ran_is_recorded_without_packing(writ
     logs = [forged(text, source_sha256=hashlib.sha256(packed).hexdigest(), code_bytes=len(packed)) for text in texts]
     path = command.main([*map(str, write(logs)), *ARGS, "--script", str(script), "--out", str(tmp_path / "out")])
     assert (path / "train_gpt.py").read_bytes() == packed and "it is packed" not in (path / "README.md").read_text()
-    assert (path / "requirements.txt").read_bytes() == (ROOT / "requirements.txt").read_bytes()
+    packages = (path / "requirements.txt").read_text().splitlines()
+    assert {re.split("[>=]", line)[0] for line in packages} == {"torch", "numpy", "sentencepiece", "zstandard", "brotli", "tqdm"} and len(packages) == 6
     assert json.loads((path / "submission.json").read_text())["bytes_code"] == len(packed)
 
 
@@ -498,7 +509,7 @@ def test_a_table_takes_its_numbers_from_the_result_and_checks_them(texts, tmp_pa
 
 def test_an_evaluation_alone_is_no_run(folder, texts, dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(t.torch.cuda, "is_available", lambda: False)
-    own = dict(EVAL_ONLY="1", ARTIFACT=str(folder / "1" / "final_model.int6.ptz"), RUN_ID="again", OUTPUT_DIR=str(tmp_path / "again"), VAL_MAX_TOKENS="300")
+    own = dict(EVAL_ONLY="1", ARTIFACT=str(models(folder)[0]), RUN_ID="again", OUTPUT_DIR=str(tmp_path / "again"), VAL_MAX_TOKENS="300")
     t.main([], {name: value for name, value in dataset.items() if name != "VOCAB_SIZE"} | own)
     path = tmp_path / "again" / "logs" / "again.txt"
     assert finals(path.read_text()) == finals(texts[0])
@@ -691,6 +702,256 @@ def test_every_fact_is_bound_to_a_line(texts, tmp_path):
             path.write_text(resulting(texts[0], facts | {name: changed}))
             with pytest.raises(Refused, match=rf"^{path}:\d+: "):
                 runlog.read_log(path)
+
+
+# What is claimed.
+
+@pytest.fixture
+def contest(write, texts, tmp_path):
+    """Three logs as a record must have them, gathered."""
+    paths = write([as_contest(text) for text in texts])
+    return checks.gather(command.parse_options([*map(str, paths), *ARGS]), tmp_path)
+
+
+def each(**changed):
+    return lambda it: dataclasses.replace(it, runs=tuple(dataclasses.replace(run, **changed) for run in it.runs))
+
+
+def last(**changed):
+    """A change of the last seed alone."""
+    return lambda it: dataclasses.replace(it, runs=(*it.runs[:-1], dataclasses.replace(it.runs[-1], **changed)))
+
+
+def setting(**changed):
+    return lambda it: dataclasses.replace(it, settings=it.settings | changed)
+
+
+def without_ttt(it):
+    return dataclasses.replace(it, runs=tuple(
+        dataclasses.replace(run, scores={name: score for name, score in run.scores.items() if name != "ttt"}) for run in it.runs))
+
+
+def foreign(it):
+    return dataclasses.replace(it, source=it.source._replace(is_ours=False))
+
+
+SOURCE_CLAIMS = {"score_first_ttt", "no_slot", "no_pre_quant_ttt", "no_etlb", "no_ngram_cache"}
+FALSE = {  # a change of a record's runs, and the claims that it makes false
+    "a large model": (last(model_bytes=16_000_001 - SCRIPT.stat().st_size), {"artifact_under_16mb"}),
+    "a long training": (last(train_seconds=600.001), {"train_under_600s"}),
+    "a training over its limit by less than a millisecond": (
+        lambda it: setting(MAX_WALLCLOCK_SECONDS="600.0")(last(train_over_limit_seconds=4e-4, train_seconds=600.0)(it)), {"train_under_600s"}),
+    "a long evaluation": (last(eval_seconds=600.001), {"eval_under_600s"}),
+    "two seeds": (lambda it: dataclasses.replace(it, runs=it.runs[:2]), {"three_seeds"}),
+    "a limit of targets": (setting(VAL_MAX_TOKENS="62021849"), {"full_validation_split"}),
+    "fewer targets than the split has": (each(val_split_targets=62_021_850), {"full_validation_split"}),
+    "fewer targets than the contest's split": (each(targets=62_021_631), {"full_validation_split"}),
+    "another text": (each(dataset="tiny"), {"full_validation_split"}),
+    "no test-time training": (without_ttt, {"score_first_ttt"}),
+    "another source": (foreign, SOURCE_CLAIMS),
+}
+
+
+@pytest.mark.parametrize("case", FALSE)
+def test_each_claim_is_reported_false_where_it_does_not_hold(contest, case):
+    """And the other claims stay; none is true by default."""
+    change, false = FALSE[case]
+    assert all(entry.compliance(contest).values()) and not entry.why_no_record(contest)
+    changed = change(contest)
+    assert {name for name, holds in entry.compliance(changed).items() if not holds} == false
+    assert {name for _, names in FALSE.values() for name in names} == entry.compliance(contest).keys()
+    text, whole = (page.readme(it, "").decode() for it in (changed, contest))
+    assert "NO, " not in whole and text.count("NO, ") == (0 if false <= SOURCE_CLAIMS else 1) and ("nothing is claimed" in text) == (case == "another source")
+
+
+@pytest.mark.parametrize("over, limit, holds", [(0.5, "600.0", False), (0.5, "599.0", True), (0.0, "600.0", True)])
+def test_a_run_that_passed_its_limit_is_within_the_contests_only_below_600_s(write, texts, tmp_path, over, limit, holds):
+    """The fact of the RESULT line, through the whole tool."""
+    logs = [as_contest(text) for text in texts]
+    logs[2] = resulting(logs[2], facts_of(logs[2]) | dict(train_over_limit_seconds=over))
+    logs = [overridden(text, MAX_WALLCLOCK_SECONDS=limit) for text in logs]
+    paths = write(logs)
+    if not holds:
+        assert "training took" in refusal(paths, tmp_path)
+    path = command.main([*map(str, paths), *ARGS, "--out", str(tmp_path / "out"), "--non-record"])
+    it, text = json.loads((path / "submission.json").read_text()), (path / "README.md").read_text()
+    assert it["compliance"]["train_under_600s"] == holds and (f"passed the run's own limit by {over:.3f} s" in text) == (over > 0)
+
+
+def test_fewer_targets_than_the_split_has_are_no_full_split(write, texts, tmp_path):
+    """By the fact alone: no option of the log says so."""
+    logs = [resulting(text, facts_of(text) | dict(val_split_targets=62_021_850)) for text in map(as_contest, texts)]
+    path = command.main([*map(str, write(logs)), *ARGS, "--out", str(tmp_path / "out")])
+    it = json.loads((path / "submission.json").read_text())
+    assert not it["compliance"]["full_validation_split"] and it["track"] == "non-record: first 62,021,849 targets of the validation text"
+    assert "targets of the whole validation split: 62,021,850; scored: 62,021,849" in (path / "README.md").read_text()
+
+
+def test_a_file_that_exactly_fills_the_cap_is_within_it(write, texts, tmp_path):
+    room = 16_000_000 - SCRIPT.stat().st_size
+    logs = [texts[0], forged(texts[1], model_bytes=room), texts[2]]
+    path = command.main([*map(str, write(logs)), *ARGS, "--out", str(tmp_path / "out")])
+    it, text = json.loads((path / "submission.json").read_text()), (path / "README.md").read_text()
+    assert it["bytes_total"] == 16_000_000 and it["compliance"]["artifact_under_16mb"] and ", 0 to spare" in text
+    assert runlog.read_log(path / "train_seed2.log").total_bytes == 16_000_000
+    assert "bytes, 1 over 16000000" in refusal(write([texts[0], forged(texts[1], model_bytes=room + 1), texts[2]]), tmp_path, "--name", "b")
+
+
+# Artifacts.
+
+def test_artifacts_are_compared_and_scored_again(write, texts, folder, tmp_path, scripts):
+    """In the order of the logs, whatever their seeds."""
+    logs, files = write(texts)[::-1], [*map(str, models(folder)[::-1])]
+    path = command.main([*map(str, logs), *ARGS, "--out", str(tmp_path / "out"), "--artifacts", *files])
+    it, text = json.loads((path / "submission.json").read_text()), (path / "README.md").read_text()
+    assert [env["ARTIFACT"] for env in scripts[-3:]] == files and scripts[-1]["VAL_MAX_TOKENS"] == "300"
+    for seed, log in zip("123", texts):
+        row = next(line for line in text.splitlines() if line.startswith(f"| {seed} | `"))
+        assert f"| as in the log | yes, 3 stages | {finals(log)['legal_ttt']:.8f} | " in row and hashlib.sha256(
+            models(folder)[int(seed) - 1].read_bytes()).hexdigest() in row
+        assert it["artifacts_checked"][seed] == dict(
+            size_and_sha256_agree=True, val_bpb_again=pytest.approx(finals(log)["legal_ttt"], abs=1e-8), not_scored_because=None)
+    assert "Scored again on 1 process(es), cpu x1, torch " in text
+
+
+def halved(text):
+    scores = {stage: {name: value / (1 if name == "seconds" else 2) for name, value in score.items()} for stage, score in facts_of(text)["scores"].items()}
+    return halved_lines(forged(text, scores=scores))
+
+
+def halved_lines(text):
+    """The lines of validation within training by the ratio of the new facts."""
+    ratio = facts_of(text)["targets"] / facts_of(text)["bytes"] / math.log(2)
+    return re.sub(r"(^step:\S+ val_loss:)(\S+)( val_bpb:)\S+", lambda m: f"{m[1]}{m[2]}{m[3]}{float(m[2]) * ratio:.4f}", text, flags=re.M)
+
+
+def more_bytes(text):
+    """Twice the bytes of text, so that the same losses are half the bits per byte."""
+    facts = facts_of(text)
+    scores = {stage: score | dict(bpb=score["bpb"] / 2) for stage, score in facts["scores"].items()}
+    return halved_lines(forged(text, scores=scores, bytes=2 * facts["bytes"]))
+
+
+ARTIFACT_FAULTS = {
+    "all scores halved": (halved, r"scored again, has \d\.\d{8} bits per byte in the stage coded, but .*1.txt says"),
+    "twice the bytes of text": (more_bytes, r"scored again, has bytes \d+, but .*1.txt says \d+"),
+    "another size": (lambda s: forged(s, model_bytes=facts_of(s)["model_bytes"] - 1), r"int6.ptz has bytes \d+, but .*1.txt says \d+"),
+    "another hash": (lambda s: resulting(s, facts_of(s) | dict(artifact_sha256="1" * 64)), "int6.ptz has sha256 .*, but .*1.txt says 1111"),
+    "no hash": (lambda s: resulting(s, {k: v for k, v in facts_of(s).items() if k != "artifact_sha256"}), "1.txt tells no artifact_sha256"),
+}
+
+
+@pytest.mark.parametrize("case", ARTIFACT_FAULTS)
+def test_a_log_that_its_artifact_does_not_support_is_refused(write, texts, folder, tmp_path, case):
+    """Each log is accepted without --artifacts: it agrees with itself."""
+    mutate, words = ARTIFACT_FAULTS[case]
+    paths = write([texts[0], mutate(texts[1])])
+    assert command.main([str(paths[1]), *ARGS, "--out", str(tmp_path / "out"), "--non-record"]).is_dir()
+    message = refusal(paths[1:], tmp_path, "--name", "b", "--non-record", "--artifacts", str(models(folder)[1]))
+    assert re.search(words, message), message
+
+
+@pytest.mark.parametrize("files, words", [(["none"], "cannot read none"), (["a", "b"], "2 --artifacts for 1 logs; give one for each log")])
+def test_artifacts_that_are_not_those_of_the_logs(write, texts, tmp_path, files, words):
+    assert words in refusal(write(texts[:1]), tmp_path, "--non-record", "--artifacts", *files)
+    assert f"says {facts_of(texts[0])['model_bytes']}; is it the artifact of seed 1?" in refusal(
+        write(texts[:1]), tmp_path, "--non-record", "--artifacts", str(SCRIPT))
+
+
+@pytest.mark.parametrize("why", ["no data", "no tokenizer", "--no-rescore"])
+def test_the_page_says_why_an_artifact_was_not_scored_again(write, texts, folder, tmp_path, monkeypatch, scripts, why):
+    """The environment of the command names the places of data and tokenizer."""
+    where, count = {"no data": "DATA_PATH", "no tokenizer": "TOKENIZER_PATH"}.get(why, ""), len(scripts)
+    if where:
+        monkeypatch.setenv(where, str(tmp_path / "none"))
+    path = command.main([str(write(texts)[0]), *ARGS, "--out", str(tmp_path / "out"), "--non-record", "--artifacts", str(models(folder)[0]),
+                         *["--no-rescore"] * (not where)])
+    reason = f"no {where}={tmp_path / 'none'} here" if where else why
+    assert f"| as in the log | no: {reason} | - | - |" in (path / "README.md").read_text() and len(scripts) == count
+    assert json.loads((path / "submission.json").read_text())["artifacts_checked"]["1"]["val_bpb_again"] is None
+
+
+def test_without_artifacts_the_page_says_that_nothing_was_compared(written):
+    assert "No artifact was compared with its log (`--artifacts`)" in (written / "README.md").read_text()
+    assert json.loads((written / "submission.json").read_text())["artifacts_checked"] is None
+
+
+def counting(text, sha256):
+    """The log of a script that tells the hash of the bytes that each target counts for."""
+    return resulting(text, facts_of(text) | dict(val_bytes_sha256=sha256) | ({} if facts_of(text).get("val_sha256") else dict(val_sha256="3" * 64)))
+
+
+def test_logs_that_count_other_bytes_for_the_same_tokens_are_not_combined(write, texts, tmp_path):
+    """tools.record, its --against, and tools.table; a log that does not tell the hash is accepted."""
+    one, other = counting(texts[0], "1" * 64), counting(texts[1], "2" * 64)
+    paths = write([one, other, counting(texts[2], "1" * 64)])
+    words = f"{paths[0]} and {paths[1]} score the same tokens but count other bytes for them: val_bytes_sha256 is 111111111111 and 222222222222"
+    assert refusal(paths, tmp_path).startswith(words)
+    assert words in tool("tools.table", *paths).stderr
+    given = f"{paths[1]},{paths[1]}"
+    assert f"it and {paths[0]} score the same tokens but count other bytes" in refusal([paths[0], paths[2]], tmp_path, "--non-record", "--against", given)
+    path = command.main([*map(str, write([one, without_byte_hash(texts[1]), counting(texts[2], "1" * 64)])), *ARGS, "--out", str(tmp_path / "out")])
+    assert "the byte counts of its targets have the sha256" not in (path / "README.md").read_text()
+
+
+def test_a_log_to_compare_with_tells_its_targets_before_its_hashes(folder):
+    found = significance.last_score(folder / "1" / "logs" / "seed1.txt")
+    assert found.targets == 300 and found.hashes[0] == runlog.read_log(folder / "1" / "logs" / "seed1.txt").val_sha256
+
+
+def without_byte_hash(text):
+    return resulting(text, {name: fact for name, fact in facts_of(text).items() if name != "val_bytes_sha256"})
+
+
+# What a reader needs.
+
+def test_the_page_has_the_news_the_architecture_the_credits_and_the_source(written, write, texts, tmp_path, capsys):
+    (notes := tmp_path / "new.md").write_text("\nRows grow.\n")
+    path = command.main([*map(str, write(texts)), *ARGS, "--out", str(tmp_path / "out"), "--notes", str(notes), "--author", "A", "--github-id", "a"])
+    text, plain = ((it / "README.md").read_text() for it in (path, written))
+    assert "\n## What is new\n\nRows grow.\n\n## Results\n" in text and "What is new" not in plain and capsys.readouterr().err == ""
+    assert "* model: 4 layers of width 32, " in plain and "53,748 parameters" in plain and "* score first ttt: @abaybektursun (PR #549)\n" in plain
+    commit = json.loads((written / "submission.json").read_text())["commit"]
+    assert (f"* commit {commit}, whose `train_gpt.py` this is" if commit else "* its commit is not known") in plain
+    assert refusal(write(texts), tmp_path, "--name", "b", "--notes", "none.md") == "cannot read none.md: No such file or directory"
+
+
+def test_what_is_not_given_is_told_in_one_line(write, texts, tmp_path, capsys):
+    args = [str(write(texts)[0]), *ARGS, "--non-record"]
+    command.main([*args, "--submission-only", str(tmp_path / "s.json"), "--author", "A"])
+    assert capsys.readouterr().err == "tools.record: WARNING: not given, so empty in what was written: --github-id\n"
+    command.main([*args, "--out", str(tmp_path / "out")])
+    assert capsys.readouterr().err == "tools.record: WARNING: not given, so empty in what was written: --author, --github-id, --notes\n"
+
+
+@pytest.mark.parametrize("name, ships", [("mine.model", True), ("fineweb_1024_bpe.model", False), ("fineweb_8192_bpe_lossless_caps.model", False)])
+def test_only_a_tokenizer_that_is_not_the_contests_is_shipped(write, texts, tmp_path, monkeypatch, name, ships):
+    (tmp_path / name).write_bytes(b"pieces")
+    monkeypatch.setenv("TOKENIZER_PATH", str(tmp_path / name))
+    path = command.main([str(write(texts)[0]), *ARGS, "--out", str(tmp_path / "out"), "--non-record"])
+    assert (path / name).is_file() == ships and (f"TOKENIZER_PATH={name} " in (path / "README.md").read_text()) == ships
+
+
+def test_a_tokenizer_that_is_missing_is_told(write, texts, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TOKENIZER_PATH", str(tmp_path / "none.model"))
+    command.main([str(write(texts)[0]), *ARGS, "--out", str(tmp_path / "out"), "--non-record"])
+    assert f"WARNING: the tokenizer {tmp_path / 'none.model'} is not the contest's and not here, so the folder lacks it" in capsys.readouterr().err
+
+
+def test_a_log_of_a_committed_script_finds_its_commit(tmp_path, monkeypatch):
+    """Its source is the one that is shipped, counted and asked for the settings, whatever train_gpt.py is today."""
+    monkeypatch.chdir(tmp_path)
+    log = runlog.read_log(ROOT / "logs" / "2026-11-22_demo.txt")
+    if not source.committed(log.source_sha256)[0]:
+        pytest.skip("this checkout has no history")
+    found = source.find_source(None, log, tmp_path / "source")
+    assert found.commit.startswith("ac428ac") and found.is_ours and len(found.contents) == log.code_bytes == found.path.stat().st_size
+    assert hashlib.sha256(found.contents).hexdigest() == log.source_sha256 and found.path.parent == tmp_path / "source"
+    (tmp_path / "train_gpt.py").write_bytes(pack.pack_source(b"x = 1\n"))
+    with pytest.raises(Refused, match="no commit here has it"):
+        source.find_source(None, dataclasses.replace(log, source_sha256="1" * 64), tmp_path)
+    script = hashlib.sha256((tmp_path / "train_gpt.py").read_bytes()).hexdigest()
+    assert not source.find_source(None, dataclasses.replace(log, source_sha256=script), tmp_path).is_ours
 
 
 # Significance.

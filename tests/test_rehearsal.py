@@ -200,10 +200,13 @@ def test_the_whole_way_from_text_to_a_folder_that_runs(documents, dataset, tmp_p
     for seed in "123":
         sh("entry/train_gpt.py", SEED=seed, RUN_ID=f"seed{seed}", OUTPUT_DIR=f"runs/{seed}", **env)
     out = sh("-m", "tools.record", *(f"runs/{seed}/logs/seed{seed}.txt" for seed in "123"), "--script", "entry/train_gpt.py", "--name", "All of it",
-             "--against", "9.1,9.2,9.3", PYTHONPATH=str(ROOT))
+             "--against", "9.1,9.2,9.3", "--artifacts", *(next((tmp_path / "runs" / seed).glob("*.int6.ptz")) for seed in "123"), PYTHONPATH=str(ROOT))
     folder, shipped = tmp_path / out.splitlines()[-1], (tmp_path / "entry" / "train_gpt.py").read_bytes()
     page, it, texts = files(folder)
-    check_folder(page.replace(page[page.index("## Significance") : page.index("## Command")], ""), it, texts, len(shipped))
+    for first, end in (("## Significance", "## Command"), ("## Artifacts", "## What ran")):
+        assert end == "## Command" or page.count("| as in the log | yes, 3 stages | ") == 3
+        page = page.replace(page[page.index(first) : page.index(end)], "")
+    check_folder(page, it, texts, len(shipped))
     assert str(tmp_path) not in page + json.dumps(it) + "".join(texts.values()) and (folder / "train_gpt.py").read_bytes() == shipped
     assert all(figures(text)["code"] == str(len(shipped)) and it["source_sha256"] == hashlib.sha256(shipped).hexdigest() for text in texts.values())
     for test in it["significance"]:

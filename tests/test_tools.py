@@ -2,11 +2,14 @@
 
 import ast
 import re
+import shlex
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT, run
+
+from tools.record import command
 
 PAGES = [ROOT / "README.md", ROOT / "Makefile", *ROOT.glob("*/README.md"), *ROOT.glob("logs/*.md"), ROOT / "logs" / "rehearsal" / "README.md"]
 NAMED = sorted({name for page in PAGES for name in re.findall(r"-m (tools[\w.]*\w)", page.read_text(encoding="utf-8"))})
@@ -23,6 +26,18 @@ def test_a_command_of_the_pages_is_a_tool_that_knows_its_name(name):
 
 def test_the_pages_name_every_tool():
     assert NAMED == sorted(name for text in SOURCES.values() for name in re.findall(r'command_line\("([\w.]+)"', text))
+
+
+def test_the_steps_to_a_pull_request_pack_first_and_keep_three_artifacts():
+    """The artifact of a run is named by its RUN_ID; the script that is packed is the one that runs and is recorded."""
+    text = re.sub(r"\\\n *", "", "\n".join(re.findall(r"^    (.*)", (ROOT / "tools/README.md").read_text(encoding="utf-8"), re.M)))
+    pack, *runs, last = map(shlex.split, text.splitlines())
+    assert pack[:4] == ["python", "-m", "tools.record.pack", "train_gpt.py"] and len(runs) == 3
+    given = [dict(part.split("=") for part in words if re.match("[A-Z_]+=", part)) for words in runs]
+    options = command.parse_options(last[last.index("tools.record") + 1 :])
+    assert len({env["SEED"] for env in given}) == 3 and [str(path) for path in options.artifacts] == [f"{env['RUN_ID']}.int6.ptz" for env in given]
+    assert [str(path) for path in options.logs] == [f"logs/{env['RUN_ID']}.txt" for env in given]
+    assert {words[-1] for words in (pack, *runs)} == {str(options.script)} and options.author and options.github_id and options.notes
 
 
 @pytest.mark.parametrize("path, words", [("tools/plot.py", "No module named 'tools'"), ("tools/model/generate.py", "as python -m tools.model.NAME")])

@@ -19,7 +19,7 @@ SMALL = dict(
 
 def scaled(variant):
     """A row, scaled down; the warmdown of some is a share of the run already, and the rows of `frontier` grow."""
-    row = t.VARIANTS[variant]
+    row = t.row(variant)
     lengths = dict(EARLY_SEQ_LENS="8,16") if "early_seq_lens" in row else {}
     return {"VARIANT": variant} | lengths | {k: v for k, v in SMALL.items() if "warmdown_frac" not in row or k != "WARMDOWN_ITERS"}
 

@@ -9,7 +9,6 @@ Runs have equal steps, ITERATIONS of the base. Equal seconds: parts whose step t
 base's, by medians over seeds, run again with so many steps as the base's seconds allow, in OUT/PART-SEED-seconds.
 """
 
-import json
 import os
 import re
 import statistics
@@ -19,8 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tools import ROOT, command_line
-from tools.files import Refused, read_bytes
+from tools import ROOT, command_line, positive, run_tool
+from tools.files import Refused, read_json
 from tools.runlog import read_log
 
 BASE, NEARLY = "base", 0.02
@@ -43,7 +42,7 @@ class Run:
 def plan(path: Path, out: Path, seeds: list[int]) -> list[Run]:
     """All runs, seed by seed, the base first. Raises Refused if the file has another shape."""
     try:
-        table = json.loads(read_bytes(path))
+        table = read_json(path)
         parts = {BASE: {}} | table["parts"]
         shared = {name: str(value) for name, value in table["base"].items()}
         names = {part: re.sub(r"\W+", "_", part) for part in parts}
@@ -57,7 +56,7 @@ def plan(path: Path, out: Path, seeds: list[int]) -> list[Run]:
 
 def finish(run: Run) -> None:
     """Make the run, unless it has ended already; says where one that fails has left its words."""
-    if run.log.exists() and "\nRESULT " in run.log.read_text():
+    if run.log.exists() and "\nRESULT " in run.log.read_text(errors="replace"):
         return
     run.log.unlink(missing_ok=True)
     run.folder.mkdir(parents=True, exist_ok=True)
@@ -124,7 +123,7 @@ def main() -> None:
     cli.add_argument("parts", type=Path)
     cli.add_argument("--out", type=Path, required=True, help="folder of the runs")
     cli.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    cli.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    cli.add_argument("--jobs", type=positive, default=1, help="runs at a time")
     cli.add_argument("--equal-seconds", action="store_true", help="make those runs, too")
     args = cli.parse_args()
     runs = plan(args.parts, args.out, args.seeds)
@@ -135,7 +134,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (Refused, OSError) as error:
-        sys.exit(f"tools.ablation: {error}")
+    run_tool("tools.ablation", main)

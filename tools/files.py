@@ -1,6 +1,8 @@
-"""Files as the tools read and write them, and how they refuse one."""
+"""Reading and writing of files, and the error of a tool that refuses its input."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 
 class Refused(ValueError):
@@ -15,10 +17,19 @@ def read_bytes(path: Path) -> bytes:
         raise Refused(f"cannot read {path}: {error.strerror}") from None
 
 
+def read_json(path: Path) -> Any:
+    """Raises Refused."""
+    try:
+        return json.loads(read_bytes(path).decode("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise Refused(f"{path} is not JSON: {error}") from None
+
+
 def write_file(path: Path, contents: bytes) -> None:
-    """All of it or nothing; raises Refused."""
+    """All of it or nothing; makes the folder. Raises Refused."""
     part = path.with_name(f"{path.name}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             part.write_bytes(contents)
             part.replace(path)

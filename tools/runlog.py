@@ -7,6 +7,7 @@ of it is written again from them, and must stand there digit by digit.
 import json
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, NoReturn
@@ -21,11 +22,14 @@ STEPS = {name: re.compile(pattern, re.ASCII) for name, pattern in dict(  # lines
     train=rf"{STEP} train_loss:\d+\.\d{{4}} {CLOCK}", stop=rf"stopping_early: wallclock_cap {CLOCK} {STEP}",
     val=rf"{STEP} val_loss:(?P<loss>\d+\.\d{{4}}) val_bpb:(?P<bpb>\d+\.\d{{4}}) eval_time:\d+ms {CLOCK}").items()}
 FREE = re.compile(  # and those of which they tell nothing
-    r"(nvidia-smi: |WARNING: attention |warmup_step:\d|gptq:collected |(late_qat|layer_loop):enabled |train_seq_len:\d+ step:|"
+    r"(nvidia-smi: |WARNING: |warmup_step:\d|gptq:collected |(late_qat|layer_loop):enabled |train_seq_len:\d+ step:|"
     r"checkpoint:|averaging: |\S+ of an earlier run is now |fit:factor |peak memory allocated: ).*", re.ASCII)
 PLACE = re.compile(  # a path in the line of a checkpoint, of the artifact, or of the log itself
     r"(?:^| )(?:checkpoint|artifact|log):(/.+?)(?= averaging:\w+ updates:| artifact_sha256:| variant:\w+ seed:| artifact:|$)")
-HASHES = ("val_sha256", "artifact_sha256")  # of the tokens that are scored, of the artifact: not in every log
+# Hashes of the tokens that are scored, of the bytes that each counts for, and of the artifact: not in every log
+HASHES = ("val_sha256", "val_bytes_sha256", "artifact_sha256")
+# Facts of RESULT that older logs lack, with the value that stands for "not told"
+OPTIONAL = dict.fromkeys(HASHES, "") | dict(val_split_targets=0, train_over_limit_seconds=0.0)
 HASH = re.compile(rf" ?\b({'|'.join(HASHES)}):([0-9a-f]{{64}})\b")
 
 
@@ -68,8 +72,11 @@ class RunLog:
     targets: int
     bytes: int
     scores: dict  # a Score of raw, averaged, coded, sliding and, if it ran, ttt
-    val_sha256: str  # empty where the log does not tell it, as the next
+    val_sha256: str  # empty where the log does not tell it, as the next two
+    val_bytes_sha256: str
     artifact_sha256: str
+    val_split_targets: int  # of the whole validation split; 0 where the log does not tell it
+    train_over_limit_seconds: float  # by which training passed MAX_WALLCLOCK_SECONDS
     path: Path
     text: str
     unshared: dict  # the losses and clocks of RESULT to all their digits, and the lines of steps: {value: name}
@@ -111,7 +118,8 @@ class RunLog:
         refuse(self.path, number, reason)
 
 
-FACTS = {field.name: field.type for field in fields(RunLog)[:-7]}  # those that a RESULT line must have
+TYPES = {field.name: field.type for field in fields(RunLog)[:-5]}  # of the facts of a RESULT line
+FACTS = {name: kind for name, kind in TYPES.items() if name not in OPTIONAL}  # those that it must have
 
 
 def refuse(path: Path, number: int, reason: str) -> NoReturn:
@@ -203,7 +211,7 @@ def read_log(path: Path) -> RunLog:
         refuse(path, len(rows) + bool(rest) or 1, "no whole RESULT line ends this log: the run did not finish, the log "
                "was cut, or an earlier train_gpt.py wrote it")
     try:
-        check_facts(facts := dict.fromkeys(HASHES, "") | json.loads(rows[-1].removeprefix(RESULT)))
+        check_facts(facts := OPTIONAL | json.loads(rows[-1].removeprefix(RESULT)))
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         refuse(path, len(rows), f"this is not the RESULT of a run that trained and was scored: {error}")
     steps = walk(path, rows, facts)
@@ -229,7 +237,7 @@ def as_printed(facts: dict) -> dict:
              for name, n, score in zip(names, digits, scores)}
     clocks = {name: to_millisecond(facts[name]) for name in ("train_seconds", "eval_seconds")}
     clocks["pack_seconds"] = round(facts["pack_seconds"], 1)
-    return {name: facts[name] for name in (*FACTS, *HASHES)} | clocks | dict(scores=found)
+    return {name: facts[name] for name in TYPES} | clocks | dict(scores=found)
 
 
 def to_millisecond(seconds: float) -> float:
@@ -238,8 +246,8 @@ def to_millisecond(seconds: float) -> float:
 
 def check_facts(facts: dict) -> None:
     """The facts are all there, of their types, and agree. Raises ValueError or what a wrong type leads to."""
-    for name, kind in FACTS.items():
-        if not isinstance(facts[name], kind) or kind in (int, float) and not 0 <= facts[name] < math.inf:
+    for name, kind in TYPES.items():
+        if not isinstance(facts[name], (int, float) if kind is float else kind) or kind in (int, float) and not 0 <= facts[name] < math.inf:
             raise ValueError(f"it has {facts[name]} as {name}")
     "".join([*facts["versions"].values(), *facts["overrides"].values()])  # a TypeError if one of them is no text
     for name in HASHES:
@@ -318,6 +326,17 @@ def check_steps(path: Path, rows: list[str], facts: dict, steps: list[Step]) -> 
     if stops != [last] * (last < iterations):
         end = next(i for i, row in enumerate(rows, 1) if row.startswith("training ended"))
         refuse(path, end, f"{last} of {iterations} steps, but the clock stopped the run at {stops or 'none'}")
+
+
+def check_byte_counts(runs: Iterable[RunLog]) -> None:
+    """Logs of the same validation tokens must count the same bytes for each of them. Raises Refused."""
+    counted: dict[str, RunLog] = {}
+    for run in runs:
+        if run.val_sha256 and run.val_bytes_sha256:
+            first = counted.setdefault(run.val_sha256, run)
+            if first.val_bytes_sha256 != run.val_bytes_sha256:
+                raise Refused(f"{first.path} and {run.path} score the same tokens but count other bytes for them: val_bytes_sha256 is "
+                              f"{first.val_bytes_sha256[:12]} and {run.val_bytes_sha256[:12]}; use one tokenizer and one byte sidecar")
 
 
 def near(path: Path, number: int, what: str, got: float, want: float, slack: float) -> None:

@@ -4,13 +4,12 @@
 """
 
 import statistics
-import sys
 from pathlib import Path
 
-from tools import command_line
+from tools import command_line, run_tool
 from tools.files import Refused
 from tools.loglines import Scored, read_scored
-from tools.runlog import RunLog
+from tools.runlog import RunLog, check_byte_counts
 
 COUNTS = {"parameters": lambda run: run.parameters, "code + model": lambda run: run.total_bytes}
 STAGES = {"raw": "raw", "averaged": "averaged", "int6": "coded", "sliding": "sliding", "TTT": "ttt"}
@@ -40,10 +39,13 @@ def table(runs: list[RunLog | Scored]) -> str:
     return "\n".join(lines)
 
 
+def main() -> None:
+    cli = command_line("tools.table", __doc__)
+    cli.add_argument("logs", nargs="+", type=Path)
+    runs = [read(path) for path in cli.parse_args().logs]
+    check_byte_counts(run for run in runs if isinstance(run, RunLog))
+    print(table(runs), flush=True)
+
+
 if __name__ == "__main__":
-    parser = command_line("tools.table", __doc__)
-    parser.add_argument("logs", nargs="+", type=Path)
-    try:
-        print(table([read(path) for path in parser.parse_args().logs]), flush=True)
-    except (Refused, OSError) as error:
-        sys.exit(f"tools.table: {error}")
+    run_tool("tools.table", main)

@@ -2,10 +2,7 @@
 
 import sys
 
+from tools import run_tool
 from tools.bench.bench import main
-from train_gpt import InputError
 
-try:
-    main(sys.argv[1:])
-except InputError as error:
-    sys.exit(f"tools.bench: {error}")
+run_tool("tools.bench", main, sys.argv[1:])

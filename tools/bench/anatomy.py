@@ -35,8 +35,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import train_gpt as t
-from tools import command_line
-from tools.bench import costs
+from tools import command_line, run_tool
+from tools.bench import costs, require_gpu
+from tools.files import Refused, read_json
 
 # ----------------------------------------
 # The rules: a kernel takes the longest of its operations, its bytes and one launch; kernels do not overlap
@@ -472,6 +473,18 @@ def merged(rows: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, An
     return sorted([r for r in rows if key(r) != key(row)] + [row], key=key)
 
 
+def read_rows(path: Path | None, needed: bool, table: Callable[[list[dict[str, Any]]], str]) -> list[dict[str, Any]]:
+    """The rows of a file of counts; none where there is no file and none is needed. Raises Refused."""
+    if path is None and needed:
+        raise Refused("--table needs --json FILE, the file of counts")
+    rows = read_json(path) if path and (needed or path.exists()) else []
+    try:
+        table(rows)
+    except (LookupError, TypeError, AttributeError, ValueError):
+        raise Refused(f"{path} is not a file of counts that this tool wrote") from None
+    return rows
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     cli = command_line("tools.bench.anatomy", __doc__)
     cli.add_argument("--looped", action="store_true", help="the graph after the loops are switched on")
@@ -485,9 +498,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    rows = json.loads(args.json.read_text()) if args.json and args.json.exists() else []
+    rows = read_rows(args.json, args.table, table)
     if args.table:
         return print(table(rows))
+    if args.script and not (args.script.is_file() and args.script.suffix == ".py"):
+        raise Refused(f"--script {args.script} is no .py file")
+    require_gpu()
     device = torch.device("cuda")
     os.environ.pop("PYTORCH_NO_CUDA_MEMORY_CACHING", None)  # nullgpu.py may set it; then torch counts no memory
     torch.set_float32_matmul_precision("high")
@@ -509,4 +525,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_tool("tools.bench.anatomy", main, sys.argv[1:])

@@ -31,7 +31,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import train_gpt as t
-from tools import ROOT, command_line
+from tools import ROOT, command_line, positive
 from tools.bench import costs, kernels, plain
 from tools.bench import report as tables
 
@@ -420,12 +420,6 @@ def machine(device: torch.device) -> dict[str, Any]:
 # ----------------------------------------
 # Command line
 
-def positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be 1 or more")
-    return value
-
-
 def seconds(text: str) -> float:
     if not 0 <= (value := float(text)) < 1e6:
         raise argparse.ArgumentTypeError(f"{text} must be 0 or more")
@@ -450,8 +444,8 @@ def parse(argv: list[str], on_gpu: bool) -> argparse.Namespace:
     cli.add_argument("-o", "--output", type=Path, default=Path("bench.json"), help="result (default: %(default)s)")
     args = cli.parse_args(argv)
     args.variant = args.variant or (["card", "pr1812"] if on_gpu else ["demo"])
-    if not args.output.parent.is_dir():
-        raise t.InputError(f"there is no folder {args.output.parent} to hold {args.output.name}")
+    if not args.output.parent.is_dir() or args.output.is_dir():
+        raise t.InputError(f"cannot write {args.output}: it is a folder, or there is no folder to hold it")
     if args.profile:
         try:
             args.profile.mkdir(parents=True, exist_ok=True)

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 import train_gpt as t
-from tools import ROOT, command_line
+from tools import ROOT, command_line, positive, run_tool
 from tools.bench import bench, kernels, mlp
 
 ROWS = ("card", "frontier", "pr1812", "pr490", "pr1127", "pr455", "pr150")  # those that compile longest, first
@@ -401,7 +401,7 @@ def main(argv: list[str]) -> None:
     cli.add_argument("--seconds", type=float, default=4.0, help="of timed steps a row (default: %(default)s)")
     cli.add_argument("--minutes", type=float, default=8.0, help="after which it ends (default: %(default)s)")
     workers = max(1, min(2, (os.cpu_count() or 1) // 3))  # one that waits keeps the memory of its step
-    cli.add_argument("--workers", type=int, default=workers, help="rows at a time (here: %(default)s)")
+    cli.add_argument("--workers", type=positive, default=workers, help="rows at a time (here: %(default)s)")
     for name, kind in dict(row=str, folder=Path, roof=float).items():  # of one row's process
         cli.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
     args = cli.parse_args(argv)
@@ -434,7 +434,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except t.InputError as fault:
-        sys.exit(f"tools.bench.check_gpu: {fault}")
+    run_tool("tools.bench.check_gpu", main, sys.argv[1:])

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 import train_gpt as t
-from tools import command_line
+from tools import command_line, positive, run_tool
 
 SMALL = dict(model_dim=128, num_heads=4, num_kv_heads=2, train_seq_len=512, train_batch_tokens=4096, micro_batch_tokens=4096,
              eval_stride=64, bigram_dim=64, ve_dim=64)
@@ -54,8 +54,8 @@ def in_turns(ours: Callable[[], float], theirs: Callable[[], float], repeats: in
 
 def main() -> None:
     cli = command_line("tools.bench.evaluation", __doc__)
-    cli.add_argument("--tokens", type=int, default=4096, help="targets to score, a multiple of 64 (default: 4096)")
-    cli.add_argument("--repeats", type=int, default=3, help="turns (default: 3)")
+    cli.add_argument("--tokens", type=positive, default=4096, help="targets to score, a multiple of 64 (default: 4096)")
+    cli.add_argument("--repeats", type=positive, default=3, help="turns (default: 3)")
     args = cli.parse_args()
     torch.set_num_threads(1)
     draw = np.random.default_rng(0)
@@ -76,4 +76,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool("tools.bench.evaluation", main)

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 import train_gpt as t
-from tools import command_line
-from tools.bench import bench
+from tools import command_line, run_tool
+from tools.bench import bench, require_gpu
 
 try:
     import triton
@@ -317,6 +317,7 @@ def main(argv: list[str]) -> None:
     cli.add_argument("--row", default="card", choices=ROWS, help="default: %(default)s")
     cli.add_argument("--time", action="store_true", help="on a GPU: errors and milliseconds, too")
     args: argparse.Namespace = cli.parse_args(argv)
+    require_gpu()
     with tempfile.TemporaryDirectory() as folder:
         cfg, device = bench.row_config(args.row, {}, Path(folder), 1), torch.device("cuda")
         check(cfg, device)
@@ -338,7 +339,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except t.InputError as fault:
-        sys.exit(f"tools.bench.mlp: {fault}")
+    run_tool("tools.bench.mlp", main, sys.argv[1:])

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 
 import train_gpt as t
-from tools import command_line
-from tools.bench import anatomy
+from tools import command_line, run_tool
+from tools.bench import anatomy, require_gpu
 
 RANKS, DOCUMENTS = 8, 50_000
 TOKENS = {1024: 62_021_632, 8192: 40_540_160}  # of the contest's validation split, by vocabulary
@@ -198,13 +198,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    rows = json.loads(args.json.read_text()) if args.json and args.json.exists() else []
+    rows = anatomy.read_rows(args.json, args.table, table)
     if args.table:
         return print(table(rows))
     torch.set_float32_matmul_precision("high")
     cfg = t.Config.from_env({k: v for k, v in os.environ.items() if k.lower() in t.Config.__dataclass_fields__})
     if cfg.vocab_size not in TOKENS:
-        raise SystemExit(f"VOCAB_SIZE={cfg.vocab_size}: the tokens of the contest's split are known for {' and '.join(map(str, TOKENS))} alone")
+        raise t.InputError(f"VOCAB_SIZE={cfg.vocab_size}: the tokens of the contest's split are known for {' and '.join(map(str, TOKENS))} alone")
+    require_gpu()
     with tempfile.TemporaryDirectory() as cache, anatomy.recording("cuda") as recorder:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # graphs of an earlier run would bring the bytes that it counted
         row = dict(name=cfg.variant, torch=torch.__version__) | count(cfg, torch.device("cuda"), recorder)
@@ -215,4 +216,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_tool("tools.bench.passes", main, sys.argv[1:])

@@ -124,7 +124,7 @@ def read_result(path: Path) -> dict[str, Any]:
             raise ValueError
     except OSError as error:
         raise InputError(f"--compare {path}: {error.strerror}") from None
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise InputError(f"--compare {path} is not a file of this tool") from None
     if version != FORMAT:
         raise InputError(f"--compare {path} has format {version}, not {FORMAT}; measure it again")

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 import train_gpt as t
-from tools import command_line
+from tools import command_line, run_tool
 
 # Bytes a token of the contest's validation split by export; targets and bytes where the whole stream was published
 RATIOS = {"fineweb10B_sp1024": 2.435930, "fineweb10B_sp4096": 3.319681, "fineweb10B_sp8192": 3.726631,
@@ -47,18 +46,19 @@ def report(path: Path) -> str:
     try:
         with np.load(path) as file:
             nll, size, chunks = file["nll"], int(file["bytes"].sum()), int(file["chunk"].max()) + 1
-    except (OSError, ValueError, KeyError) as error:
+        loss, names = float(nll.mean()), [name for name in RATIOS if known_stream(name, len(nll), size)]
+        bpb = loss * len(nll) / math.log(2) / size
+    except Exception as error:  # NumPy and zipfile raise many types on a corrupt file
         raise t.InputError(f"{path} is no file of AUDIT=: {' '.join(str(error).split())}") from None
-    loss, names = nll.mean(), [name for name in RATIOS if known_stream(name, len(nll), size)]
-    bpb = loss * len(nll) / math.log(2) / size
     return (f"val_loss:{loss:.8f} val_bpb:{bpb:.8f} targets:{len(nll)} bytes:{size} chunks:{chunks} "
             f"stream:{'the whole of ' + names[0] if names else 'none of the contest'}")
 
 
-if __name__ == "__main__":
+def main() -> None:
     cli = command_line("tools.model.audit", __doc__)
     cli.add_argument("file", type=Path, help="what AUDIT= wrote")
-    try:
-        print(report(cli.parse_args().file))
-    except t.InputError as error:
-        sys.exit(f"tools.model.audit: {error}")
+    print(report(cli.parse_args().file), flush=True)
+
+
+if __name__ == "__main__":
+    run_tool("tools.model.audit", main)

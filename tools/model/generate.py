@@ -29,7 +29,7 @@ from torch import Tensor
 
 import train_gpt
 from data import case
-from tools import command_line
+from tools import command_line, run_tool
 from train_gpt import BOS, InputError
 
 
@@ -129,9 +129,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it in silence
-    try:
-        main()
-    except (InputError, OSError) as error:
-        sys.exit(f"tools.model.generate: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_tool("tools.model.generate", main)

@@ -19,7 +19,6 @@ import json
 import math
 import re
 import signal
-import sys
 from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
@@ -30,7 +29,7 @@ import torch
 from torch import Tensor
 
 import train_gpt
-from tools import command_line
+from tools import command_line, run_tool
 from train_gpt import InputError
 
 MOST_BYTES = 2**30  # that are read of a file
@@ -165,7 +164,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it in silence
-    try:
-        main()
-    except (InputError, OSError) as error:
-        sys.exit(f"tools.model.inspect: {error}")
+    run_tool("tools.model.inspect", main)

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from scipy.interpolate import PchipInterpolator
 
 import train_gpt as t
-from tools import command_line
+from tools import command_line, positive, run_tool
 
 ROW_MAX = dict(clip_shares=(1.0,), step_floor=0.0)
 SEARCH = dict(clip_shares=(1.0, 0.95, 0.9, 0.85, 0.8, 0.7), step_floor=0.0)
@@ -203,8 +203,8 @@ def layouts(study: Study, label: str) -> list[str]:
 def main() -> None:
     cli = command_line("tools.model.quantization", __doc__)
     cli.add_argument("checkpoint", type=Path)
-    cli.add_argument("--tokens", type=int, default=65_536, help="validation targets (default: 65536)")
-    cli.add_argument("--batches", type=int, default=8, help="training batches that the costs are measured on (default: 8)")
+    cli.add_argument("--tokens", type=positive, default=65_536, help="validation targets (default: 65536)")
+    cli.add_argument("--batches", type=positive, default=8, help="training batches that the costs are measured on (default: 8)")
     cli.add_argument("-o", "--out", type=Path, default=Path("quantization.png"), help="picture of the frontier")
     args = cli.parse_args()
     begin = time.perf_counter()
@@ -226,7 +226,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except t.InputError as error:
-        sys.exit(f"tools.model.quantization: {error}")
+    run_tool("tools.model.quantization", main)

@@ -2,10 +2,7 @@
 
 import sys
 
-from tools.files import Refused
+from tools import run_tool
 from tools.record.command import main
 
-try:
-    print(main(sys.argv[1:]), flush=True)
-except (Refused, OSError) as error:  # OSError: nobody takes what is printed
-    sys.exit(f"tools.record: {error}")
+run_tool("tools.record", lambda: print(main(sys.argv[1:]), flush=True))

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import os
 import re
-import subprocess
-import sys
+from dataclasses import replace
 from pathlib import Path
 
-from tools.files import Refused, read_bytes
-from tools.record.entry import CAP_BYTES, CAP_SECONDS, FEWEST_SEEDS, SPLITS, Entry
+from tools.files import Refused
+from tools.record.artifacts import check_artifacts
+from tools.record.entry import CAP_BYTES, CAP_SECONDS, FEWEST_SEEDS, SPLITS, Entry, trained_in_time
 from tools.record.pack import pack_source
-from tools.runlog import RunLog, public_path, read_log
+from tools.record.source import find_source, resolve
+from tools.runlog import RunLog, check_byte_counts, public_path, read_log
 
 NOT_SETTINGS = ("SEED", "RUN_ID", "OUTPUT_DIR", "ARTIFACT", "AUDIT")  # what may differ among the seeds
 
@@ -24,13 +23,6 @@ def check_device(run: RunLog) -> None:
     if run.device.startswith("NVIDIA") and re.fullmatch(r"[^+]*(\+(cpu|rocm|xpu).*)?", build):
         run.refuse("device", f"{run.device}, but torch {build} in the line above is no CUDA build, which cannot run on "
                    "it; give the log as the run wrote it")
-
-
-def check_script(run: RunLog, script: Path, source: bytes) -> None:
-    sha256 = hashlib.sha256(source).hexdigest()
-    if run.source_sha256 != sha256:
-        run.refuse("source", f"written by source {run.source_sha256[:12]}, but {script} is {sha256[:12]}; --script "
-                   "names the one that ran")
 
 
 def configuration(run: RunLog) -> dict[str, str]:
@@ -65,26 +57,13 @@ def check_same(runs: tuple[RunLog, ...]) -> None:
                            f"{first.path}; all seeds need one configuration")
         for line, *names in (("variant", "variant"), ("python:", "software"), ("device", "device", "world_size"),
                              ("train_loader", "dataset", "train_shards"),
-                             ("val_loader", "val_sha256"), ("bytes_per_token", "targets", "bytes"),
+                             ("val_loader", "val_sha256"), ("bytes_per_token", "targets", "bytes", "val_split_targets"),
                              ("model_params", "parameters", "backend")):
             for name in names:
                 ours, theirs = (getattr(log, name) or "(not told)" for log in (run, first))
                 if ours != theirs:
                     run.refuse(line, f"{name} {ours}, but {theirs} in {first.path}; all seeds need one configuration")
-
-
-def resolve(script: Path, run: RunLog) -> dict[str, str]:
-    """Every setting of a run, and model_params, as the script itself resolves the overrides of the log."""
-    kept = ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH", "SYSTEMROOT")
-    env = {name: value for name, value in os.environ.items() if name in kept} | run.overrides
-    done = subprocess.run([sys.executable, str(script), "--describe"], env=env, capture_output=True, text=True)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        run.refuse("variant", f"{script} does not take these settings: {last}")
-    settings = dict(re.split("[=:]", line, maxsplit=1) for line in done.stdout.splitlines())
-    if stray := sorted(run.overrides.keys() - settings.keys()):
-        run.refuse("variant", f"{stray[0]} is no option of {script}")
-    return settings
+    check_byte_counts(runs)
 
 
 def check_settings(run: RunLog, settings: dict[str, str]) -> None:
@@ -132,32 +111,35 @@ def check_limits(entry: Entry) -> None:
         if (excess := entry.total_bytes(run) - CAP_BYTES) > 0:
             run.refuse("Total submission size", f"code + model = {len(entry.shipped)} + {run.model_bytes} bytes, "
                        f"{excess} over {CAP_BYTES}")
-        for line, what, seconds in (("training ended", "training", run.train_seconds),
-                                    ("total_eval_time", "evaluation", run.eval_seconds)):
-            if seconds > CAP_SECONDS and not free:
+        for line, what, seconds, holds in (("training ended", "training", run.train_seconds, trained_in_time(entry, run)),
+                                           ("total_eval_time", "evaluation", run.eval_seconds, run.eval_seconds <= CAP_SECONDS)):
+            if not holds and not free:
                 run.refuse(line, f"{what} took {seconds:.3f} s, over {CAP_SECONDS:.0f} s (--non-record: no limit)")
     if len(entry.runs) < FEWEST_SEEDS and not free:
         entry.runs[-1].refuse("variant", f"with this one {len(entry.runs)} seed(s), but a record needs {FEWEST_SEEDS} "
                               "(--non-record: one will do)")
 
 
-def gather(options: argparse.Namespace) -> Entry:
-    """Read and check everything. Raises Refused at the first thing that is wrong."""
+def gather(options: argparse.Namespace, folder: Path) -> Entry:
+    """Read and check everything; a source from the history goes into `folder`. Raises Refused at the first thing that
+    is wrong.
+    """
     if not options.logs:
         raise Refused("give the logs, one for each seed")
-    source = read_bytes(options.script)
-    runs = tuple(sorted(map(read_log, options.logs), key=lambda run: run.seed))
+    given = [*map(read_log, options.logs)]
+    runs = tuple(sorted(given, key=lambda run: run.seed))
     for run in runs:
         check_device(run)
-        check_script(run, options.script, source)
+        source = find_source(options.script, run, folder)
     check_same(runs)
-    settings, shipped = resolve(options.script, runs[0]), source
-    if options.pack:
-        shipped = pack_source(source)
+    settings = resolve(source, runs[0])
+    shipped = pack_source(source.contents) if options.pack else source.contents
     entry = Entry(runs, settings, source, shipped, options)
     for run in runs:
         check_settings(run, settings)
         check_steps(run, settings)
         check_signature(run, entry.is_whole)
     check_limits(entry)
-    return entry
+    if options.artifacts is None:
+        return entry
+    return replace(entry, checks=check_artifacts(given, options.artifacts, source, settings, options.rescore))

@@ -7,18 +7,23 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 from datetime import date
 from pathlib import Path
 
 from tools import ROOT
 from tools.files import Refused, read_bytes, write_file
+from tools.loglines import read_text
+from tools.record.artifacts import places
 from tools.record.checks import gather
 from tools.record.entry import CAP_BYTES, Entry, why_no_record
 from tools.record.page import readme
 from tools.record.significance import against, spread, tests_of, their_text
 from tools.record.submission import as_json, submission
 from tools.runlog import RunLog
+
+CONTEST_TOKENIZER = re.compile(r"fineweb_\d+_bpe\w*\.model")
 
 
 def log_name(run: RunLog) -> str:
@@ -73,9 +78,35 @@ def retract(folder: Path, reason: str) -> None:
 
 
 def requirements(script: Path) -> bytes:
-    """requirements.txt beside the script; of a script without one, as pack.py writes it, that of this checkout."""
+    """The packages of the requirements.txt beside the script, or of this checkout's, without its comments."""
     beside = script.parent / "requirements.txt"
-    return read_bytes(beside if beside.exists() else ROOT / "requirements.txt")
+    lines = read_bytes(beside if beside.exists() else ROOT / "requirements.txt").decode("utf-8", errors="replace").splitlines()
+    packages = [line.partition("#")[0].strip() for line in lines]
+    return "".join(f"{package}\n" for package in packages if package).encode()
+
+
+def own_tokenizer(entry: Entry) -> dict[str, bytes]:
+    """The tokenizer of the run as {name: contents}; empty if it is the contest's. Warns where the file is missing."""
+    path = places(entry.settings)["TOKENIZER_PATH"]
+    if CONTEST_TOKENIZER.fullmatch(path.name):
+        return {}
+    if not path.is_file():
+        warn(f"the tokenizer {path} is not the contest's and not here, so the folder lacks it; TOKENIZER_PATH names the file")
+        return {}
+    return {path.name: read_bytes(path)}
+
+
+def warn(text: str) -> None:
+    print(f"tools.record: WARNING: {text}", file=sys.stderr, flush=True)
+
+
+def warn_of_gaps(options: argparse.Namespace) -> None:
+    """One line that names what a reader of the submission will miss, by the options that give it."""
+    given = {"--author": options.author, "--github-id": options.github_id}
+    if not options.submission_only:
+        given["--notes"] = options.notes
+    if missing := [name for name, value in given.items() if not value]:
+        warn(f"not given, so empty in what was written: {', '.join(missing)}")
 
 
 def path_from(folder: Path, path: Path) -> str:
@@ -99,15 +130,20 @@ def summary(entry: Entry) -> str:
 
 def write_record(options: argparse.Namespace) -> Path:
     """The folder, or with --submission-only that one file; returns its path and tells what is in it."""
-    folder, entry = options.out / folder_name(options.name, options.date), gather(options)
-    if file := options.submission_only:
-        logs = [path_from(file.parent, run.path) for run in entry.runs]
-        write_file(file, as_json(submission(entry, logs)))
-        print(summary(entry))
-        return file
-    files = {"README.md": readme(entry), "train_gpt.py": entry.shipped,
-             "submission.json": as_json(submission(entry, [log_name(run) for run in entry.runs])),
-             "requirements.txt": requirements(options.script)}
-    write_folder(folder, files | {log_name(run): run.public().encode() for run in entry.runs})
+    name = folder_name(options.name, options.date)
+    written = options.submission_only or options.out / name
+    notes = read_text(options.notes) if options.notes else ""
+    with tempfile.TemporaryDirectory() as folder:
+        entry = gather(options, Path(folder))
+        packages = requirements(entry.source.path)
+    if options.submission_only:
+        logs = [path_from(written.parent, run.path) for run in entry.runs]
+        write_file(written, as_json(submission(entry, logs)))
+    else:
+        tokenizer = own_tokenizer(entry)
+        write_folder(written, tokenizer | {log_name(run): run.public().encode() for run in entry.runs} | {
+            "README.md": readme(entry, notes, *tokenizer), "train_gpt.py": entry.shipped, "requirements.txt": packages,
+            "submission.json": as_json(submission(entry, [log_name(run) for run in entry.runs]))})
+    warn_of_gaps(options)
     print(summary(entry))
-    return folder
+    return written

@@ -13,11 +13,11 @@ import base64
 import importlib.util
 import itertools
 import lzma
-import sys
+import re
 from pathlib import Path
 
-from tools import command_line
-from tools.files import Refused, write_file
+from tools import command_line, run_tool
+from tools.files import Refused, read_bytes, write_file
 
 SHIM = """\
 __import__("linecache").cache[__file__]=0,None,[*map(bytes.decode,__import__("lzma").decompress(\
@@ -51,28 +51,30 @@ def pack_source(source: bytes) -> bytes:
     return (SHIM % base64.b85encode(compress(text.encode())).decode()).encode()
 
 
+def unpack_source(packed: bytes) -> bytes:
+    """The source in a file that `pack_source` made; any other file itself."""
+    found = re.fullmatch(re.escape(SHIM).replace("%s", '([^"]*)').encode(), packed)
+    try:
+        return lzma.decompress(base64.b85decode(found[1])) if found else packed
+    except (ValueError, lzma.LZMAError):
+        return packed
+
+
 def main() -> None:
     cli = command_line("tools.record.pack", __doc__)
     cli.add_argument("source", type=Path)
-    cli.add_argument("-o", "--out", type=Path, required=True, help="where the packed file goes; not the source itself")
+    cli.add_argument("-o", "--out", type=Path, required=True, help="the packed file; its folder is made if it is missing")
     args = cli.parse_args()
+    source = read_bytes(args.source)
     try:
-        source = args.source.read_bytes()
         packed = pack_source(source)
-    except OSError as error:
-        sys.exit(f"tools.record.pack: cannot read {args.source}: {error.strerror}")
     except ValueError as error:
-        sys.exit(f"tools.record.pack: {args.source} is not a Python source: {error}")
+        raise Refused(f"{args.source} is not a Python source: {error}") from None
     if args.out.is_dir() or (args.out.exists() and args.out.samefile(args.source)):
-        kind = "a folder" if args.out.is_dir() else "the source"
-        sys.exit(f"tools.record.pack: {args.out} is {kind}; name another file with -o")
-    try:
-        write_file(args.out, packed)
-        share = len(packed) / len(source)
-        print(f"{args.source}: {len(source)} bytes -> {args.out}: {len(packed)} bytes ({share:.1%})", flush=True)
-    except (Refused, OSError) as error:
-        sys.exit(f"tools.record.pack: {error}")
+        raise Refused(f"{args.out} is {'a folder' if args.out.is_dir() else 'the source'}; name another file with -o")
+    write_file(args.out, packed)
+    print(f"{args.source}: {len(source)} bytes -> {args.out}: {len(packed)} bytes ({len(packed) / len(source):.1%})", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    run_tool("tools.record.pack", main)

@@ -25,7 +25,8 @@ RECORDS = {
 
 # The contest's scripts end each stage of the evaluation with such a line, the stage that counts last.
 SCORE = re.compile(r"^\S+ val_loss:(\d+\.\d{8}) val_bpb:(\d+\.\d{8})(?: eval_time:\d+ms)?\r?$", re.MULTILINE)
-TARGETS = re.compile(r"^bytes_per_token:\S+ targets:(\d+) bytes:\d+\r?$", re.MULTILINE)  # of our logs
+HASHES = re.compile(r'\b(val_sha256|val_bytes_sha256)"?: ?"?([0-9a-f]{64})\b')  # of a line of our logs, or of their RESULT
+TARGETS = re.compile(r"^bytes_per_token:\S+ targets:(\d+) bytes:\d+(?: .*)?\r?$", re.MULTILINE)  # of our logs
 
 
 def spread(values: Iterable[float]) -> tuple[float, float | None]:
@@ -50,6 +51,7 @@ class Published(NamedTuple):
     bpb: float
     bytes_per_token: float = 0.0
     targets: int = 0
+    hashes: tuple[str, str] = ("", "")  # of the tokens, and of the bytes that each counts for, if the log tells both
 
 
 def last_score(path: Path) -> Published:
@@ -61,7 +63,9 @@ def last_score(path: Path) -> Published:
     if not (found := SCORE.findall(text)) or not all(loss_bpb := [*map(float, found[-1])]):
         raise Refused(f"{path} has no line 'STAGE val_loss:... val_bpb:...' of 8 decimals; is it a log of a whole run?")
     targets = TARGETS.findall(text)
-    return Published(loss_bpb[1], loss_bpb[0] / math.log(2) / loss_bpb[1], int(targets[-1]) if targets else 0)
+    hashes = dict(HASHES.findall(text))
+    both = tuple(hashes.get(name, "") for name in ("val_sha256", "val_bytes_sha256"))
+    return Published(loss_bpb[1], loss_bpb[0] / math.log(2) / loss_bpb[1], int(targets[-1]) if targets else 0, both)
 
 
 def parse_against(text: str) -> tuple[Published, ...]:
@@ -110,6 +114,8 @@ def their_text(entry: Entry) -> str:
         if contests != whole or not (contests or same):
             raise Refused(f"--against {path}: it is scored on another validation text ({what}) than these logs "
                           f"({ours}, {ratio:.6f} bytes a token); give logs of the same text")
+        if all(one.hashes) and run.val_sha256 == one.hashes[0] and run.val_bytes_sha256 not in ("", one.hashes[1]):
+            raise Refused(f"--against {path}: it and {run.path} score the same tokens but count other bytes for them (val_bytes_sha256)")
     kind = "the contest's whole validation split" if whole else "a text of as many bytes a token"
     return f"Both are scored on {kind}, by the losses and scores in those logs"
 

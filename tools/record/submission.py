@@ -27,9 +27,16 @@ def tests_as_json(entry: Entry) -> dict:
     return dict(against=against(entry.options), against_text=their_text(entry), significance=tests) if tests else {}
 
 
+def artifacts_as_json(entry: Entry) -> dict:
+    """What --artifacts found, by seed: size and sha256 agree, and val_bpb made again, null where it was not."""
+    found = {str(seed): dict(size_and_sha256_agree=True, val_bpb_again=([None, *check.scores.values()])[-1], not_scored_because=check.reason or None)
+             for seed, check in entry.checks.items()}
+    return dict(artifacts_checked=found or None)
+
+
 def hashes(entry: Entry) -> dict:
-    """Those that the logs tell: of the tokens that are scored, and of each seed's artifact."""
-    found = dict(val_sha256=entry.first.val_sha256,
+    """Those that the logs tell: of the tokens that are scored, of their byte counts, and of each seed's artifact."""
+    found = dict(val_sha256=entry.first.val_sha256, val_bytes_sha256=entry.first.val_bytes_sha256,
                  artifact_sha256={str(run.seed): run.artifact_sha256 for run in entry.runs if run.artifact_sha256})
     return {name: value for name, value in found.items() if value}
 
@@ -53,8 +60,8 @@ def submission(entry: Entry, logs: list[str]) -> dict:
         artifact_bytes_max=most, train_steps_mean=mean["steps"], step_avg_ms_mean=mean["step_avg_ms"],
         train_time_s_mean=mean["train_time_s"], eval_time_s_mean=mean["eval_time_s"], hardware=hardware(run),
         pytorch_version=run.versions["torch"], dataset=run.dataset, model_params=run.parameters,
-        source_sha256=run.source_sha256, technique_summary=technique(entry), compliance=compliance(entry),
-        attribution=attribution(entry.settings), **hashes(entry),
+        source_sha256=run.source_sha256, commit=entry.source.commit or None, technique_summary=technique(entry), compliance=compliance(entry),
+        attribution=attribution(entry.settings), **hashes(entry), **artifacts_as_json(entry),
         **tests_as_json(entry), logs=logs)
 
 
