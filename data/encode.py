@@ -158,7 +158,9 @@ def processor(model: Path) -> sentencepiece.SentencePieceProcessor:
         sp = sentencepiece.SentencePieceProcessor(model_proto=model.read_bytes())  # of any path, Unicode or not
         pieces = [sp.id_to_piece(i) for i in range(sp.vocab_size())]
         sp.decode(sp.encode("".join(map(chr, range(32, 0x500)))))
-    except (RuntimeError, OSError, ValueError):
+    except OSError as error:
+        raise InputError(f"cannot read the tokenizer {model}: {error.strerror}") from None
+    except (RuntimeError, ValueError):
         raise InputError(f"{model} is not a SentencePiece model, or it is damaged; get it again") from None
     if sp.bos_id() != train_gpt.BOS or len(pieces) > MAX_PIECES:
         raise InputError(f"{model} has BOS {sp.bos_id()} and {len(pieces)} pieces; shards need BOS {train_gpt.BOS} "

@@ -279,6 +279,8 @@ def test_a_damaged_tokenizer_is_refused_in_one_line(dataset, tmp_path):
             assert str(path) in str(error) and "\n" not in str(error)
             refused += 1
     assert 5 <= refused < len(blobs)
+    with pytest.raises(t.InputError, match="cannot read the tokenizer .*: Is a directory"):
+        encode.processor(tmp_path)
 
 
 def test_an_existing_dataset_is_not_overwritten(made, dataset):
