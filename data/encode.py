@@ -155,10 +155,12 @@ def processor(model: Path) -> sentencepiece.SentencePieceProcessor:
     """The tokenizer at `model`, loaded once a process. Raises InputError where it is damaged or unfit for shards."""
     sentencepiece.set_min_log_level(3)  # an error is told in one line
     try:
-        sp = sentencepiece.SentencePieceProcessor(model_file=str(model))
+        sp = sentencepiece.SentencePieceProcessor(model_proto=model.read_bytes())  # of any path, Unicode or not
         pieces = [sp.id_to_piece(i) for i in range(sp.vocab_size())]
         sp.decode(sp.encode("".join(map(chr, range(32, 0x500)))))
-    except (RuntimeError, OSError, ValueError):
+    except OSError as error:
+        raise InputError(f"cannot read the tokenizer {model}: {error.strerror}") from None
+    except (RuntimeError, ValueError):
         raise InputError(f"{model} is not a SentencePiece model, or it is damaged; get it again") from None
     if sp.bos_id() != train_gpt.BOS or len(pieces) > MAX_PIECES:
         raise InputError(f"{model} has BOS {sp.bos_id()} and {len(pieces)} pieces; shards need BOS {train_gpt.BOS} "

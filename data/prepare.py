@@ -443,7 +443,10 @@ class CaseBytes:
     def check(self, document: np.ndarray, counts: np.ndarray) -> None:
         """Raises InputError where counts cannot be those of the document; a mark and a BOS have none."""
         text = self.sp.decode(document[1:].tolist())
-        expected = np.append(0, case.token_bytes(self.sp, document[1:], case.char_bytes(text)))
+        try:
+            expected = np.append(0, case.token_bytes(self.sp, document[1:], case.char_bytes(text)))
+        except InputError as error:
+            raise InputError(f"split has a document of {error}") from None
         if self.sidecar is None:
             if case.ESCAPE not in text and counts.sum() != expected.sum():
                 raise InputError(f"tokens count {counts.sum()} bytes, their text has {expected.sum()}")
@@ -693,7 +696,7 @@ def identity(path: Path) -> list:
 
 def tokenize(args: argparse.Namespace) -> None:
     """Shards of JSON lines, with a given tokenizer or one trained on the documents that are not validation."""
-    if args.name in ("", ".", "..") or Path(args.name).name != args.name:
+    if args.name in ("", ".", "..") or Path(args.name).name != args.name or not args.name.isprintable():
         raise InputError(f"--name {args.name!r} must be the name of a folder in {args.root / 'datasets'}, no path")
     folder, val_docs = args.root / "datasets" / args.name, 0 if args.val else args.val_docs
     if args.tokenizer and not args.tokenizer.is_file():
@@ -833,6 +836,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def command_line() -> None:
     """`main`, where a mistake, a killed process and Ctrl-C end in one line."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a path need not be Unicode
     try:
         main()
         sys.stdout.flush()

@@ -345,6 +345,13 @@ def test_a_killed_run_goes_on_with_its_sidecar(made, tmp_path):
     assert files_of(tmp_path, "v1") == files_of(made, "v1") and os.listdir(tmp_path / "datasets") == ["v1"]
 
 
+def test_a_byte_that_goes_on_with_no_character_is_told(models, tmp_path):
+    letter, byte = map(encode.processor(models["v1"]).piece_to_id, ("a", "<0x82>"))
+    verify, _ = split_of(tmp_path, models["v1"], ["x"], np.array([[t.BOS, letter, byte], [0, 1, 1]], "<u2"))
+    with pytest.raises(t.InputError, match="mine: the val split has a document of 2 tokens that are not those of its 2 characters"):
+        prepare.main(verify)
+
+
 def test_the_case_must_be_the_tokenizers(made, dataset, tmp_path):
     for model, words in ((made / "tokenizers" / "v1.model", "is a tokenizer of --case v1"), (dataset["TOKENIZER_PATH"], "is a tokenizer without case marks")):
         with pytest.raises(t.InputError, match=words):

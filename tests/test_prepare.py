@@ -153,6 +153,15 @@ def test_a_file_of_another_kind_is_told_in_one_line(tmp_path, dataset, name, blo
     assert "\n" not in str(caught.value) and not [p for p in root.rglob("*") if p.is_file()]
 
 
+def test_paths_need_not_be_unicode(made, dataset, tmp_path):
+    """A root and an input whose names have a byte that is no UTF-8; output escapes it."""
+    root, docs = (tmp_path / f"\udc80{name}" for name in ("root", "docs.jsonl.zst"))
+    docs.write_bytes((made[0] / "docs.jsonl.zst").read_bytes())
+    done = cli("--root", root, "tokenize", docs, "--tokenizer", dataset["TOKENIZER_PATH"], "--name", "mine", "--val-docs", 3, "--workers", 1)
+    assert "\\udc80root/datasets/mine: val 3 documents" in done.stdout
+    assert files_of(root)["fineweb_val_000000.bin"] == files_of(made[0])["fineweb_val_000000.bin"]
+
+
 def test_zstd_is_known_by_its_first_bytes(tmp_path):
     (tmp_path / "x.jsonl").write_bytes(ZSTD)
     assert [text for block in encode.read_blocks([tmp_path / "x.jsonl"]) for text in block.texts()] == ["a", "b"]
@@ -270,6 +279,8 @@ def test_a_damaged_tokenizer_is_refused_in_one_line(dataset, tmp_path):
             assert str(path) in str(error) and "\n" not in str(error)
             refused += 1
     assert 5 <= refused < len(blobs)
+    with pytest.raises(t.InputError, match="cannot read the tokenizer .*: Is a directory"):
+        encode.processor(tmp_path)
 
 
 def test_an_existing_dataset_is_not_overwritten(made, dataset):
@@ -278,7 +289,7 @@ def test_an_existing_dataset_is_not_overwritten(made, dataset):
     assert done.returncode == 1 and "already holds" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "../b", "a/b", "/tmp/b"])
+@pytest.mark.parametrize("name", ["", ".", "..", "../b", "a/b", "/tmp/b", "a\nb", "\x1b[31m", "\udc80"])
 def test_a_name_is_no_path(dataset, tmp_path, name):
     write_json_lines(tmp_path / "a.jsonl", ["one", "two"])
     with pytest.raises(t.InputError, match="must be the name of a folder in .*datasets, no path"):
