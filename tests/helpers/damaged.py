@@ -325,7 +325,7 @@ def forged_sizes(rans: Base, plain: Base, squeezed: Base):
             changes = {option: str(value) for option, value in settings.items()}
             yield "sizes", f"{name}, weights of zero, {changes}", False, partial(grown, base, **changes)
             behind = partial(lambda base, changes: padded(grown(base, **changes), 12_000_000), base, changes)
-            yield "sizes", f"{name}, 12 MB behind weights of zero, {changes}", False, behind
+            yield "sizes", f"{name}, 12 MB behind weights of zero, {changes}", True, behind
     empty = "".join(f', ["e{i}", "int8", [0]]' for i in range(2_000_000))
     gigabyte = [bytes(2**20)] * 2**10
     for name, base in (("rans", rans), ("zstd", plain), ("brotli", squeezed)):
