@@ -159,7 +159,7 @@ class Place:
         documents = [" ".join(topics[name].split()) for name in sorted(topics)][:40]  # no white space that a tokenizer joins, so exact sidecars
         prepare.train_tokenizer(documents, 384, root / "tiny.model")
         encode.train_tokenizer(documents, 400, root / "case.model", "v1")
-        short = [f"{number}." for number in range(1000)]  # many documents at once are many adapters at once
+        short = [f"{number}." for number in range(300)]  # many documents at once are many adapters at once
         for name in ("tiny", "case"):
             with contextlib.redirect_stdout(sys.stderr):
                 prepare.write_dataset(root / name, root / f"{name}.model", documents[:3] + short, documents[3:], workers=1)
