@@ -157,3 +157,29 @@ t.run([], os.environ)
     done = forked.python(["-c", code], clean | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""} | typed)
     assert done.returncode == 130 and "Traceback" not in done.stderr + done.stdout, done.stderr
     assert "RESULT" not in log_of(typed).read_text() and "artifact_sha256" in done.stdout
+
+
+def test_an_artifact_that_fills_the_cap_exactly_is_scored_and_one_byte_more_is_refused(typed, packed):
+    size = packed[1].artifact_path.stat().st_size + t.Path(t.__file__).stat().st_size
+    with pytest.raises(t.InputError, match=str(size)):
+        t.main([], typed | {"MAX_ARTIFACT_BYTES": str(size - 1)})
+    assert len(finals(scored(typed | {"MAX_ARTIFACT_BYTES": str(size), "TTT_EPOCHS": "0"}))) == 2
+
+
+def test_a_file_that_fills_the_cap_exactly_is_written_and_read(dataset, tmp_path):
+    cfg = t.Config.from_env(dataset | dict(VARIANT="smoke", OUTPUT_DIR=str(tmp_path), RUN_ID="full"))
+    log = t.Log(cfg, t.Ranks())
+    log.active = False
+    weights = {name: p.detach() for name, p in make_model(cfg).named_parameters()}
+    size = len(t.pack(t.quantize(weights, t.coding_plans(weights, t.grids(t.GPT(cfg), cfg), cfg, {})), True, cfg)) + t.Path(t.__file__).stat().st_size
+    for cap, fits in ((size - 1, False), (size, True)):
+        full = dataclasses.replace(cfg, max_artifact_bytes=cap)
+        plans = t.coding_plans(weights, t.grids(t.GPT(cfg), cfg), full, {})
+        if not fits:
+            with pytest.raises(t.InputError, match=str(size)):
+                t.save_artifact(plans, weights, True, full, t.Ranks(), log)
+            assert not full.artifact_path.exists()
+        else:
+            t.save_artifact(plans, weights, True, full, t.Ranks(), log)
+            read = t.load_artifact(full.artifact_path, {"TOKENIZER_PATH": cfg.tokenizer_path, "MAX_ARTIFACT_BYTES": str(cap)})
+            assert read.weights.keys() == weights.keys() and read.looped
