@@ -569,8 +569,11 @@ def test_the_norm_of_bf16_is_rounded_once_at_its_end():
 @pytest.mark.parametrize("documents", [False, True])
 def test_padded_heads_keep_their_own_scale_under_the_attention_of_torch(channels, documents):
     q, k, v = (3 * torch.randn(2, 9, heads, channels) for heads in (4, 2, 2))
-    ids = torch.full((2, 9), 5)
-    where = t.documents_of(ids) if documents else None  # of one document: the mask is the causal one
+    ids, parts = torch.full((2, 9), 5), [slice(0, 9)]
+    if documents:
+        ids[:, 4], parts = t.BOS, [slice(0, 4), slice(4, 9)]
+    where = t.documents_of(ids) if documents else None
+    expected = torch.cat([naive_attention(q[:, part], k[:, part], v[:, part]) for part in parts], 1)
     for last in (9, 2):
         found = t.attend_padded(t.attend_sdpa, q[:, -last:], k, v, where)
-        torch.testing.assert_close(found.double(), naive_attention(q, k, v)[:, -last:], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.double(), expected[:, -last:], rtol=1e-4, atol=1e-5)
