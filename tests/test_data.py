@@ -185,3 +185,28 @@ def test_a_sidecar_that_is_missing_or_of_another_split_is_an_error(marked, tmp_p
         write_shard(tmp_path / f"fineweb_val_bytes_{i:06d}.bin", parts[size] if size in parts else np.zeros(size))
     with pytest.raises(t.InputError, match=words):
         t.target_bytes(tokens, dataclasses.replace(cfg, data_path=str(tmp_path)), torch.device("cpu"))
+
+
+class Renamed:
+    """A tokenizer some of whose pieces have other texts."""
+
+    def __init__(self, inner, texts):
+        self.inner, self.texts = inner, texts
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def id_to_piece(self, i):
+        return self.texts.get(i) or self.inner.id_to_piece(i)
+
+
+def test_a_character_has_its_bytes_on_both_sides_of_each_length_of_utf_8(cfg, monkeypatch):
+    sizes = {0x7F: 1, 0x80: 2, 0x7FF: 2, 0x800: 3, 0xD7FF: 3, 0xFFFF: 3, 0x10000: 4, 0x10FFFF: 4}
+    sp = t.load_tokenizer(cfg)
+    ids = [i for i in range(384) if not (sp.is_byte(i) or sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i))]
+    alone, spaced = ids[: len(sizes)], ids[len(sizes) : 2 * len(sizes)]
+    texts = dict(zip(alone, map(chr, sizes))) | dict(zip(spaced, (f"\u2581{chr(point)}" for point in sizes)))
+    monkeypatch.setattr(t, "load_tokenizer", lambda cfg: Renamed(sp, texts))
+    table = t.load_byte_table(cfg, torch.device("cpu"))
+    assert table.base[alone].tolist() == table.base[spaced].tolist() == [*sizes.values()]
+    assert not table.space[alone].any() and table.space[spaced].all() and not table.boundary[alone + spaced].any()

@@ -135,3 +135,15 @@ def test_the_reported_bits_per_byte_follow_the_contests_formula(cfg, log):
         return torch.full(targets.shape, 2.0)
 
     assert scorer.plain(constant).bpb == pytest.approx(2.0 * 700 / math.log(2) / int(scorer.bytes.sum()))
+
+
+def test_a_plain_pass_has_windows_side_by_side(cfg, log):
+    scorer, met = scorer_of(cfg, log), []
+
+    def forward(ids, targets):
+        met.append((ids.shape[1], targets.shape[1]))
+        return torch.arange(ids.size(1), dtype=torch.float64)[-targets.size(1) :].expand(len(ids), -1)  # a target's place in its window
+
+    score = scorer.plain(forward)
+    assert torch.equal(scorer.audited["nll"], torch.arange(700).double() % 32) and {*met} == {(32, 32)}
+    assert score.loss == pytest.approx(sum(i % 32 for i in range(700)) / 700)

@@ -98,3 +98,29 @@ def test_shards_too_small_to_shuffle_are_an_error(shuffled, tmp_path):
             with pytest.raises(t.InputError, match="LOADER=shuffled needs a shard of 17 tokens"):
                 t.Batches(stream, cfg, t.Ranks())
         assert rows_of(dataclasses.replace(cfg, loader="stream"), stream, 1).shape == (4, 9)
+
+
+@pytest.mark.parametrize("sizes", [(3, 1, 5, 2), (1,), (40, 2, 1, 90), (2, 2, 100)])
+def test_shards_shorter_than_a_row_are_read_whole_in_a_stream(tmp_path, sizes):
+    edges = np.cumsum((0, *sizes))
+    paths = [tmp_path / f"{i}.bin" for i in range(len(sizes))]
+    for path, low, high in zip(paths, edges, edges[1:]):
+        write_shard(path, np.arange(low, high))
+    cfg = t.Config(train_seq_len=8, train_batch_tokens=32, micro_batch_tokens=16, eval_stride=8, ttt_epochs=0)
+    rows = rows_of(cfg, t.TokenStream(paths, 65536), 6)
+    assert np.array_equal(rows, (8 * np.arange(24)[:, None] + np.arange(9)) % sum(sizes))
+
+
+@pytest.mark.parametrize("short", [1, 5, 8, 9, 16])
+def test_a_shard_shorter_than_a_row_takes_nothing_from_an_epoch_of_the_others(tmp_path, short):
+    sizes = (short, 100, short, 60)
+    edges = np.cumsum((0, *sizes))
+    paths = [tmp_path / f"{i}.bin" for i in range(len(sizes))]
+    for path, low, high in zip(paths, edges, edges[1:]):
+        write_shard(path, np.arange(low, high))
+    cfg = t.Config(loader="shuffled", train_seq_len=8, train_batch_tokens=8, micro_batch_tokens=8, eval_stride=8, ttt_epochs=0)
+    rows = rows_of(cfg, t.TokenStream(paths, 65536), 2 * (11 + 6))  # of 100 and of 60 tokens
+    assert (np.diff(rows, axis=1) == 1).all()
+    for starts in rows[:17, 0], rows[17:, 0]:
+        assert sum((edges[1] <= starts) & (starts + 8 < edges[2])) == 11 and sum((edges[3] <= starts) & (starts + 8 < edges[4])) == 6
+        assert len({*starts}) == 17

@@ -556,3 +556,24 @@ def test_the_compiled_step_keeps_the_logits_once_and_in_the_dtype_of_activations
     wide = [tuple(x.shape) for x in kept if isinstance(x, torch.Tensor) and x.dtype == torch.float32 and x.numel() >= ids.numel() * cfg.model_dim]
     assert not wide, wide
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_the_norm_of_bf16_is_rounded_once_at_its_end():
+    x = (torch.randn(64, 96) * torch.logspace(-3, 3, 64)[:, None]).bfloat16()
+    scale = torch.rand(64, 1) + 0.5
+    assert torch.equal(t.norm(x), t.norm(x.float()).bfloat16()) and t.norm(x).dtype == torch.bfloat16
+    assert torch.equal(t.norm(x, scale), t.norm(x.float(), scale).bfloat16())
+
+
+@pytest.mark.parametrize("channels", [60, 6, 4])
+@pytest.mark.parametrize("documents", [False, True])
+def test_padded_heads_keep_their_own_scale_under_the_attention_of_torch(channels, documents):
+    q, k, v = (3 * torch.randn(2, 9, heads, channels) for heads in (4, 2, 2))
+    ids, parts = torch.full((2, 9), 5), [slice(0, 9)]
+    if documents:
+        ids[:, 4], parts = t.BOS, [slice(0, 4), slice(4, 9)]
+    where = t.documents_of(ids) if documents else None
+    expected = torch.cat([naive_attention(q[:, part], k[:, part], v[:, part]) for part in parts], 1)
+    for last in (9, 2):
+        found = t.attend_padded(t.attend_sdpa, q[:, -last:], k, v, where)
+        torch.testing.assert_close(found.double(), expected[:, -last:], rtol=1e-4, atol=1e-5)

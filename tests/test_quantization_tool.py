@@ -1,9 +1,10 @@
 """tools.model.quantization on the checkpoint of a tiny run."""
 
+import dataclasses
 
 import pytest
 import torch
-from conftest import run
+from conftest import make_model, run
 
 import train_gpt as t
 from tools.model import quantization
@@ -55,3 +56,23 @@ def test_a_part_is_coded_alone_and_counted_alone(study):
     for part, whole in sizes.items():
         (size, gap), = quantization.at_bytes(study, label, [round(0.9 * whole)], "rans", part)
         assert size == pytest.approx(0.9 * whole, rel=0.05) and abs(gap) < 1
+
+
+def test_costs_and_scores_of_a_looped_checkpoint_are_those_of_its_loops(dataset, tmp_path, monkeypatch):
+    cfg = t.Config.from_env(dataset | dict(VARIANT="smoke", OUTPUT_DIR=str(tmp_path), VAL_MAX_TOKENS="200", NUM_LOOPS="2", LOOP_START="1", LOOP_END="2"))
+    path, model = tmp_path / "looped.ptz", make_model(cfg)
+    path.write_bytes(t.pack({name: p.detach() for name, p in model.named_parameters()}, True, dataclasses.replace(cfg, zstd_level=3)))
+    for name in ("DATA_PATH", "TOKENIZER_PATH"):
+        monkeypatch.setenv(name, dataset[name])
+    monkeypatch.setenv("DTYPE", "fp32")
+    study, inputs = quantization.Study(path, 200, 1), []
+    with torch.no_grad():
+        assert study.base == pytest.approx(study.scorer.plain(lambda ids, targets: model(ids, targets, True)).bpb, abs=1e-6)
+        assert study.base != pytest.approx(study.scorer.plain(lambda ids, targets: model(ids, targets, False)).bpb, abs=1e-6)
+    first = t.Batches(t.TokenStream(t.find_shards(study.cfg, "train"), 384), study.cfg, t.Ranks()).load(0, 32, 1)[0][0]
+    block = model.blocks[1].mlp.fc
+    block.adapter = lambda x, y: inputs.append(x.detach().flatten(0, -2)) or y
+    model(first, first, True)
+    assert len(inputs) == 3  # passes
+    seen = torch.cat(inputs)
+    torch.testing.assert_close(study.costs["blocks.1.mlp.fc.weight"].inputs, seen.T @ seen / len(seen), rtol=1e-4, atol=1e-5)

@@ -140,3 +140,14 @@ def test_late_qat_is_on_below_its_threshold(cfg, log, threshold, on):
     trainer.step = lambda scale, momentum: used.append(trainer.qat) or step(scale, momentum)
     t.train(trainer, None, log)
     assert used == (on or [False] * 3)
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_late_qat_stands_on_the_export_grid_of_standard_deviations_too(cfg, bits):
+    cfg = dataclasses.replace(cfg, matrix_clip_sigmas=2.0, embed_clip_sigmas=3.0, matrix_bits=bits)
+    model = make_model(cfg)
+    export = exported(model, cfg)
+    searched = exported(model, dataclasses.replace(cfg, matrix_clip_sigmas=0.0))
+    with t.on_export_grid(model, cfg):
+        for name in matrices_of(export):
+            assert torch.equal(model.get_parameter(name), export[name]) and not torch.equal(export[name], searched[name]), name

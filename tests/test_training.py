@@ -183,3 +183,16 @@ def test_every_pass_of_an_evaluation_loops_if_the_model_was_trained_to(cfg, log,
     as_plain, as_looped = scores(False, (plain, plain)), scores(True, (looped, looped))
     assert (abs(as_plain - as_looped) > 1e-4).all() and len(as_plain) == 3
     assert np.array_equal(scores(False, (plain, looped)), as_plain) and np.array_equal(scores(True, (plain, looped)), as_looped)
+
+
+def test_the_loss_that_is_added_up_and_shown_keeps_no_graph(cfg, monkeypatch):
+    summed, real = [], t.Ranks.sum_
+    monkeypatch.setattr(t.Ranks, "sum_", lambda ranks, tensor: real(ranks, summed.append(tensor) or tensor))
+    trainer = trainer_of(dataclasses.replace(cfg, micro_batch_tokens=64))
+    trainer.step(1.0, 0.9)
+    assert any(tensor.ndim == 0 for tensor in summed) and not any(tensor.requires_grad for tensor in summed)
+
+
+@pytest.mark.parametrize("value", [2.0**24 + 1, 2.0**31 + 1, 2.0**53 - 1, 16_000_001.0, 1e-300])
+def test_the_largest_of_all_ranks_is_an_exact_number(value):
+    assert t.Ranks().maximum(value, 0.5) == [value, 0.5]

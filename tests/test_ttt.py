@@ -145,3 +145,23 @@ def test_a_step_moves_the_weights_by_at_most_the_clip(cfg):
         adapt.step(t.ScoredChunk(0, 0.0, False, None, ids[:, :-1], ids[:, 1:], torch.ones(4)), torch.arange(4))
         moved.append(float((torch.nn.utils.parameters_to_vector(model.parameters()).detach().double() - before).norm()))
     assert moved[1] == pytest.approx(0.5e-3, rel=0.02) and moved[0] == pytest.approx(moved[2], rel=1e-5) and moved[0] > 0.01
+
+
+@pytest.mark.parametrize("epochs, size", [(3, 2), (2, 3), (1, 8)])
+def test_an_epoch_is_a_pass_over_all_batches_of_a_chunk(cfg, monkeypatch, epochs, size):
+    cfg = dataclasses.replace(cfg, ttt_epochs=epochs, ttt_batch_seqs=size)
+    adapt, seen = adaptation(make_model(cfg), cfg), []
+    monkeypatch.setattr(adapt, "step", lambda chunk, rows: seen.append(rows.tolist()))
+    inputs = torch.zeros(8, 32, dtype=torch.int64)
+    adapt(t.ScoredChunk(0, 0.0, False, torch.zeros(256), inputs, inputs, torch.ones(8)))
+    assert seen == [list(range(first, min(first + size, 8))) for first in range(0, 8, size)] * epochs
+
+
+def test_the_score_of_a_chunk_keeps_no_graph_even_where_its_losses_do(cfg, log):
+    own = dict(ttt_scope="document", ttt_lora_rank=2, ttt_chunk_tokens=32, ttt_optimizer="adamw", ttt_grad_clip=0.0)
+    scorer, model = scorer_of(cfg, log, **own), make_model(cfg)
+    spans, kept = torch.tensor([[0, 100]]), []
+    for chunk, _ in scorer.document_chunks(model, spans, 100, True):
+        kept.append(chunk.losses.requires_grad)
+        assert not chunk.nll.requires_grad and chunk.nll.dtype == torch.float64
+    assert kept == [True, True, True, False]  # nothing is learnt after the last one
