@@ -17,6 +17,7 @@ import fnmatch
 import hashlib
 import importlib.metadata
 import importlib.util
+import io
 import json
 import math
 import os
@@ -358,16 +359,20 @@ RUN SCALE SHARE SIZE START STD STEP STEPS VALUE
 DEFINED_ELSEWHERE = "DATA_DIR DATASETS_DIR MODEL_DIR TARGET_MB ZSTD_CLEVEL"
 
 
-def near_miss(name: str, options: Sequence) -> tuple:
-    """(the option that a name resembles, or an empty text, whether it can be meant for no other program). A short name,
-    or a word with another ending, may well be: SPEED, ARTIFACTS.
+def likely_meaning(name: str, options: Sequence) -> tuple:
+    """(what to use in place of a name, if it resembles an option or is another entry's, whether no other program can be
+    meant). A short name, or a word with another ending, may be others' as well: SPEED, ARTIFACTS.
     """
+    answers = dict(line.split("=", 1) for line in TRANSLATIONS.strip().splitlines())
+    if name in answers:
+        return answers[name], name not in DEFINED_ELSEWHERE.split()
     for option in options:
         if option.replace("_", "") == name.upper().replace("_", ""):
-            return option, True
+            return f"did you mean {option}?", True
     close = difflib.get_close_matches(name, options, 1, min(0.9, 1 - 1.1 / max(len(name), 2)))
-    word = "_" not in name and os.path.commonprefix([*close, name]) in (name, *close)
-    return "".join(close), not word and len(name) > 5
+    word = len(name) < 6 or "_" not in name and os.path.commonprefix([*close, name]) in (name, *close)
+    certain = bool(close) and not word and name not in DEFINED_ELSEWHERE.split()
+    return f"did you mean {close[0]}?" if close else "", certain
 
 
 def unknown_options(env: Mapping) -> tuple:
@@ -375,18 +380,15 @@ def unknown_options(env: Mapping) -> tuple:
     a near miss and another entry's name are errors, a name that shares a word with an option is worth a warning.
     """
     options = [f.name.upper() for f in fields(Config)]
-    words = {word for option in options for word in option.split("_")}
-    words = words.difference(COMMON_WORDS.split()).union(CONTEST_WORDS.split())
-    answers = dict(line.split("=", 1) for line in TRANSLATIONS.strip().splitlines())
+    words = set("_".join(options).split("_")).difference(COMMON_WORDS.split()).union(CONTEST_WORDS.split())
     errors, warnings = [], []
-    for name in env.keys() - options:
-        near, certain = near_miss(name, options)
-        answer = answers.get(name) or near and f"did you mean {near}?"
-        if answer and (certain or name in answers) and name not in DEFINED_ELSEWHERE.split():
+    for name in sorted(env.keys() - options):
+        answer, certain = likely_meaning(name, options)
+        if certain:
             errors.append(f"{name} is no option: {answer}")
         elif answer or name.isupper() and words.intersection(name.split("_")):
-            warnings.append(f"{name} ({answer})" if name in answers else name)
-    return sorted(errors), sorted(warnings)
+            warnings.append(f"{name} ({answer})" if answer else name)
+    return errors, warnings
 
 
 def model_rules(c: Config) -> list:
@@ -415,7 +417,7 @@ def model_rules(c: Config) -> list:
         (c.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE={bigram_vocab_size} must not be 1"),
         (
             max(c.train_seq_len, c.window) * c.head_dim <= 2**24,
-            "TRAIN_SEQ_LEN={train_seq_len} or the window of {window}, times MODEL_DIM / NUM_HEADS, is above 2**24",
+            "TRAIN_SEQ_LEN={train_seq_len} or EVAL_SEQ_LEN={eval_seq_len}, times MODEL_DIM / NUM_HEADS, is above 2**24",
         ),
         (c.embed_bits in (*range(2, 9), 16), "EMBED_BITS={embed_bits} must be 2 to 8, or 16"),
         (c.table_bits in (0, *range(2, 9), 16), "TABLE_BITS={table_bits} must be 0, 2 to 8, or 16"),
@@ -478,12 +480,11 @@ LEAST_CHUNK = 8  # of a document: see Adaptation
 
 def evaluation_rules(c: Config) -> list:
     """The same for scoring and test-time training."""
-    document = c.by_document
+    document, least = c.by_document, min(c.ttt_chunk_tokens, c.ttt_first_chunk_tokens or c.ttt_chunk_tokens)
+    alone = document and c.ttt_epochs > 0
     return [
         (
-            not document
-            or not c.ttt_epochs
-            or min(c.ttt_chunk_tokens, c.ttt_first_chunk_tokens or LEAST_CHUNK) >= LEAST_CHUNK,
+            not alone or least >= LEAST_CHUNK,
             "TTT_CHUNK_TOKENS={ttt_chunk_tokens} and TTT_FIRST_CHUNK_TOKENS={ttt_first_chunk_tokens} must be 8 or more "
             "with TTT_SCOPE=document: in a shorter chunk a gradient can be a rounding error, which AdamW divides by "
             "its own size",
@@ -494,11 +495,11 @@ def evaluation_rules(c: Config) -> list:
             "TTT_CHUNK_TOKENS={ttt_chunk_tokens} must be a multiple of the window of {window}, or TTT_SCOPE=document",
         ),
         (
-            not document or not c.ttt_epochs or c.ttt_chunk_tokens <= c.window,
+            not alone or c.ttt_chunk_tokens <= c.window,
             "TTT_SCOPE=document needs TTT_CHUNK_TOKENS={ttt_chunk_tokens} to be at most the window of {window}",
         ),
         (
-            not document or c.ttt_lora_rank > 0 or not c.ttt_epochs,
+            not alone or c.ttt_lora_rank > 0,
             "TTT_SCOPE=document needs TTT_LORA_RANK={ttt_lora_rank} above 0",
         ),
         (
@@ -526,24 +527,20 @@ def evaluation_rules(c: Config) -> list:
 
 
 def memory_rules(c: Config) -> list:
-    """The same for the memory that an evaluation takes."""
+    """The same for the memory that an evaluation takes, which a forged artifact could ask for, too."""
     learning = c.ttt_batch_seqs if c.ttt_epochs else 0
     tokens = max(c.eval_batch_seqs, learning) * c.window
+    wide = max(c.eval_batch_seqs * max(c.vocab_size, c.mlp_dim), learning * c.mlp_dim) * c.window
     masked = max(c.eval_batch_seqs, 0 if c.by_document else learning) * c.window**2 * c.document_attention
+    batch = "EVAL_BATCH_SEQS={eval_batch_seqs} or TTT_BATCH_SEQS={ttt_batch_seqs}, times the window of {window}"
     return [
+        (tokens <= 2**18, batch + ", is above 2**18 tokens in one forward pass; lower them"),
+        (wide <= 2**30, batch + " and the width of the MLP or VOCAB_SIZE, is above 2**30; lower them"),
+        (masked <= 2**29, batch + " squared, is above 2**29 bytes, which DOCUMENT_ATTENTION masks; lower them"),
+        (c.ttt_lora_rank <= c.model_dim, "TTT_LORA_RANK={ttt_lora_rank} must be at most MODEL_DIM={model_dim}"),
         (
-            tokens <= 2**18,
-            "EVAL_BATCH_SEQS={eval_batch_seqs} or TTT_BATCH_SEQS={ttt_batch_seqs}, times the window of {window}, is "
-            "above 2**18 tokens in one forward pass; lower them",
-        ),
-        (
-            masked <= 2**29,
-            "DOCUMENT_ATTENTION=1 needs a mask of EVAL_BATCH_SEQS={eval_batch_seqs} or TTT_BATCH_SEQS="
-            "{ttt_batch_seqs}, times the window of {window} squared, above 2**29 bytes; lower them",
-        ),
-        (
-            c.ttt_lora_rank <= c.model_dim,
-            "TTT_LORA_RANK={ttt_lora_rank} must be at most MODEL_DIM={model_dim}",
+            learning * c.ttt_lora_rank * c.by_document <= 2**13,
+            "TTT_BATCH_SEQS={ttt_batch_seqs} times TTT_LORA_RANK={ttt_lora_rank} must be at most 2**13 for documents",
         ),
     ]
 
@@ -1182,8 +1179,9 @@ def load_byte_table(cfg, device: torch.device) -> ByteTable:
     return ByteTable(*(t.to(device) for t in table))
 
 
-PROBE = (
-    "A fox of 1990 jumps\nover the lazy dog's end. " + " ".join(map(chr, range(33, 127))) + " \u00e9\u6f22\U0001f600"
+PROBE = (  # every character of ASCII, a few of UTF-8 that are longer, and a line end
+    "A fox of 1990 jumps\nover the lazy dog's end. ! \" # $ % & ' ( ) * + , - . / 0123456789 : ; < = > ? @ [ \\ ] ^ _ "
+    "` { | } ~ ABCDEFGHIJKLMNOPQRSTUVWXYZ abcdefghijklmnopqrstuvwxyz \u00e9\u6f22\U0001f600"
 )
 CASE_MARKS = "\ue001\ue002\ue003\ue004"  # in the pieces of a tokenizer for text whose capitals are marked (PR #1729)
 
@@ -1223,7 +1221,7 @@ def load_tokenizer(cfg) -> Any:
     if not path.is_file():
         raise InputError(f"no tokenizer at TOKENIZER_PATH={path}; make it: {data_command(cfg)}")
     try:
-        sp = SentencePieceProcessor(model_file=str(path))
+        sp = SentencePieceProcessor(model_proto=path.read_bytes())
         [sp.id_to_piece(i) for i in range(sp.vocab_size())]  # decodes all pieces: a damaged one may be no UTF-8
     except (RuntimeError, OSError, ValueError, IndexError):
         raise InputError(f"TOKENIZER_PATH={path} is not a SentencePiece model, or is damaged; get it again") from None
@@ -2401,9 +2399,13 @@ def decompress(data: bytes, name: str, most: int) -> bytes:
     module = compressor_module(name)
     if name == "brotli":  # its own limit is a rough one
         return module.Decompressor().process(data, output_buffer_limit=most)[:most]
-    reader = module.ZstdDecompressor().stream_reader(data)  # in pieces, since it allocates what it is asked for
-    pieces = iter(partial(reader.read, 2**20), b"")
-    return b"".join(islice(pieces, -(-most // 2**20)))[:most]
+    source = io.BytesIO(data)
+    reader = module.ZstdDecompressor().stream_reader(source, read_size=4096)
+    pieces = iter(partial(reader.read, 2**20), b"")  # since it allocates what it is asked for
+    body = b"".join(islice(pieces, -(-most // 2**20)))
+    if len(body) < most and source.tell() < len(data):  # else a file could be padded to the size of a large model's
+        raise ValueError("bytes behind the end of the compressed data")
+    return body[:most]
 
 
 def artifact_settings(cfg) -> dict:
@@ -2459,11 +2461,11 @@ def stored_settings(header: Mapping) -> tuple:
 
 # What a matrix is stored as: codes, or their classes beside an entropy-coded stream, with the axes of their shape
 STORED = (
-    (".codes", "int8", slice(0, 2)),
-    (".steps", "float16", slice(0, 1)),
-    (".columns", "float16", slice(1, 2)),
-    (".codes.rows", "uint8", slice(0, 1)),
-    (".codes.columns", "uint8", slice(1, 2)),
+    (".codes", "int8", 0, 2),
+    (".steps", "float16", 0, 1),
+    (".columns", "float16", 1, 2),
+    (".codes.rows", "uint8", 0, 1),
+    (".codes.columns", "uint8", 1, 2),
 )
 
 
@@ -2473,15 +2475,15 @@ def tensor_layouts(header: Mapping, file_bytes: int) -> dict:
     """
     with torch.device("meta"):
         params = dict(GPT(Config.from_env(stored_settings(header)[0])).named_parameters())
-    if (count := sum(p.numel() for p in params.values())) > FREE_WEIGHTS + 8 * file_bytes:
-        raise InputError(f"its settings make {count} weights, more than 8 for each of its {file_bytes} bytes")
+    if (count := sum(p.numel() for p in params.values())) > FREE_WEIGHTS + 6 * file_bytes:
+        raise InputError(f"its settings make {count} weights, more than 6 for each of its {file_bytes} bytes")
     layouts = {"rans.table": ("uint16", (256, CONTEXTS)), "rans.state": ("uint32", (LANES,))}
     layouts["rans.words"] = "uint16", (count,)  # or fewer
     for name, p in params.items():
         shape = tuple(p.shape)
         layouts[name] = "float16 float32", shape
-        for suffix, dtype, axes in STORED if p.ndim == 2 else ():
-            layouts[name + suffix] = dtype, shape[axes]
+        for suffix, dtype, first, end in STORED if p.ndim == 2 else ():
+            layouts[name + suffix] = dtype, shape[first:end]
     return layouts
 
 
@@ -2494,7 +2496,7 @@ def check_layout(table: list, layouts: Mapping) -> list:
         kinds, wanted = layouts.get(name, ("", ()))
         if name == "rans.words" and len(shape) == 1:
             wanted = (min(shape[0], wanted[0]),)
-        fits = tuple(shape) == wanted and all(type(n) is int and n >= 0 for n in shape)
+        fits = shape == list(wanted) and all(type(n) is int and n >= 0 for n in shape)
         if dtype not in kinds.split() or name in checked or not fits:
             raise InputError(f"its tensor {name!r:.99} of {dtype!r:.20} {shape!r:.99} is not one of its model's")
         checked[name] = name, dtype, wanted
@@ -2673,6 +2675,19 @@ def read_artifact(path: Path, env: Mapping) -> bytes:
         raise InputError(f"artifact {path} cannot be read: {error.strerror}") from None
 
 
+def check_fit(built: Config, cfg, header: Mapping):
+    """Raises InputError if the settings of an evaluation or its tokenizer are not those of the artifact."""
+    acting = built.group("run", "evaluation")
+    for name, value in vars(cfg).items():
+        if name not in acting and value != vars(built)[name]:
+            raise InputError(f"{name.upper()} is fixed by it, or has no part in its scoring; unset it")
+    tokenizer = Path(cfg.tokenizer_path)
+    if not tokenizer.is_file():
+        raise InputError(f"its tokenizer is not at TOKENIZER_PATH={tokenizer}")
+    if hashlib.sha256(tokenizer.read_bytes()).hexdigest() != header["tokenizer_sha256"]:
+        raise InputError(f"TOKENIZER_PATH={tokenizer} is not the tokenizer it was trained with")
+
+
 def load_artifact(path: Path, env: Mapping, blob: bytes | None = None) -> Artifact:
     """What the file at `path` holds, whose bytes may be given. `env` may change how it is scored, not what it is."""
     blob = read_artifact(path, env) if blob is None else blob
@@ -2680,15 +2695,7 @@ def load_artifact(path: Path, env: Mapping, blob: bytes | None = None) -> Artifa
         header, tensors = unpack(blob)
         settings, lacking = stored_settings(header)
         built, cfg = Config.from_env(settings), Config.from_env({**settings, **env})
-        acting = built.group("run", "evaluation")
-        for name, value in vars(cfg).items():
-            if name not in acting and value != vars(built)[name]:
-                raise InputError(f"{name.upper()} is fixed by it, or has no part in its scoring; unset it")
-        tokenizer = Path(cfg.tokenizer_path)
-        if not tokenizer.is_file():
-            raise InputError(f"its tokenizer is not at TOKENIZER_PATH={tokenizer}")
-        if hashlib.sha256(tokenizer.read_bytes()).hexdigest() != header["tokenizer_sha256"]:
-            raise InputError(f"TOKENIZER_PATH={tokenizer} is not the tokenizer it was trained with")
+        check_fit(built, cfg, header)
         warnings = [f"the artifact lacks {', '.join(lacking)}, so the defaults stand"] if lacking else []
         if built.dtype not in ("auto", cfg.dtype):
             warnings.append(f"DTYPE={cfg.dtype}, but the artifact's run had DTYPE={built.dtype}")
@@ -2828,6 +2835,25 @@ def report_step(step: int, seconds: float, reading: Reading, cfg, log):
         log(f"step:{step}/{cfg.iterations} train_loss:{loss:.4f} {timing(step, seconds)}")
 
 
+def save_checkpoint(trainer: Trainer, step: int, reading: Reading, log):
+    """Every CHECKPOINT_EVERY steps save the average, unless the latest loss is NaN or infinite."""
+    if due(step, trainer.cfg.checkpoint_every) and math.isfinite(reading.value()):
+        save_average(trainer.average, trainer.looped, trainer.cfg, log)
+
+
+def report_end(steps: int, seconds: float, cfg, log):
+    over = max(0.0, seconds - (cfg.max_wallclock_seconds or math.inf))
+    log(
+        f"training ended: step:{steps}/{cfg.iterations} {timing(steps, seconds)}",
+        iterations=cfg.iterations,
+        steps=steps,
+        train_seconds=seconds,
+        train_over_limit_seconds=over,
+    )
+    if over:
+        log.warn(f"training took {over:.3f} s more than MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}")
+
+
 def calibrate(trainer: Trainer, clock: Clock, log) -> dict:
     """What errors in the averaged weights cost, seen on the clock: in as many batches as end before the time limit, so
     perhaps in none.
@@ -2871,8 +2897,7 @@ def train(trainer: Trainer, validate, log) -> dict:
             log(f"stopping_early: wallclock_cap {timing(step, elapsed)} step:{step}/{cfg.iterations}")
             break
         if step == (0 if first_step else 10):  # when the time of a step is known
-            with clock.paused():
-                log.warn(*schedule_warnings(step_seconds, cfg))
+            log.warn(*schedule_warnings(step_seconds, cfg))
         if due(step, cfg.val_loss_every):
             trainer.batches.settle()
             with clock.paused():
@@ -2884,13 +2909,10 @@ def train(trainer: Trainer, validate, log) -> dict:
             report_step(*pending, cfg, log)
         clock.lap()
         pending = step + 1, clock.seconds(), reading
-        if due(step, cfg.checkpoint_every) and math.isfinite(reading.value()):
-            # the newest weights in this average are those of this step's loss, so they are known to be sound
-            save_average(average, trainer.looped, cfg, log)
+        save_checkpoint(trainer, step, reading, log)  # before the weights that no loss has tested yet enter the average
         average.update(average_weight(step + 1, scale, average.count, cfg))
     report_step(*pending, cfg, log)
-    if due(pending[0], cfg.checkpoint_every):
-        save_average(average, trainer.looped, cfg, log)
+    save_checkpoint(trainer, pending[0], reading, log)
     bar.close()
     if not average.count:
         average.update(1.0)
@@ -2899,17 +2921,8 @@ def train(trainer: Trainer, validate, log) -> dict:
     costs = calibrate(trainer, clock, log) if cfg.calibrated else {}
     trainer.batches.settle()
     clock.synchronize()
-    steps, (seconds, stop) = pending[0], ranks.maximum(clock.seconds(), trainer.stop)
-    over = max(0.0, seconds - (cfg.max_wallclock_seconds or math.inf))
-    log(
-        f"training ended: step:{steps}/{cfg.iterations} {timing(steps, seconds)}",
-        iterations=cfg.iterations,
-        steps=steps,
-        train_seconds=seconds,
-        train_over_limit_seconds=over,
-    )
-    if over:
-        log.warn(f"training took {over:.3f} s more than MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}")
+    seconds, stop = ranks.maximum(clock.seconds(), trainer.stop)
+    report_end(pending[0], seconds, cfg, log)
     if stop:
         raise Stopped
     return costs

@@ -68,7 +68,6 @@ muon_momentum_warmup_steps 1500      =       =        500      =       0        
 muon_momentum_warmup_frac  0         =       =        =        =       0.22     =         =      | c5.6
 muon_momentum_cooldown     1         =       =        =        =       0.25     =         =      | c5.6
 muon_backend_steps         5         =       =        =        =       =        =         =      | c5.1; f8
-muon_coefficients          quintic   =       =        =        =       =        =         =      | c5.1
 muon_row_normalize         0         =       =        =        =       1        1         =      | c5.2; f8
 muon_wd                    0.04      =       =        =        =       0.095    0.095     =      | c5.2; f8
 muon_wd_mlp                -1        =       =        =        =       0.115    =         =      | c5.2
@@ -107,8 +106,6 @@ zstd_level                 22        =       =        =        =       =        
 
 eval_seq_len               0         =       =        =        =       =        =         =      | c11.2: the training length
 eval_stride                64        =       =        =        =       =        1024      128    | c11.2; frontier ours
-eval_batch_seqs            32        =       =        =        =       =        =         =      | c11.2
-val_max_tokens             0         =       =        =        =       =        =         =      | a record scores the whole split
 ttt_epochs                 1         3       3        3        =       4        =         =      | c12; card by T6
 ttt_scope                  document  stream  stream   stream   stream  stream   =         =      | c12, score first
 ttt_chunk_tokens           128       32768   32768    131072   32768   65536    =         =      | c12: T4, T5; the first two as #549; 128 ours

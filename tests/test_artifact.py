@@ -2,10 +2,11 @@ import dataclasses
 import hashlib
 import json
 
+import numpy as np
 import pytest
 import torch
 import zstandard
-from conftest import coded, make_model
+from conftest import coded, make_model, run, unpacked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -41,7 +42,7 @@ def sealed_packed(packed, compressor=b"zstd    "):
 def test_tensors_come_back_exactly(cfg):
     tensors = {"a": torch.randn(3, 5), "b.codes": torch.randint(-31, 32, (4, 6)).to(torch.int8), "b.steps": torch.rand(4).half(),
                "scalar": torch.tensor(2.5), "none": torch.zeros(0, 3)}
-    header, back = t.unpack(t.pack(tensors, True, dataclasses.replace(cfg, zstd_level=3)))
+    header, back = unpacked(t.pack(tensors, True, dataclasses.replace(cfg, zstd_level=3)))
     assert back.keys() == tensors.keys() and all(torch.equal(back[n], w) and back[n].dtype == w.dtype for n, w in tensors.items())
     assert header["looped"] is True and header["tokenizer_sha256"] == hashlib.sha256(open(cfg.tokenizer_path, "rb").read()).hexdigest()
 
@@ -113,13 +114,158 @@ def test_settings_of_a_malicious_header_build_nothing(cfg, tmp_path, env, change
         t.load_model(*t.load_artifact(path, env)[:2], t.Ranks())
 
 
-@pytest.mark.parametrize("name, text", [("MATRIX_LR", "0.5"), ("NUM_LAYERS", None), ("OUTPUT_DIR", "/tmp")])
-def test_a_setting_too_many_or_too_few_is_named(cfg, tmp_path, env, name, text):
-    digest = hashlib.sha256(open(cfg.tokenizer_path, "rb").read()).hexdigest()
-    settings = {k: v for k, v in (t.artifact_settings(cfg) | {name: text}).items() if v is not None}
-    (path := tmp_path / "x.ptz").write_bytes(sealed({"settings": settings, "looped": False, "tensors": [], "tokenizer_sha256": digest}))
-    with pytest.raises(t.InputError, match=f"its settings lack or add {name}"):
-        t.load_artifact(path, {k: env[k] for k in ("DATA_PATH", "TOKENIZER_PATH")})
+# ---- settings
+
+PATHS = ("DATA_PATH", "TOKENIZER_PATH")
+
+
+def opened(blob):
+    """The header and the bytes behind it of a file that zstd packed."""
+    body = zstandard.ZstdDecompressor().decompress(blob[48:])
+    start = 4 + int.from_bytes(body[:4], "little")
+    return json.loads(body[4:start]), body[start:]
+
+
+def forged(artifact, change=lambda header: None, raw=lambda raw: raw):
+    """The artifact with its header or its tensors changed, under a valid checksum."""
+    header, tensors = opened(artifact.read_bytes())
+    change(header)
+    artifact.write_bytes(sealed(header, raw(tensors)))
+    return artifact
+
+
+@pytest.mark.parametrize("name", ["MATRIX_LR", "OUTPUT_DIR", "NO_SUCH_OPTION", "\x1b[2J\n", "x" * 10**5])
+def test_an_unknown_setting_is_refused(artifact, env, name):
+    forged(artifact, lambda header: header["settings"].update({name: "1"}))
+    with pytest.raises(t.InputError, match="unknown settings"):
+        t.load_artifact(artifact, {k: env[k] for k in PATHS})
+    done = run({k: env[k] for k in PATHS} | dict(EVAL_ONLY="1", ARTIFACT=str(artifact)), check=False)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and done.stderr[:-1].isprintable() and len(done.stderr) < 2100
+
+
+@pytest.mark.parametrize("names", [["TTT_Z_LOSS"], ["TTT_TEMPERATURE", "SEED", "DTYPE"]])
+def test_a_setting_that_an_older_file_lacks_gets_its_default_and_is_told(artifact, env, names, cfg):
+    whole = t.load_artifact(artifact, {k: env[k] for k in PATHS})
+    forged(artifact, lambda header: [header["settings"].pop(name) for name in names])
+    loaded = t.load_artifact(artifact, {k: env[k] for k in PATHS})
+    assert loaded.cfg == dataclasses.replace(whole.cfg, **{n.lower(): getattr(t.Config(), n.lower()) for n in names}) and whole.warnings == []
+    assert len(loaded.warnings) == 1 and all(name in loaded.warnings[0] for name in names)
+
+
+def test_a_missing_setting_gets_the_scripts_default_and_not_the_rows(artifact, env):
+    forged(artifact, lambda header: header["settings"].pop("TTT_GRAD_CLIP"))  # 1 in the row
+    assert t.load_artifact(artifact, {k: env[k] for k in PATHS}).cfg.ttt_grad_clip == t.Config().ttt_grad_clip == 0
+
+
+def test_how_many_targets_count_is_not_the_files_business(artifact, env):
+    forged(artifact, lambda header: header["settings"].update(VAL_MAX_TOKENS="5", EVAL_BATCH_SEQS="1000000000"))
+    loaded = t.load_artifact(artifact, {k: env[k] for k in PATHS}).cfg
+    assert (loaded.val_max_tokens, loaded.eval_batch_seqs) == (0, 32)
+    done = run({k: env[k] for k in PATHS} | dict(EVAL_ONLY="1", ARTIFACT=str(artifact), OUTPUT_DIR=env["OUTPUT_DIR"], TTT_EPOCHS="0", VAL_MAX_TOKENS="50"))
+    facts = json.loads(done.stdout.splitlines()[-1].removeprefix("RESULT "))
+    assert facts["targets"] == 50 < facts["val_split_targets"] and f"only 50 of the split's {facts['val_split_targets']} targets" in done.stdout
+    assert facts["warnings"] and len(facts["val_bytes_sha256"]) == 64
+
+
+@pytest.mark.parametrize("trained, given, warned", [
+    ("fp32", {}, False), ("bf16", {}, False), ("fp32", {"DTYPE": "bf16"}, True), ("bf16", {"DTYPE": "bf16"}, False)])
+def test_the_dtype_of_the_run_holds_unless_the_user_says_which_is_told(artifact, env, trained, given, warned):
+    forged(artifact, lambda header: header["settings"].update(DTYPE=trained))
+    loaded = t.load_artifact(artifact, {k: env[k] for k in PATHS} | given)
+    assert loaded.cfg.dtype == given.get("DTYPE", trained) and bool(loaded.warnings) == warned
+
+
+@pytest.mark.parametrize("value", ["Infinity", "1e400", "9" * 400, str(10**30), "true", "null", '["1"]', '{"a": 1}', "-0.0", '"' + "9" * 400 + '"', '"1e999"',
+                                   '"\\ud800"', '"1\\n2"'])
+@pytest.mark.parametrize("name", ["VE_DIM", "TTT_LR", "LOGIT_SOFTCAP"])
+def test_a_setting_that_is_no_short_text_of_its_kind_is_one_line(artifact, env, name, value):
+    header, raw = opened(artifact.read_bytes())
+    header["settings"][name] = "HERE"
+    text = json.dumps(header).replace('"HERE"', value).encode()
+    artifact.write_bytes(sealed_packed(zstandard.ZstdCompressor().compress(len(text).to_bytes(4, "little") + text + raw)))
+    with pytest.raises(t.InputError) as caught:
+        t.load_artifact(artifact, {k: env[k] for k in PATHS})
+    assert t.explain(caught.value).count("\n") == 1 and t.explain(caught.value)[:-1].isprintable()
+
+
+# ---- tensors
+
+def first_of(header, suffix):
+    return next(entry for entry in header["tensors"] if entry[0].endswith(suffix))
+
+
+@pytest.mark.parametrize("change", [
+    lambda h: first_of(h, ".codes").__setitem__(1, "uint8"), lambda h: first_of(h, ".steps").__setitem__(1, "int16"),
+    lambda h: first_of(h, ".codes").__setitem__(2, first_of(h, ".codes")[2][::-1]), lambda h: first_of(h, ".codes").__setitem__(2, ""),
+    lambda h: first_of(h, ".scale").__setitem__(2, ""), lambda h: h["tensors"].append(["none", "int8", [0]]),
+    lambda h: h["tensors"].extend([[f"t{i}", "int8", [0]] for i in range(40_000)]), lambda h: h["tensors"].append(h["tensors"][0]),
+    lambda h: h["tensors"].pop(), lambda h: h.update(looped=1), lambda h: h.update(looped=None), lambda h: h.pop("looped")])
+def test_a_table_that_is_not_the_models_is_refused(artifact, env, change):
+    forged(artifact, change)
+    with pytest.raises(t.InputError):
+        t.load_artifact(artifact, {k: env[k] for k in PATHS})
+
+
+@pytest.mark.parametrize("kind, dtype", [("table", "int64"), ("table", "uint64"), ("table", "uint32"), ("table", "float32"), ("state", "int64"),
+                                         ("words", "uint32"), ("rows", "int8"), ("columns", "uint16")])
+def test_another_dtype_of_an_entropy_coded_stream_is_refused(model, cfg, env, log, kind, dtype):
+    """An int64 table can sum to 4,096 by an overflow, and what it repeats then is written outside of its buffer."""
+    cfg = dataclasses.replace(cfg, compressor="rans")
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    streams = t.code_stream(t.quantize(weights, t.coding_plans(weights, t.grids(model, cfg), cfg, {})))
+    name = next(n for n in sorted(streams) if n.endswith((f"rans.{kind}", f"codes.{kind}")))
+    array = streams[name].numpy().astype(dtype)
+    if (kind, dtype) == ("table", "int64"):
+        array.T[:, :4] = 2**62
+        array.T[:, 3] += 4096
+        assert (array.T.astype(np.int64)[:, :4].sum(1) == 4096).all()
+    streams[name] = torch.from_numpy(array)
+    cfg.artifact_path.write_bytes(t.pack(streams, False, dataclasses.replace(cfg, compressor="zstd")))
+    with pytest.raises(t.InputError, match="is not one of its model's"):
+        t.load_artifact(cfg.artifact_path, {k: env[k] for k in PATHS})
+    if kind in ("table", "state", "words"):  # the decoder itself looks, too
+        good = [t.code_stream({"a.codes": torch.ones(3, 4, dtype=torch.int8)})[f"rans.{n}"].numpy() for n in ("table", "state", "words")]
+        good[("table", "state", "words").index(kind)] = good[("table", "state", "words").index(kind)].astype(dtype)
+        with pytest.raises(ValueError, match="dtypes or shapes"):
+            t.rans_decode(np.zeros(12, np.uint8), good[0].T, *good[1:])
+
+
+def test_a_small_file_cannot_claim_a_large_model(artifact, env, cfg):
+    """By settings that make one: zeros compress to nothing. Nor if it is padded to the size of one."""
+    for padding in (b"", bytes(2**22)):
+        header, raw = opened(t.pack({"tok_emb.weight": torch.zeros(384, 32)}, False, cfg))
+        header["settings"] |= dict(MLP_MULT="20000")
+        packed = zstandard.ZstdCompressor().compress(len(text := json.dumps(header).encode()).to_bytes(4, "little") + text + raw)
+        artifact.write_bytes(sealed_packed(packed + padding))
+        with pytest.raises(t.InputError, match="more than 6 for each|do not fit its header|not one of its model's"):
+            t.load_artifact(artifact, {k: env[k] for k in PATHS})
+
+
+@pytest.mark.parametrize("padding", [b"\0" * 5000, b"x" * 70_000])
+@pytest.mark.parametrize("name", ["zstd", "brotli"])
+def test_bytes_behind_the_end_are_refused(model, cfg, env, log, name, padding):
+    cfg = dataclasses.replace(cfg, compressor=name, zstd_level=3)
+    saved(model, cfg, log)
+    blob = cfg.artifact_path.read_bytes()
+    cfg.artifact_path.write_bytes(sealed_packed(blob[48:] + padding, blob[40:48]))
+    with pytest.raises(t.InputError):
+        t.load_artifact(cfg.artifact_path, {k: env[k] for k in PATHS})
+
+
+@pytest.mark.parametrize("name, value", [("skip_weights", torch.nan), ("skip_weights", torch.inf), ("blocks.0.mlp.fc.weight.steps", torch.inf),
+                                         ("blocks.0.mlp.fc.weight.columns", torch.nan), ("tok_emb.weight.steps", -torch.inf)])
+def test_weights_that_are_nan_or_infinite_are_refused(model, cfg, env, name, value):
+    tensors = coded({n: p.detach() for n, p in model.named_parameters()}, t.grids(model, cfg), cfg)
+    tensors[name].view(-1)[0] = value
+    cfg.artifact_path.write_bytes(t.pack(tensors, False, dataclasses.replace(cfg, zstd_level=3)))
+    with pytest.raises(t.InputError, match="NaN or infinite"):
+        t.load_artifact(cfg.artifact_path, {k: env[k] for k in PATHS})
+
+
+def test_a_score_that_is_not_finite_is_no_result(artifact, env):
+    own = dict(EVAL_ONLY="1", ARTIFACT=str(artifact), TTT_LR="1e18", VAL_MAX_TOKENS="700", RUN_ID="x")
+    done = run({k: env[k] for k in (*PATHS, "OUTPUT_DIR")} | own, check=False)
+    assert done.returncode == 1 and "RESULT" not in done.stdout and done.stderr.count("\n") == 1 and "the loss is" in done.stderr
 
 
 def test_an_average_that_no_step_went_into_is_not_saved(model, cfg, log):

@@ -482,7 +482,8 @@ def test_the_artifact_alone_has_the_same_score(tiny, tmp_path):
     done = isolated(folder, ROOT)
     assert done.returncode == 0, done.stderr
     opened = set(done.stdout.splitlines()[-1].removeprefix("opened:").split(","))
-    assert opened == {"train_gpt.py", "model.ptz", "val/fineweb_val_000000.bin", "audit.npz", "logs/alone.txt", "tiny.model"}
+    opened -= {name for name in opened if name.endswith(".part")}  # of the audit, and those that show that outputs can be written
+    assert opened == {"train_gpt.py", "model.ptz", "val/fineweb_val_000000.bin", "logs/alone.txt", "tiny.model"}
     expected = audit(tiny[0], stream(), tokenizer_path=str(tiny[1]), **KINDS["sgd"])["nll"]
     with np.load(folder / "audit.npz") as found:
         assert noted("sgd", "H11 artifact only", np.abs(found["nll"] - expected).max()) < 1e-6

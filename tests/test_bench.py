@@ -294,7 +294,7 @@ def test_another_attention_fails_the_run_after_its_results_are_written(tmp_path,
 @pytest.mark.parametrize("args, env, words", [
     (["--variant", "cards"], {}, "--variant cards must be one of card, "),
     (["--env", "MODEL_DIM"], {}, "--env MODEL_DIM must be NAME=VALUE"),
-    (["--env", "MODEL_DIMM=5"], {}, "MODEL_DIMM is no option; did you mean MODEL_DIM?"),
+    (["--env", "MODEL_DIMM=5"], {}, "MODEL_DIMM is no option: did you mean MODEL_DIM?"),
     (["--env", "WIDTH=5"], {}, "--env WIDTH is no option of train_gpt.py"),
     (["--scaling", "--env", "VOCAB_SIZE=65536"], {}, "VOCAB_SIZE=262144 must lie in"),
     (["--env", "NUM_HEADS=3"], {}, "MODEL_DIM=32 must be a multiple of NUM_HEADS=3"),

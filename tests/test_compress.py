@@ -203,14 +203,18 @@ def test_whether_the_loops_run_travels_with_the_weights(cfg, env, log, name, loo
 
 
 @pytest.mark.parametrize("word", [1, "yes", None, [True]])
-def test_only_the_word_true_switches_the_loops_on(env, tmp_path, word):
+def test_a_header_that_does_not_say_whether_the_model_is_looped_is_refused(env, tmp_path, word):
     cfg = t.Config.from_env(env)
     blob = t.pack({}, True, dataclasses.replace(cfg, zstd_level=3))
     body = unpacked_body(blob)
     start = 4 + int.from_bytes(body[:4], "little")
     header = json.loads(body[4:start])
     path = tmp_path / "x.ptz"
-    for looped, expected in ((True, True), (word, False)):
+    for looped in (True, False, word):
         text = json.dumps(header | {"looped": looped}).encode()
         path.write_bytes(sealed(PACKERS["zstd"](len(text).to_bytes(4, "little") + text), "zstd"))
-        assert t.load_artifact(path, env)[2] is expected
+        if looped is word:
+            with pytest.raises(t.InputError, match="does not say whether the model is looped"):
+                t.load_artifact(path, env)
+        else:
+            assert t.load_artifact(path, env).looped is looped

@@ -1,7 +1,13 @@
+import copy
 import dataclasses
+import itertools
+import os
 import re
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from conftest import run
 from hypothesis import given
 from hypothesis import strategies as st
@@ -49,7 +55,7 @@ def test_a_name_that_others_use_or_that_merely_looks_like_an_option_is_a_warning
 
 
 def test_all_such_names_are_told_at_once_and_answers_name_options():
-    with pytest.raises(t.InputError, match="EMA_ENABLED.*; QAT_ENABLED.*; MATRX_LR.*env -u EMA_ENABLED -u QAT_ENABLED -u MATRX_LR"):
+    with pytest.raises(t.InputError, match="EMA_ENABLED.*; MATRX_LR.*; QAT_ENABLED.*env -u EMA_ENABLED -u MATRX_LR -u QAT_ENABLED"):
         t.Config.from_env(dict.fromkeys(("EMA_ENABLED", "QAT_ENABLED", "MATRX_LR", "DATA_DIR"), "0"))
     options, lines = {f.name.upper() for f in dataclasses.fields(t.Config)}, t.TRANSLATIONS.strip().splitlines()
     assert not {line.split("=")[0] for line in lines} & options
@@ -125,7 +131,6 @@ def test_an_unknown_argument_is_refused(tmp_path):
 @pytest.mark.parametrize("given, words", [
     (dict(MIN_LR="0.15"), "MIN_LR=0.15 must be below LATE_QAT_THRESHOLD=0.15"),
     (dict(MIN_LR="0.2", AVERAGING="swa", LATE_QAT_THRESHOLD="0"), "MIN_LR=0.2 must be .* below SWA_START_SCALE=0.2 for AVERAGING=swa"),
-    (dict(MUON_COEFFICIENTS="polar", MUON_BACKEND_STEPS="4"), "MUON_COEFFICIENTS=polar need 5 steps; MUON_BACKEND_STEPS=4 are too few"),
     (dict(WARMDOWN_FRAC="0.3"), "WARMDOWN_FRAC=0.3 and WARMDOWN_ITERS=3500 both set the warmdown; set one to 0"),
     (dict(VARIANT="pr1812", WARMDOWN_ITERS="100"), "WARMDOWN_FRAC=0.72 and WARMDOWN_ITERS=100"),
     (dict(MUON_MOMENTUM_WARMUP_FRAC="0.1"), "MUON_MOMENTUM_WARMUP_FRAC=0.1 and MUON_MOMENTUM_WARMUP_STEPS=1500 both")])
@@ -144,13 +149,64 @@ def test_tables_of_gigabytes_are_refused():
 
 
 @pytest.mark.parametrize("values, words", [
-    (dict(eval_seq_len=2**18, ttt_epochs=0), "EVAL_BATCH_SEQS=32 .*lower them"), (dict(ttt_batch_seqs=256), "TTT_BATCH_SEQS=256 .*lower them"),
-    (dict(eval_seq_len=2**14, eval_batch_seqs=4, ttt_epochs=0, document_attention=True), "DOCUMENT_ATTENTION=1 needs a mask"),
+    (dict(eval_seq_len=2**18, ttt_epochs=0), "EVAL_BATCH_SEQS=32 .*lower them"), (dict(ttt_batch_seqs=256), "TTT_BATCH_SEQS=256, .*lower them"),
+    (dict(eval_seq_len=2**14, eval_batch_seqs=4, ttt_epochs=0, document_attention=True), "which DOCUMENT_ATTENTION masks; lower them"),
     (dict(ttt_lora_rank=10**9), "TTT_LORA_RANK"), (dict(ttt_lora_rank=64, model_dim=32, num_heads=1, num_kv_heads=1), "at most MODEL_DIM=32"),
     (dict(ttt_epochs=10**12), "TTT_EPOCHS"), (dict(num_loops=100), "NUM_LOOPS"), (dict(ttt_batch_seqs=10**9), "TTT_BATCH_SEQS"),
-    (dict(bigram_vocab_size=10**30), "BIGRAM_VOCAB_SIZE"), (dict(ttt_chunk_tokens=7), "TTT_CHUNK_TOKENS=7 .*rounding errors"),
-    (dict(ttt_first_chunk_tokens=4), "TTT_FIRST_CHUNK_TOKENS=4 .*rounding errors")])
+    (dict(bigram_vocab_size=10**30), "BIGRAM_VOCAB_SIZE"), (dict(ttt_chunk_tokens=7), "TTT_CHUNK_TOKENS=7 .*rounding error"),
+    (dict(ttt_first_chunk_tokens=4), "TTT_FIRST_CHUNK_TOKENS=4 .*rounding error")])
 def test_what_asks_for_gigabytes_or_hours_is_refused(values, words):
     with pytest.raises(t.InputError, match=words) as caught:
         t.Config(**values)
     assert "\n" not in str(caught.value)
+
+
+# ---- choices
+
+CONSUMERS = {  # what first looks a choice up
+    "attention": lambda cfg: t.choose_attention(cfg, t.Ranks(device=torch.device("cuda"))), "dtype": lambda cfg: t.compute_dtype(cfg, torch.device("cpu")),
+    "compile": lambda cfg: t.Ranks().compiles(cfg), "activation": t.MLP, "init": lambda cfg: t.GPT(cfg).init_weights(cfg),
+    "bigram_hash": lambda cfg: t.BigramHashEmbedding(cfg).bucket(torch.ones(1, 3, dtype=torch.int64)),
+    "loader": lambda cfg: t.RowOrder(SimpleNamespace(ends=np.array([10**5]), sizes=np.array([10**5])), cfg),
+    "averaging": lambda cfg: t.average_weight(1, 0.5, 0, cfg), "quantizer": lambda cfg: cfg.time_limit,
+    "compressor": lambda cfg: t.compressor_module(cfg.compressor),
+    "ttt_scope": lambda cfg: cfg.by_document, "ttt_optimizer": lambda cfg: t.Adaptation([torch.nn.Parameter(torch.ones(1))], None, cfg, t.Ranks())}
+SMALL = t.Config(num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, rope_dims=0, xsa_last_n=0, ve_layers=(), vocab_size=16, bigram_vocab_size=8)
+
+
+def test_every_choice_has_a_consumer():
+    assert CONSUMERS.keys() == {f.name for f in dataclasses.fields(t.Config) if f.metadata["choices"]}
+
+
+@pytest.mark.parametrize("name", CONSUMERS)
+def test_a_choice_that_nobody_implements_fails(name, monkeypatch):
+    """As one that was added to an option and to nothing else would."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    (unheard := copy.copy(SMALL)).__dict__[name] = "unheard-of"
+    with pytest.raises(KeyError, match="unheard-of"):
+        CONSUMERS[name](unheard)
+    for choice in next(f for f in dataclasses.fields(t.Config) if f.name == name).metadata["choices"]:
+        if name != "attention" and (name, choice) != ("compressor", "auto"):
+            CONSUMERS[name](dataclasses.replace(SMALL, **{name: choice, "ttt_lora_rank": 8, "ttt_chunk_tokens": SMALL.window}))
+
+
+# ---- what is said of the machine
+
+@pytest.mark.parametrize("queue, threads, policy, busy", [
+    (["3/99", "4/99"], 2, "", 2), (["1/99", "5/99"], 2, "", 0), (["9/99"], 1, "", 0), (["9/99"], 2, "passive", 0)])
+def test_cores_that_others_keep_busy_are_counted_by_the_run_queue(monkeypatch, queue, threads, policy, busy):
+    samples = itertools.cycle(queue)
+    monkeypatch.setattr(t.Path, "read_text", lambda self: f"0.1 0.2 0.3 {next(samples)} 1234")
+    monkeypatch.setattr(t.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    assert t.busy_cores() == busy
+
+
+@pytest.mark.parametrize("busy, world, warned", [(0, 1, False), (1, 1, True), (1, 2, False)])
+def test_busy_cores_are_told_with_the_remedy(monkeypatch, busy, world, warned):
+    monkeypatch.setattr(t, "busy_cores", lambda: busy)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: os.cpu_count())
+    assert ["OMP_WAIT_POLICY=PASSIVE" in text for text in t.run_warnings({}, t.Ranks(world=world))] == [True] * warned
+    (text,) = t.run_warnings({"DATA_DIR": "x", "HOME": "y"}, t.Ranks(world=2))
+    assert text == "set, but no option of this script: DATA_DIR (use DATA_PATH and TOKENIZER_PATH)"

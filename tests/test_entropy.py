@@ -343,14 +343,3 @@ def test_no_mutation_ends_in_anything_but_a_clean_error(name, count):
                 refused += 1
                 assert "\n" not in str(error)
     assert 0.3 * count < refused < count
-
-
-def test_the_bound_on_codes_is_one_on_all_weights_together(dataset, monkeypatch):
-    cfg = t.Config.from_env(dataset | dict(VARIANT="smoke", COMPRESSOR="rans"))
-    tensors = {f"{name}.codes": torch.randint(-3, 4, (8, 8), dtype=torch.int8) for name in "abc"}
-    blob = t.pack(tensors, False, cfg)
-    monkeypatch.setattr(t, "ARTIFACT_MOST_CODES", 3 * 64)
-    assert all(torch.equal(codes, tensors[name]) for name, codes in t.unpack(blob)[1].items())
-    monkeypatch.setattr(t, "ARTIFACT_MOST_CODES", 3 * 64 - 1)
-    with pytest.raises(t.InputError):
-        t.unpack(blob)

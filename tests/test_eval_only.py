@@ -39,7 +39,7 @@ def typed(packed, dataset, tmp_path):
     val, out = tmp_path / "val", tmp_path / "out"
     val.mkdir()
     out.mkdir()
-    artifact = t.Config(output_dir=str(out)).artifact_path
+    artifact = t.Config(output_dir=str(out), eval_only=True).artifact_path
     artifact.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(packed[1].artifact_path, artifact)
     tokens = t.read_validation(t.Config.from_env(dataset))[:330]

@@ -531,6 +531,6 @@ def test_a_run_with_a_mean_step_and_the_entropy_coder_passes_every_stage(card):
 
 def test_its_artifact_alone_is_scored_as_the_run_scored_it(card, dataset, tmp_path):
     folder, out, _ = card
-    paths = {name: dataset[name] for name in ("DATA_PATH", "TOKENIZER_PATH")}
+    paths = {name: dataset[name] for name in ("DATA_PATH", "TOKENIZER_PATH")} | dict(VAL_MAX_TOKENS="400")
     t.main([], paths | {"EVAL_ONLY": "1", "ARTIFACT": str(folder / "final_model.int6.ptz"), "OUTPUT_DIR": str(tmp_path), "RUN_ID": "again", "DTYPE": "fp32"})
     assert finals((tmp_path / "logs" / "again.txt").read_text()) == finals(out)

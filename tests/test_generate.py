@@ -185,7 +185,7 @@ def test_the_tokenizer_must_be_the_artifacts(artifact, env, dataset, tmp_path):
         text(artifact, {}, "--tokenizer", tmp_path / "none.model")
 
 
-@pytest.mark.parametrize("damage, words", [(lambda b: b[:99], "cut or damaged"), (lambda b: b"text", "not an artifact"), (None, "cannot be read")])
+@pytest.mark.parametrize("damage, words", [(lambda b: b[:99], "cut or damaged"), (lambda b: b"text", "not an artifact"), (None, "there is no artifact")])
 def test_a_bad_artifact_is_told_in_one_line(artifact, env, tmp_path, damage, words):
     path = tmp_path / "bad.ptz"
     if damage:

@@ -273,6 +273,9 @@ class Lines(list):
     def __call__(self, text, **facts):
         self.append(text)
 
+    def warn(self, *texts):
+        self.extend(texts)
+
 
 class SlowRanks(t.Ranks):
     """Ranks of a made-up clock, which each step, batch and sum of one of them moves on; others are `late` by then."""

@@ -155,15 +155,15 @@ def drop(name):
 @pytest.mark.parametrize("damage, words", [
     (lambda b: b"", "not an artifact"), (lambda b: b"PK\x03\x04" + b[4:], "not an artifact"), (lambda b: b[:-9], "cut or damaged"),
     (lambda b: b[:4] + (99).to_bytes(4, "little") + b[8:], "format 99"),
-    (lambda b: resealed(b, drop("MODEL_DIM")), "its tensor 'tok_emb.weight.*"),
+    (lambda b: resealed(b, drop("MODEL_DIM")), "its settings make [0-9]+ weights"),
     (lambda b: resealed(b, lambda h: h["settings"].update(OUTPUT_DIR="/")), "unknown settings OUTPUT_DIR"),
-    (lambda b: resealed(b, lambda h: h.pop("settings")), "settings"), (lambda b: resealed(b, lambda h: h.update(settings=[])), "keys"),
+    (lambda b: resealed(b, lambda h: h.pop("settings")), "settings"), (lambda b: resealed(b, lambda h: h.update(settings=[])), "do not fit its header"),
     (lambda b: resealed(b, lambda h: h["settings"].update(MODEL_DIM="33")), "multiple of NUM_HEADS"),
     (lambda b: resealed(b, lambda h: h["settings"].update(MODEL_DIM="64")), "is not one of its model's"),
     (lambda b: resealed(b, lambda h: h["settings"].update(MODEL_DIM=64)), "model.ptz"),
     (lambda b: resealed(b, lambda h: h.update(tokenizer_sha256="\x1b[2J")), "not a sha256"),
     (lambda b: resealed(b, lambda h: h.update(tokenizer_sha256=7)), "expected"),
-    (lambda b: resealed(b, lambda h: h["tensors"][0].__setitem__(0, "x.codes")), "x.steps|do not fit"),
+    (lambda b: resealed(b, lambda h: h["tensors"][0].__setitem__(0, "x.codes")), "is not one of its model's"),
 ])
 def test_a_bad_file_is_told_in_one_line(artifact, damage, words):
     artifact.write_bytes(damage(artifact.read_bytes()))
@@ -175,7 +175,7 @@ def test_a_bad_file_is_told_in_one_line(artifact, damage, words):
 def test_codes_that_train_gpt_never_writes_are_refused(tensors, cfg, tmp_path):
     name = "blocks.0.mlp.fc.weight.codes"
     (tmp_path / "x.ptz").write_bytes(t.pack(tensors | {name: tensors[name].float() * float("nan")}, False, cfg))
-    with pytest.raises(t.InputError, match="blocks.0.mlp.fc.weight is empty, or .* has codes that are not int8"):
+    with pytest.raises(t.InputError, match="'blocks.0.mlp.fc.weight.codes' of 'float32'"):
         tool.contents(tmp_path / "x.ptz", CODE)
 
 

@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -56,11 +57,45 @@ def test_a_slow_first_step_does_not_derail_the_rate(monkeypatch):
 
 @pytest.mark.parametrize("asked, device, seconds, compiler, expected", [
     ("auto", "cuda", 600, None, True), ("auto", "cpu", 600, "g++", False), ("auto", "cpu", 601, "g++", True), ("auto", "cpu", 601, None, False),
-    ("auto", "cpu", 0, "g++", False), ("on", "cpu", 1, None, True), ("off", "cuda", 600, "g++", False), ("off", "cpu", 900, "g++", False)])
+    ("auto", "cpu", 0, "g++", False), ("on", "cpu", 1, "g++", True), ("on", "cuda", 1, None, True),
+    ("off", "cuda", 600, "g++", False), ("off", "cpu", 900, "g++", False)])
 def test_auto_compiles_on_a_gpu_and_in_long_runs_on_a_cpu_that_has_a_compiler(monkeypatch, asked, device, seconds, compiler, expected):
     monkeypatch.setattr(t.shutil, "which", lambda name: compiler)
     cfg = dataclasses.replace(CARD, compile=asked, max_wallclock_seconds=seconds)
     assert t.Ranks(device=torch.device(device)).compiles(cfg) is expected
+
+
+def test_compilation_that_is_asked_for_without_a_compiler_is_refused(monkeypatch):
+    monkeypatch.setattr(t.shutil, "which", lambda name: None)
+    with pytest.raises(t.InputError, match="COMPILE=on needs a C[+][+] compiler: .*COMPILE=off"):
+        t.Ranks().compiles(dataclasses.replace(CARD, compile="on"))
+
+
+SHORT = dataclasses.replace(CARD, max_wallclock_seconds=600.0, iterations=20_000, warmdown_iters=3500, averaging="ema")
+
+
+@pytest.mark.parametrize("changes, step_seconds, words", [
+    ({}, 0.09, []), ({}, 0.56, ["about 1070 steps fit, fewer than WARMDOWN_ITERS=3500: the learning rate starts at 31 %.*MAX_WALLCLOCK_SECONDS=4800"]),
+    (dict(max_wallclock_seconds=4800.0), 0.56, []), (dict(warmdown_iters=0, warmdown_frac=0.5), 0.56, []),
+    (dict(max_wallclock_seconds=0.0, iterations=1000), 0.56, ["about 1000 steps fit"]),
+    (dict(warmdown_iters=0), 0.09, ["never falls below LATE_QAT_THRESHOLD=0.15"]), (dict(warmdown_iters=0, late_qat_threshold=0.0), 0.09, []),
+    (dict(warmdown_iters=3), 0.09, ["never falls below LATE_QAT_THRESHOLD=0.15"]), (dict(warmdown_iters=0, late_qat_threshold=2.0), 0.09, []),
+    (dict(averaging="swa"), 0.09, []), (dict(averaging="swa", swa_every=5000), 0.09, ["SWA takes no snapshot; lower SWA_EVERY=5000"]),
+    (dict(averaging="swa", warmdown_iters=0, late_qat_threshold=0.0), 0.09, ["SWA takes no snapshot"])], ids=str)
+def test_schedules_that_never_act_in_the_time_are_told(changes, step_seconds, words):
+    found = t.schedule_warnings(step_seconds, dataclasses.replace(SHORT, **changes))
+    assert len(found) == len(words) and all(re.search(wanted, text) for wanted, text in zip(words, found)), found
+
+
+@pytest.mark.parametrize("seconds", [0.01, 0.09, 0.56, 3.0])
+def test_the_predicted_start_of_the_rate_is_the_one_that_training_takes(seconds):
+    """By the loop's own two functions: steps until the time is out, the rate of the first."""
+    cfg, elapsed, steps = dataclasses.replace(SHORT, warmdown_iters=10**6), 0.0, 0
+    while steps < cfg.iterations and not (steps and t.out_of_time(elapsed, seconds, cfg)):
+        elapsed, steps = elapsed + seconds, steps + 1
+    text = t.schedule_warnings(seconds, cfg)[0]
+    assert abs(int(re.search(r"about (\d+) steps", text)[1]) - steps) <= 1
+    assert f"starts at {100 * t.lr_scale(0, 0.0, seconds, cfg):.0f} %" in text
 
 
 def test_paused_time_does_not_count(monkeypatch):

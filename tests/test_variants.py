@@ -102,7 +102,7 @@ def test_two_processes_train_and_score_as_one_does(finished):
 def test_the_artifact_alone_is_scored_as_the_run_scored_it(finished, dataset, tmp_path):
     """In a fresh process, by its LoRA (pr1127) and with its loops on (pr1812)."""
     variant, folder, out, _ = finished
-    paths = {name: dataset[name] for name in ("DATA_PATH", "TOKENIZER_PATH")}
+    paths = {name: dataset[name] for name in ("DATA_PATH", "TOKENIZER_PATH")} | dict(VAL_MAX_TOKENS="520")
     artifact = str(folder / "final_model.int6.ptz")
     again = run(paths | {"EVAL_ONLY": "1", "ARTIFACT": artifact, "OUTPUT_DIR": str(tmp_path), "DTYPE": "fp32"}, cwd=tmp_path).stdout
     assert finals(again) == finals(out) and f"variant:{variant} " in again

@@ -279,7 +279,7 @@ def attention_kernels(cfg: t.Config, ranks: t.Ranks) -> Iterator[dict[str, Any]]
     shape, heads = (cfg.micro_batch_tokens // cfg.train_seq_len, cfg.train_seq_len), (cfg.num_heads, cfg.num_kv_heads)
     *qkv, dy = (torch.randn(*shape, n, cfg.head_dim, generator=draw, device=ranks.device)
                 for n in (*heads, heads[1], heads[0]))
-    for name in (*t.FLASH_PACKAGES, *t.TORCH_KERNELS):
+    for name in t.FLASH_PACKAGES:
         try:
             yield dict(name=name, **attention_kernel(name, cfg, ranks, qkv, dy))
         except (t.InputError, RuntimeError) as fault:

@@ -92,7 +92,7 @@ def communication(cfg: t.Config, world: int, dtype: torch.dtype, drive: Callable
     with rows of 8 tokens, since they do not depend on tokens. Call it while no process group exists.
     """
     batch, cpu = 8 * world, torch.device("cpu")
-    tiny = replace(cfg, train_seq_len=8, eval_seq_len=8, eval_stride=8, ttt_chunk_tokens=8, muon_backend_steps=1, muon_coefficients="quintic",
+    tiny = replace(cfg, train_seq_len=8, eval_seq_len=8, eval_stride=8, ttt_chunk_tokens=8, muon_backend_steps=1,
                    train_batch_tokens=batch, micro_batch_tokens=batch, compile="off", early_seq_lens=(), early_seq_ends=())
     model = t.GPT(tiny, dtype=dtype)
     with torch.no_grad():
