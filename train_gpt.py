@@ -1917,7 +1917,7 @@ def schedule_warnings(step_seconds: float, cfg) -> list:
     if steps < cfg.warmdown_iters:
         texts.append(
             f"about {steps} steps fit, fewer than WARMDOWN_ITERS={cfg.warmdown_iters}: the learning rate starts at "
-            f"{100 * scales[0]:.0f} % of its peak; set WARMDOWN_ITERS=0 WARMDOWN_FRAC=0.5, or on one GPU the time that "
+            f"{100 * scales[0]:.0f} % of its peak; set WARMDOWN_ITERS=0 WARMDOWN_FRAC=0.4, or on one GPU the time that "
             "eight have, MAX_WALLCLOCK_SECONDS=4800"
         )
     if cfg.late_qat_threshold and min(scales) >= cfg.late_qat_threshold:

@@ -41,12 +41,17 @@ def test_a_fork_tells_its_output_its_memory_and_its_signal(tmp_path, capfd):
         print("line", len(bytearray(b"x") * 2**27))
         raise SystemExit(3)
 
+    def held():
+        data = bytearray(b"x") * 2**27
+        signal.pause()
+        print(len(data))
+
     with capfd.disabled():
         end = fuzz.forked(noisy, tmp_path)
         assert (end.status, end.out, end.err, end.late) == (3 << 8, f"line {2**27}\n", "", False)
         assert 2**26 < end.peak - fuzz.forked(lambda: None, tmp_path).peak < 2**28
         assert fuzz.forked(lambda: signal.raise_signal(signal.SIGUSR1), tmp_path).status == signal.SIGUSR1
-        assert fuzz.forked(noisy, tmp_path, 2**20).status == signal.SIGKILL
+        assert fuzz.forked(held, tmp_path, 2**20).status == signal.SIGKILL
         assert "ZeroDivisionError" in fuzz.forked(lambda: 1 / 0, tmp_path).err
 
 
