@@ -1192,7 +1192,10 @@ def target_bytes(stream: Array, cfg, device: torch.device) -> Tensor:
     """
     sp, paths = load_tokenizer(cfg), sorted(Path(cfg.data_path).glob("fineweb_val_bytes_*.bin"))
     tokens = torch.from_numpy(stream.astype(np.int64)).to(device)
-    by_rule = load_byte_table(cfg, device).count(tokens[:-1], tokens[1:])
+    table, met = load_byte_table(cfg, torch.device("cpu")), np.bincount(stream[1:], minlength=cfg.vocab_size) > 0
+    by_rule = ByteTable(*(part.to(device) for part in table)).count(tokens[:-1], tokens[1:])
+    if not (table.base + table.space)[met].any():
+        raise InputError(f"the validation split in DATA_PATH={cfg.data_path} has no text: its tokens have no bytes")
     if not set(CASE_MARKS).intersection("".join(map(sp.id_to_piece, range(cfg.vocab_size)))):
         return by_rule
     counts = np.concatenate([read_shard(path) for path in paths] or [stream[:0]])
@@ -2978,8 +2981,6 @@ class Scorer:
         check_tokens(stream, cfg.vocab_size, "the validation stream")
         self.tokens = torch.from_numpy(stream.astype(np.int64)).to(ranks.device)
         self.bytes = target_bytes(stream, cfg, ranks.device)
-        if not self.bytes.any():
-            raise InputError(f"the validation split in DATA_PATH={cfg.data_path} has no text: its tokens have no bytes")
         self.documents = document_spans(stream)
         self.sha256 = hashlib.sha256(stream.astype("<u2").tobytes()).hexdigest()
         self.bytes_sha256 = hashlib.sha256(self.bytes.cpu().numpy().astype("<i4").tobytes()).hexdigest()
@@ -3063,7 +3064,7 @@ class Scorer:
         loss, size = float(nll[:-1].mean()), int(self.bytes.sum())
         if not math.isfinite(loss):
             raise InputError(f"the loss is {loss} in the scoring of the model: its weights or TTT_LR are no use")
-        return Score(loss, loss * len(self.bytes) / math.log(2) / size, perf_counter() - begin)
+        return Score(loss, loss * len(self.bytes) / math.log(2) / max(size, 1), perf_counter() - begin)
 
     def plain(self, forward: Callable) -> Score:
         """Windows side by side: the quick score of training logs and of the int6 round trip."""

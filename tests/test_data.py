@@ -211,3 +211,14 @@ def test_a_character_has_its_bytes_on_both_sides_of_each_length_of_utf_8(cfg, mo
     table = t.load_byte_table(cfg, torch.device("cpu"))
     assert table.base[alone].tolist() == table.base[spaced].tolist() == [*sizes.values()]
     assert not table.space[alone].any() and table.space[spaced].all() and not table.boundary[alone + spaced].any()
+
+
+@pytest.mark.parametrize("text, refused", [([], True), ([3, 2], True), ([300], False)])
+def test_a_split_without_text_is_refused(cfg, text, refused):
+    """BOS and unknown pieces have no bytes, so that bits for each byte would be those for nothing."""
+    stream = np.array([t.BOS, *[t.BOS] * 9, *text])
+    if refused:
+        with pytest.raises(t.InputError, match="has no text"):
+            t.target_bytes(stream, cfg, torch.device("cpu"))
+    else:
+        assert int(t.target_bytes(stream, cfg, torch.device("cpu")).sum()) > 0

@@ -149,7 +149,8 @@ def stand_in(t):
 
     def load_tokenizer(_, cfg):
         return SimpleNamespace(is_control=lambda i: i < 3, is_unknown=lambda i: i == 3, is_unused=lambda i: False, is_byte=lambda i: i < 259,
-                               id_to_piece=lambda i: f"\u2581{i}" if i % 2 else str(i))
+                               id_to_piece=lambda i: f"<0x{i - 3:02X}>" if 3 < i < 259 else f"\u2581{i}" if i % 2 else str(i),
+                               bos_id=lambda: t.BOS, encode=lambda text: [])
 
     def coding_plans(original, *args):
         with mock.patch.object(torch.Tensor, "__bool__", lambda tensor: True):
