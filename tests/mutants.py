@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 JOBS = 2
 # files that look at a section, those that end soonest first; all others follow
 TESTS = {
-    "Configuration": "config neutral loader ttt",
-    "Ranks, clock, log": "schedule optimizer gptq run",
+    "Configuration": "config rules settings neutral loader ttt",
+    "Ranks, clock, log": "schedule optimizer gptq faults facts run",
     "Data": "loader data documents config",
     "Model": "documents reference model neutral published",
     "Optimizer": "muon optimizer schedule reference",
@@ -28,11 +28,11 @@ TESTS = {
     "Averaging": "schedule optimizer run",
     "Quantization": "quantize gptq fit reference",
     "Entropy coding": "entropy compress",
-    "Artifact": "compress artifact fit entropy",
-    "Training": "documents training schedule gptq fit optimizer run",
+    "Artifact": "compress artifact fit entropy faults",
+    "Training": "documents training schedule gptq fit optimizer faults facts run",
     "Evaluation": "evaluate audit adapt ttt",
     "Test-time training": "ttt adapt audit",
-    "Report and main": "training adapt run artifact evaluate",
+    "Report and main": "training adapt eval_only facts faults run artifact evaluate",
 }
 
 

@@ -110,9 +110,10 @@ def watch_evaluation(t, meter):
         return functools.partial(marking, original(*args))
 
     def save_artifact(original, *args):
-        original(*args)
+        digest = original(*args)
         if os.environ.get("NULLGPU_STOP") == "trained":
             raise Trained
+        return digest
 
     def one_pass(name, run):
         meter.enter(name)
@@ -156,6 +157,7 @@ def stand_in(t):
         with mock.patch.object(torch.Tensor, "__bool__", lambda tensor: True):
             return original(*args)
 
+    t.FREE_WEIGHTS = 2**31  # weights that nothing computes are zeros, which pack into a kilobyte
     around(t, "load_tokenizer", load_tokenizer)
     around(t, "coding_plans", coding_plans)
 
