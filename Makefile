@@ -7,7 +7,7 @@ MADE_WITH := $(shell cat .venv/ready 2> /dev/null)
 TORCH ?= $(if $(filter-out cpu torch,$(MADE_WITH)),torch==2.13.0,$(or $(MADE_WITH),torch==2.13.0))
 CUDA_TORCH ?= torch==2.9.1  # the contest's: on Linux the package index gives its CUDA build (about 6 GB)
 
-LOG ?= logs/2026-11-22_demo.txt  # the committed log that submission.json is made of
+LOG ?= logs/2026-11-29_demo.txt  # the committed log that submission.json is made of
 
 TORCH_PIP := $(TORCH)
 TORCH_NOTE := pip fetches $(TORCH): 2.7 GB for the CUDA build on Linux. Without an NVIDIA GPU: `make $(MAKECMDGOALS) TORCH=cpu`, 0.2 GB
