@@ -149,6 +149,13 @@ def test_a_log_on_a_full_disk_ends_no_run_and_is_told_once(cfg, capsys):
     assert said.err.count("WARNING: cannot write to /dev/full (") == 1 and said.err.count("\n") == 1
 
 
+def test_every_warning_stands_in_the_result(cfg):
+    log = t.Log(cfg, t.Ranks())
+    log.warn("first", "second")
+    log.warn("third")
+    assert log.facts["warnings"] == ["first", "second", "third"] and log.path.read_text().count("WARNING: ") == 3
+
+
 def test_an_audit_that_cannot_be_written_does_not_end_an_evaluation(cfg, log, tmp_path, capsys):
     (folder := tmp_path / "gone").mkdir()
     cfg = dataclasses.replace(cfg, audit=str(folder / "audit.npz"), val_max_tokens=100)
@@ -246,6 +253,15 @@ def test_no_training_data_are_read_while_the_clock_stands(cfg, monkeypatch):
         time.sleep(0.05)
         assert len(reading) == count
     assert found == order  # and no batch is lost
+
+
+@pytest.mark.parametrize("seconds, over", [(9.5, 0.0), (10.0, 0.0), (10.5, 0.5)])
+def test_the_time_over_the_limit_counts_from_the_whole_limit(cfg, log, seconds, over):
+    """Of which GPTQ's reserve is a part."""
+    t.report_end(3, seconds, dataclasses.replace(cfg, quantizer="gptq", max_wallclock_seconds=10.0, gptq_reserve_seconds=4.0), log)
+    assert log.facts["train_over_limit_seconds"] == over and ("warnings" in log.facts) == (over > 0)
+    t.report_end(3, 1e6, dataclasses.replace(cfg, max_wallclock_seconds=0.0), log)
+    assert log.facts["train_over_limit_seconds"] == 0
 
 
 def test_a_step_that_passes_the_limit_is_told(env):
