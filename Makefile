@@ -7,7 +7,7 @@ MADE_WITH := $(shell cat .venv/ready 2> /dev/null)
 TORCH ?= $(if $(filter-out cpu torch,$(MADE_WITH)),torch==2.13.0,$(or $(MADE_WITH),torch==2.13.0))
 CUDA_TORCH ?= torch==2.9.1  # the contest's: on Linux the package index gives its CUDA build (about 6 GB)
 
-LOG ?= logs/2026-11-29_demo.txt  # the committed log that submission.json is made of
+LOG ?= logs/2026-11-29_demo.txt  # `make submission` reads this log
 
 TORCH_PIP := $(TORCH)
 TORCH_NOTE := pip fetches $(TORCH): 2.7 GB for the CUDA build on Linux. Without an NVIDIA GPU: `make $(MAKECMDGOALS) TORCH=cpu`, 0.2 GB
@@ -86,7 +86,7 @@ check-gpu: python  # with the torch of the machine: it needs nothing else
 bench: .venv/ready
 	.venv/bin/python -m tools.bench
 
-submission: .venv/ready  # submission.json from LOG and the commit that it tells
+submission: .venv/ready  # writes submission.json from LOG; the script comes from the commit that wrote it
 	.venv/bin/python -m tools.record $(LOG) --non-record --submission-only submission.json --name "One readable file, CPU check run" \
 		--author "the founder-engineer of this project" \
 		--blurb "Not an entry: nothing has been run on 8xH100 or on FineWeb. A run on CPU cores that shows that every stage works."

@@ -1,7 +1,6 @@
 """Token shards for train_gpt.py, in the contest's format.
 
     python data/prepare.py demo                               # from text that Python itself carries; needs no network
-    python data/prepare.py smoke                              # the same for VARIANT=smoke, in seconds
     python data/prepare.py download sp1024 --train-shards 80  # the contest's published export
     python data/prepare.py tokenize docs.jsonl.zst --tokenizer data/tokenizers/fineweb_1024_bpe.model --name mine_sp1024
     python data/prepare.py tokenize docs.jsonl --vocab-size 1024 --name mine_sp1024 --val-docs 500  # trains one
@@ -241,7 +240,7 @@ def build(folder: Path, model: Path, sources: dict[str, Iterator[Block]], worker
 def byte_table(model: Path) -> train_gpt.ByteTable:
     """The contest's byte rule for a tokenizer. Raises InputError where train_gpt.py refuses it."""
     cfg = train_gpt.Config(tokenizer_path=str(model), vocab_size=processor(model).vocab_size())
-    return train_gpt.load_byte_table(cfg, torch.device("cpu"))
+    return train_gpt.load_byte_table(cfg)
 
 
 def memory(workers: int) -> str:
@@ -318,7 +317,7 @@ def unfinished(folder: Path, plan: dict | None) -> Iterator[tuple[Path, dict]]:
             path.unlink()
         try:
             yield partial, progress
-        except InputError:
+        except (InputError, OSError):
             if not progress.get("train", {}).get("files"):
                 shutil.rmtree(partial)
             raise
@@ -657,30 +656,18 @@ def python_documents() -> list[str]:
 
 
 def demo(args: argparse.Namespace) -> None:
-    """The data of VARIANT=demo, unless it is there already."""
-    make_small("demo", "demo_sp1024", "demo_1024_bpe", python_documents, args)
-
-
-def smoke(args: argparse.Namespace) -> None:
-    """The data of VARIANT=smoke, unless it is there already: Python's language reference, in a few seconds."""
-    from pydoc_data.topics import topics
-
-    make_small("smoke", "smoke", "smoke", lambda: [topics[name] for name in sorted(topics)], args)
-
-
-def make_small(variant: str, name: str, model_name: str, read: Callable[[], list[str]], args: argparse.Namespace) -> None:
-    """A dataset of documents that Python carries, for a VARIANT, and a tokenizer of 1,024 pieces trained on them."""
-    folder, model = args.root / "datasets" / name, args.root / "tokenizers" / f"{model_name}.model"
+    """The data of VARIANT=demo, unless it exists: documents that Python carries, and a tokenizer of 1,024 pieces."""
+    folder, model = args.root / "datasets" / "demo_sp1024", args.root / "tokenizers" / "demo_1024_bpe.model"
     if (folder / "manifest.json").is_file() and model.is_file():
         print(f"{folder} is there already")
         return
     if folder.exists():
         raise InputError(f"{folder} is there, but not whole, or {model} is missing; remove it and repeat the command")
-    documents = read()
+    documents = python_documents()
     if args.val_docs >= len(documents):
         raise InputError(f"--val-docs {args.val_docs} leaves nothing to train on: there are {len(documents)} documents")
     train_tokenizer(documents[args.val_docs :], 1024, model)
-    write_dataset(folder, model, documents[: args.val_docs], documents[args.val_docs :], args.workers, variant)
+    write_dataset(folder, model, documents[: args.val_docs], documents[args.val_docs :], args.workers, "demo")
 
 
 def identity(path: Path) -> list:
@@ -791,11 +778,10 @@ def parser() -> argparse.ArgumentParser:
     cli.add_argument("--root", type=Path, default=HERE, help="folder of datasets/ and tokenizers/ (default: data/)")
     commands = cli.add_subparsers(required=True)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    for run, val_docs in ((demo, 40), (smoke, 5)):
-        make = commands.add_parser(run.__name__, help=run.__doc__)
-        make.add_argument("--val-docs", type=positive, default=val_docs, help="validation documents (default: %(default)s)")
-        make.add_argument("--workers", type=workers, default=cores, help="processes (default: one a core)")
-        make.set_defaults(run=run)
+    make = commands.add_parser("demo", help=demo.__doc__)
+    make.add_argument("--val-docs", type=positive, default=40, help="validation documents (default: %(default)s)")
+    make.add_argument("--workers", type=workers, default=cores, help="processes (default: one a core)")
+    make.set_defaults(run=demo)
     get = commands.add_parser("download", help=download.__doc__)
     get.add_argument("variant", help="sp1024, sp4096, sp8192, or what else stands after fineweb10B_ on the hub")
     get.add_argument("--train-shards", type=whole_number(0), default=80, help="the first ones, 200 MB each (default: %(default)s)")

@@ -11,6 +11,7 @@ import prepare
 import pytest
 import torch
 from helpers import forked
+from helpers.smoke import SMOKE
 
 import train_gpt as t
 
@@ -20,9 +21,9 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(config, items):
-    """Files that take longest come first (a file stays on one worker), so that no worker is left with one at the end."""
+    """Put the slowest files first: a file stays on one worker, so none of them starts at the end."""
     longest = ["test_variants", "test_audit", "test_run", "test_adapt", "test_reference", "test_muon"]
-    if hasattr(config, "workerinput"):  # one process alone goes by the command line
+    if hasattr(config, "workerinput"):  # one process keeps the order of the command line
         items.sort(key=lambda item: longest.index(item.path.stem) if item.path.stem in longest else len(longest))
 
 
@@ -36,7 +37,7 @@ def documents():
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory, documents):
-    """The environment that points at a tokenizer of 384 pieces and at shards of both splits."""
+    """Environment variables of a tokenizer of 384 pieces and of shards of both splits."""
     root = tmp_path_factory.mktemp("data")
     model = root / "tiny.model"
     prepare.train_tokenizer(documents, 384, model)
@@ -46,8 +47,8 @@ def dataset(tmp_path_factory, documents):
 
 @pytest.fixture
 def env(dataset, tmp_path):
-    """The smallest run: the smoke variant over the tiny dataset, all output in a folder of its own."""
-    return dict(dataset, VARIANT="smoke", OUTPUT_DIR=str(tmp_path), VAL_MAX_TOKENS="700", RUN_ID="test")
+    """The smallest run over the tiny dataset, all output in a folder of its own."""
+    return dict(SMOKE, **dataset, OUTPUT_DIR=str(tmp_path), VAL_MAX_TOKENS="700", RUN_ID="test")
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def log(cfg):
 
 
 def make_model(cfg, seed=0):
-    """A model with every parameter away from its special initial value, so that no term of the maths is hidden by a zero."""
+    """A model with noise on every parameter, so that no initial zero hides a term."""
     model = t.GPT(cfg)
     model.init_weights(cfg)
     draw = torch.Generator().manual_seed(seed)
@@ -73,20 +74,20 @@ def make_model(cfg, seed=0):
     return model
 
 
-def coded_rows(w, grid, cfg, hessian=None):
-    """Codes and steps of w by the row rule: rounded, or by GPTQ with a Hessian."""
-    return t.quantize_rows(t.row_plan(w, grid, cfg, hessian))
+def coded_rows(w, spec, cfg, hessian=None):
+    """Codes and scales of w with scales per row: rounded, or by GPTQ with a Hessian."""
+    return t.quantize_rows(t.row_plan(w, spec, cfg, hessian))
 
 
-def coded(weights, grid_of, cfg, hessians=None):
-    """The tensors of an artifact by the row rule; GPTQ for the names that have a Hessian."""
+def coded(weights, specs, cfg, hessians=None):
+    """The tensors of an artifact with scales per row; GPTQ for the names that have a Hessian."""
     costs = {name: t.Curvature(hessian, torch.zeros(len(weights[name]))) for name, hessian in (hessians or {}).items()}
-    return t.quantize(weights, t.coding_plans(weights, grid_of, cfg, costs))
+    return t.quantize(weights, t.quant_plans(weights, specs, cfg, costs))
 
 
 def run(env, *args, processes=1, script=ROOT / "train_gpt.py", check=True, cwd=None, fresh=False):
-    """Run the script, or the module of a name, with only `env` set; returns the finished process. `fresh`: by a python, or a torchrun, that
-    imports all anew.
+    """Run the script, or a module by its name, with only the options of `env` set. Returns the finished process. `fresh`: in a new
+    python or torchrun instead of a fork.
     """
     clean = {k: v for k, v in os.environ.items() if k.lower() not in t.Config.__dataclass_fields__}
     what, place = (["-m", script], {"PYTHONPATH": str(ROOT)}) if isinstance(script, str) else ([str(script)], {})
@@ -101,7 +102,7 @@ def run(env, *args, processes=1, script=ROOT / "train_gpt.py", check=True, cwd=N
 
 
 def tool(module, *args, **how):
-    """The finished process of a tool, from any folder."""
+    """Run a tool from any folder. Returns the finished process."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run([sys.executable, "-m", module, *map(str, args)], env=env, capture_output=True, text=True, **how)
 
@@ -110,7 +111,7 @@ WIRE_TYPES = ("int8", "uint8", "uint16", "uint32", "float16", "float32")
 
 
 def as_claimed(header, file_bytes):
-    """Layouts for t.unpack of tensors that belong to no model: whatever the header claims, up to 64 MB."""
+    """Layouts for t.unpack of tensors without a model: those of the header, up to 64 MB."""
     layouts = {}
     for name, dtype, shape in header["tensors"]:
         if dtype not in WIRE_TYPES or not all(type(n) is int and n >= 0 for n in shape) or math.prod(shape) > 2**26:

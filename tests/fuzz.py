@@ -39,6 +39,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(t.__file__).resol
 import encode  # noqa: E402
 import prepare  # noqa: E402
 from helpers import damaged  # noqa: E402
+from helpers.smoke import SMOKE  # noqa: E402
 
 CPU_SECONDS, WALL_SECONDS, MEMORY, MESSAGE = 10, 120, 2**30, 3000
 FAULTS = ("traceback", "crash", "memory", "slow", "wrong")
@@ -56,7 +57,7 @@ class Trial(NamedTuple):
 
 
 class End(NamedTuple):
-    """How a fork ended: wait status, CPU seconds, highest resident bytes less its parent's at the fork, output, whether it ran too long."""
+    """How a fork ended: wait status, CPU seconds, highest resident bytes less those at its start, output, whether it ran too long."""
 
     status: int
     seconds: float
@@ -75,10 +76,9 @@ def resident(pid: int) -> int:
 
 
 def forked(function, folder: Path, most: float = math.inf) -> End:
-    """Call `function` in a fork of this process. It is killed when it has `most` bytes more, or after WALL_SECONDS."""
+    """Call `function` in a fork of this process. It is killed when it has `most` bytes more than at its start, or after WALL_SECONDS."""
     sys.stdout.flush()
     sys.stderr.flush()
-    before = resident(os.getpid())
     if not (pid := os.fork()):
         code: Any = 70
         try:
@@ -95,16 +95,17 @@ def forked(function, folder: Path, most: float = math.inf) -> End:
             sys.stderr.flush()
             os._exit(code or 0)
     end, late = time.monotonic() + WALL_SECONDS, False
+    before = peak = resident(pid)  # a fork has fewer pages than its parent, and some kernels do not count the peak of one, so look often
     while not (ended := os.wait4(pid, os.WNOHANG))[0]:
-        late = time.monotonic() > end
-        if late or resident(pid) - before > most:
+        late, peak = time.monotonic() > end, max(peak, resident(pid))
+        if late or peak - before > most:
             os.kill(pid, signal.SIGKILL)
             ended = os.wait4(pid, 0)
             break
         time.sleep(0.005)
     _, status, usage = ended
     out, err = ((folder / f"std{number}").read_text(errors="backslashreplace") for number in (1, 2))
-    return End(status, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 - before, out, err, late)
+    return End(status, usage.ru_utime + usage.ru_stime, max(peak, usage.ru_maxrss * 1024) - before, out, err, late)
 
 
 def unsound(out: str, least: int) -> str:
@@ -159,17 +160,17 @@ class Place:
         documents = [" ".join(topics[name].split()) for name in sorted(topics)][:40]  # no white space that a tokenizer joins, so exact sidecars
         prepare.train_tokenizer(documents, 384, root / "tiny.model")
         encode.train_tokenizer(documents, 400, root / "case.model", "v1")
-        short = [f"{number}." for number in range(300)]  # many documents at once are many adapters at once
+        short = [f"{number}." for number in range(300)]  # many documents at once are many LoRAs at once
         for name in ("tiny", "case"):
             with contextlib.redirect_stdout(sys.stderr):
                 prepare.write_dataset(root / name, root / f"{name}.model", documents[:3] + short, documents[3:], workers=1)
         common = dict(RUN_ID="fuzz", OUTPUT_DIR=str(self.trial), VAL_MAX_TOKENS=str(TARGETS))
         self.data = {name: dict(common, DATA_PATH=str(root / name), TOKENIZER_PATH=str(root / f"{name}.model")) for name in ("tiny", "case")}
-        quick = dict(VARIANT="smoke", ITERATIONS="1", WARMUP_STEPS="0", EVAL_STRIDE="32")
+        quick = SMOKE | dict(ITERATIONS="1", WARMUP_STEPS="0", EVAL_STRIDE="32")
         self.train = self.data["tiny"] | quick | dict(VOCAB_SIZE="384", TTT_EPOCHS="0")
         lora = dict(TTT_SCOPE="document", TTT_LORA_RANK="4", TTT_CHUNK_TOKENS="16", TTT_GRAD_CLIP="0", TTT_PARAMS="*.c_q.weight,tok_emb.weight")
         lora |= dict(DOCUMENT_ATTENTION="1")
-        looped = dict(QUANTIZER="gptq", MEAN_STEP="0.05", NUM_LOOPS="1", LOOP_START="1", LOOP_END="2", ENABLE_LOOPING_AT="0")
+        looped = dict(QUANTIZER="gptq", MEAN_SCALE="0.05", NUM_LOOPS="1", LOOP_START="1", LOOP_END="2", ENABLE_LOOPING_AT="0")
         self.bases = {}
         for name, changes in dict(zstd={}, brotli=lora, rans=looped, case={}).items():
             data, path = self.data["case" if name == "case" else "tiny"], root / f"{name}.ptz"
@@ -227,7 +228,7 @@ def forged_trials(place: Place, count: int, seed: int):
     env = {name: value for name, value in place.bases["zstd"].env.items() if name != "VAL_MAX_TOKENS"}
     for kind, name, refuse, forge in damaged.forgeries(bases, Random(f"forged {seed}")):
         kinds[kind].append(Trial(f"artifacts, forged: {kind}", name, place.bases["zstd"].env, partial(write_artifact, forge), refuse))
-        if kind in ("sizes", "settings, extremes") or "VAL_MAX_TOKENS" in name:  # the environment must not hide what the file says
+        if kind in ("sizes", "settings, extremes"):  # the environment must not hide what the file says
             kinds[kind][-1] = kinds[kind][-1]._replace(env=env)
     for trials in kinds.values():
         Random(seed).shuffle(trials)

@@ -86,16 +86,16 @@ checkpoint_every           0         =       =        =        =       =        
 train_log_every            500       =       =        =        =       =        =         20     | ours
 val_loss_every             0         =       =        =        =       =        =         =      | c16.1: all logs of #150; others ours
 
-matrix_bits                6         =       =        =        =       =        8         =      | c9.3; frontier ours, under a mean step
+matrix_bits                6         =       =        =        =       =        8         =      | c9.3; frontier ours, under a mean scale
 embed_bits                 8         16      =        16       16      =        =         =      | c9.3, pr490 by 490s; frontier ours (#2135: 7)
 table_bits                 0         6       =        8        6       =        =         =      | c9.3
 clip_shares                1,0.95,0.9,0.85,0.8,0.7 1 1 1      =       =        =         =      | c9.2: row maximum; card and pr1127 ours
-step_floor                 1         =       =        =        =       =        =         0      | c9.2
+min_clip                 1         =       =        =        =       =        =         0      | c9.2
 matrix_clip_sigmas         0         =       =        =        =       13.3     =         =      | sys: 12.85 as published
 embed_clip_sigmas          0         =       =        =        =       20       =         =      | c9.3
 quantizer                  rtn       =       =        gptq     =       gptq     gptq      =      | c9.4, c9.5; f8
-mean_step                  0         =       =        =        =       =        0.1       =      | ours
-step_power                 0.75      =       =        =        =       =        =         =      | ours
+mean_scale                  0         =       =        =        =       =        0.1       =      | ours
+scale_power                 0.75      =       =        =        =       =        =         =      | ours
 gptq_calibration_batches   8         =       =        =        =       64       =         =      | c9.4, c9.5; frontier ours (#2135: 32)
 gptq_reserve_seconds       4         =       =        =        =       12       =         =      | c9.5: #1493's 12; others ours
 gptq_damping               0.01      =       =        =        =       =        =         =      | c9.4, c9.5
@@ -108,19 +108,19 @@ eval_seq_len               0         =       =        =        =       =        
 eval_stride                64        =       =        =        =       =        1024      128    | c11.2; frontier ours
 ttt_epochs                 1         3       3        3        =       4        =         =      | c12; card by T6
 ttt_scope                  document  stream  stream   stream   stream  stream   =         =      | c12, score first
-ttt_chunk_tokens           128       32768   32768    131072   32768   65536    =         =      | c12: T4, T5; the first two as #549; 128 ours
-ttt_first_chunk_tokens     0         =       =        =        =       =        =         =      | ours
-ttt_lora_rank              8         0       0        0        =       0        =         =      | c12: T6, also for the title of #1127
-ttt_lora_scale             1         =       =        =        =       =        =         =      | c12: T6, no alpha
-ttt_softcap                0         =       =        =        =       =        =         =      | ours
+ttt_chunk_tokens           64        32768   32768    131072   32768   65536   48       128     | c12: T4, T5; the first two as #549; card and demo ours
+ttt_lora_rank              80        0       0        0        8       0       =        8       | f8; pr1127 by its title; demo ours
+ttt_lora_scale             1.8       1       1        1        1       1       =        1       | f8: alpha 144; c12: T6, no alpha
 ttt_optimizer              adamw     sgd     sgd      =        =       sgd      =         =      | c12
-ttt_lr                     0.01      0.002   0.002    1e-4     =       0.005    =         0.02   | c12; demo ours
+ttt_lr                     0.0002    0.002   0.002    1e-4     0.01    0.005   =        0.02    | c12; card and demo ours
+ttt_expert_lrs             0         ()      ()       ()       ()      ()      =        ()      | ours, no published entry has it
+ttt_share                  0.05      =       =        =        =       =       =        =       | ours
 ttt_cosine_floor           1         =       =        0.1      =       0        =         =      | c12: T1 constant, T4, T5
 ttt_cosine_tokens          0         =       =        62021632 =       40540160 =         =      | c0, sys
-ttt_momentum               0.9       =       =        =        =       =        =         =      | c12
+ttt_momentum               0         0.9     0.9      0.9      0.9     0.9     =        0.9     | c12; f8
 ttt_nesterov               0         =       =        =        =       1        =         =      | c12: T5
-ttt_beta2                  0.95      0.999   0.999    0.999    =       0.999    =         =      | c12: T4, T6; SGD has none
-ttt_weight_decay           0         =       =        =        =       =        =         =      | c12
+ttt_beta2                  0.99      0.999   0.999    0.999    0.95    0.999   =        0.95    | c12: T4, T6; f8; SGD has none
+ttt_weight_decay           0.5       0       0        0        0       0       =        0       | c12; 0.5: #1855
 ttt_z_loss                 0         =       =        =        =       1e-5     =         =      | c12: T5
 ttt_temperature            1         =       =        0.98     =       =        =         =      | c9.6
 ttt_batch_seqs             64        32      32       =        32      32       =         =      | c12; pr1127 ours
@@ -129,14 +129,15 @@ ttt_grad_clip              0         1       1        1        1       1        
 
 ALL_BUT_TWO_BLOCKS = "*,!blocks.0.*,!blocks.1.*"
 QUERY_VALUE_HEAD = "*.c_q.weight,*.c_v.weight,tok_emb.weight"
+ALL_BUT_KEYS = "blocks.*.weight,!*.c_k.weight,tok_emb.weight"
 TTT_PARAMS = dict(
-    card=QUERY_VALUE_HEAD,  # c12, T6
+    card=ALL_BUT_KEYS,  # f8
     pr150=ALL_BUT_TWO_BLOCKS,  # c12, T1: TTT_FREEZE_BLOCKS=2
     pr455=ALL_BUT_TWO_BLOCKS,
     pr490="blocks.9.*,blocks.10.*,*.attn_scale,*.mlp_scale,bigram.scale,tok_emb.*",  # c12, T4
     pr1127=QUERY_VALUE_HEAD,  # T6, for the LoRA of its title
     pr1812="*.weight",  # c12, T5: parameters of 10,000 elements or more
-    frontier=QUERY_VALUE_HEAD,  # ours; #2135 adapts Q, V, O, MLP and head
+    frontier=ALL_BUT_KEYS,  # f8: Q, V, O, MLP and head
     demo=QUERY_VALUE_HEAD,
 )
 

@@ -7,6 +7,7 @@ import statistics
 
 import pytest
 from conftest import tool
+from helpers.smoke import SMOKE
 
 PARTS = {"no smear gate": dict(SMEAR_GATE=0)}
 
@@ -15,7 +16,7 @@ PARTS = {"no smear gate": dict(SMEAR_GATE=0)}
 def done(dataset, tmp_path_factory):
     """(file of parts, folder of runs, table)."""
     folder = tmp_path_factory.mktemp("ablation")
-    base = dataset | dict(VARIANT="smoke", ITERATIONS=2, VAL_MAX_TOKENS=70, VAL_LOSS_EVERY=0, TTT_EPOCHS=0, MAX_WALLCLOCK_SECONDS=0)
+    base = SMOKE | dataset | dict(ITERATIONS=2, VAL_MAX_TOKENS=70, VAL_LOSS_EVERY=0, TTT_EPOCHS=0, MAX_WALLCLOCK_SECONDS=0)
     (folder / "parts.json").write_text(json.dumps(dict(base=base, parts=PARTS)))
     made = tool("tools.ablation", folder / "parts.json", "--out", folder / "runs", "--seeds", 1, 2, "--jobs", 2)
     assert made.returncode == 0, made.stderr
@@ -82,7 +83,7 @@ def test_a_part_that_is_slower_has_fewer_steps_in_equal_seconds(done, tmp_path):
 
 @pytest.mark.parametrize("contents, words", [
     ("[]", "is not "), ('{"base": {}}', "is not "), ('{"base": {}, "parts": {"a b": {}, "a-b": {}}}', "two parts have one name"),
-    ('{"base": {"VARIANT": "smoke", "DATA_PATH": "none"}, "parts": {}}', "base, seed 1, ended with 1: train_gpt.py: no fineweb_val_"), (None, "cannot read")])
+    ('{"base": {"DATA_PATH": "none"}, "parts": {}}', "base, seed 1, ended with 1: train_gpt.py: no fineweb_val_"), (None, "cannot read")])
 def test_mistakes_end_in_one_line(tmp_path, contents, words):
     if contents:
         (tmp_path / "parts.json").write_text(contents)

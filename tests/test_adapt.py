@@ -10,13 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_model
+from helpers.smoke import SMOKE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt as t
 
 SMALL = dict(num_layers=2, ve_layers=(1,), xsa_last_n=1, ttt_chunk_tokens=64, ttt_epochs=2, eval_stride=16)
-CFG = dataclasses.replace(t.Config.from_env({"VARIANT": "smoke", "VOCAB_SIZE": "40"}), **SMALL)
+CFG = dataclasses.replace(t.Config.from_env({**SMOKE, "VOCAB_SIZE": "40"}), **SMALL)
 KINDS = {
     "sgd": dict(ttt_lr=0.02),
     "nesterov": dict(ttt_lr=0.02, ttt_nesterov=True, ttt_z_loss=1e-3, ttt_params=("*.weight",)),
@@ -24,8 +25,8 @@ KINDS = {
     "lora": dict(ttt_lora_rank=4, ttt_params=t.Config.ttt_params, ttt_optimizer="adamw", ttt_lr=0.02),
     "document": dict(ttt_scope="document", ttt_lora_rank=4, ttt_params=t.Config.ttt_params, ttt_optimizer="adamw", ttt_lr=0.02, ttt_beta2=0.95,
                      ttt_chunk_tokens=16, ttt_grad_clip=0.0, ttt_temperature=1.1),
-    "growing": dict(ttt_scope="document", ttt_lora_rank=5, ttt_lora_scale=1.8, ttt_params=("blocks.*.weight", "tok_emb.*", "!*.c_k.*"), ttt_softcap=True,
-                     ttt_optimizer="adamw", ttt_lr=0.02, ttt_momentum=0.0, ttt_beta2=0.99, ttt_weight_decay=0.3, ttt_first_chunk_tokens=2,
+    "reuse": dict(ttt_scope="document", ttt_lora_rank=5, ttt_lora_scale=1.8, ttt_params=("blocks.*.weight", "tok_emb.*", "!*.c_k.*"),
+                     ttt_optimizer="adamw", ttt_lr=0.02, ttt_momentum=0.0, ttt_beta2=0.99, ttt_weight_decay=0.3,
                      ttt_chunk_tokens=12, ttt_epochs=1, ttt_grad_clip=0.0, document_attention=True),
 }
 LORA = dataclasses.replace(CFG, ttt_lora_rank=3, ttt_params=t.Config.ttt_params)
@@ -37,7 +38,7 @@ FIRSTS = (0, 41, 42, 60, 137, 139)  # where the documents of `text` begin
 def chunks_of_any_length():
     """How chunks are cut is clearer in short ones, which a run refuses."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(t, "LEAST_CHUNK", 1)
+        patch.setattr(t, "MIN_CHUNK", 1)
         yield
 
 
@@ -76,7 +77,7 @@ def alone_in(rank, world):
 def adapted(cfg, tokens, model=None, ranks=None):
     """Losses and chunks of all targets of a pass with test-time training, from the same weights each time."""
     model, scorer = model or make_model(cfg), scorer_of(cfg, tokens, ranks)
-    t.adaptive_score(scorer, model, [] if cfg.ttt_lora_rank else t.adapting_parameters(model, cfg), model)
+    t.evaluate_adapting(scorer, model, [] if cfg.ttt_lora_rank else t.ttt_parameters(model, cfg), model)
     return found(scorer)
 
 
@@ -84,7 +85,7 @@ def frozen(cfg, tokens):
     """The same pass over the same windows with a model that never learns."""
     scorer, model = scorer_of(cfg, tokens), make_model(cfg)
     score = partial(model, temperature=cfg.ttt_temperature)
-    scorer.by_document(score, lambda n: None) if cfg.ttt_scope == "document" else scorer.sliding(score)
+    scorer.evaluate_documents(lambda n: [(score, None)]) if cfg.ttt_scope == "document" else scorer.evaluate_sliding(score)
     return found(scorer)
 
 
@@ -117,25 +118,20 @@ def test_a_document_teaches_the_next_one_nothing():
 def test_no_rate_and_no_epochs_reproduce_the_frozen_scores_bit_for_bit(kind, off):
     cfg, tokens = cfg_of(kind), text()
     (cold, chunks), (plain, same) = adapted(dataclasses.replace(cfg, **off), tokens), frozen(cfg, tokens)
-    if kind == "growing":  # where outputs have an adapter, their scale is not folded into their weights
+    if kind == "reuse":  # a Linear with a LoRA scales its output instead of its weight
         torch.testing.assert_close(cold, plain, rtol=1e-5, atol=1e-5)
-    assert (kind == "growing" or torch.equal(cold, plain)) and torch.equal(chunks, same)
+    assert (kind == "reuse" or torch.equal(cold, plain)) and torch.equal(chunks, same)
     assert not torch.equal(adapted(cfg, tokens)[0], plain)
 
 
 @pytest.mark.parametrize("size, window", [(16, 32), (32, 32), (10, 32), (1, 8)])
 def test_documents_alone_score_as_one_document_and_one_position_at_a_time(size, window):
     cfg, tokens = cfg_of("document", ttt_chunk_tokens=size, eval_seq_len=window, eval_stride=1, ttt_batch_seqs=2), text()
-    frozen_scores_are_those_of_one_at_a_time(cfg, tokens, range(0, 200, size), window)
-
-
-def frozen_scores_are_those_of_one_at_a_time(cfg, tokens, bounds, window):
-    """Documents of `text` whose chunks lie between these bounds."""
     model, expected, chunks = make_model(cfg), [], []
     for first, end in zip(FIRSTS, [*FIRSTS[1:], len(tokens) - 1]):
         for position in range(first, end):
-            chunk = next(i for i, high in enumerate(bounds[1:]) if position - first < high)
-            start = first + max(0, bounds[chunk + 1] - window)
+            chunk = (position - first) // size
+            start = first + max(0, (chunk + 1) * size - window)
             with torch.no_grad():
                 logits = model.logits(model.hidden(tokens[None, start : position + 1]))[0, -1] / cfg.ttt_temperature
             expected.append(float(F.cross_entropy(logits.double(), tokens[position + 1])))
@@ -143,41 +139,6 @@ def frozen_scores_are_those_of_one_at_a_time(cfg, tokens, bounds, window):
     nll, index = frozen(cfg, tokens)
     np.testing.assert_allclose(nll, expected, atol=2e-5)
     assert index.tolist() == chunks
-
-
-@pytest.mark.parametrize("first, size, bounds", [
-    (0, 16, [0, 16, 32, 48, 64]), (16, 16, [0, 16, 32, 48, 64]), (1, 16, [0, 1, 2, 4, 8, 16, 32, 48, 64]),
-    (3, 16, [0, 3, 6, 12, 24, 40, 56, 72]), (5, 7, [0, 5, 10, 17, 24, 31, 38, 45, 52, 59, 66])])
-def test_chunks_grow_from_the_first_to_their_full_length(first, size, bounds):
-    scorer = scorer_of(cfg_of("document", ttt_first_chunk_tokens=first, ttt_chunk_tokens=size), text())
-    for targets in (1, 2, 17, 33, 64):
-        found = scorer.chunk_bounds(targets)
-        assert found == bounds[: len(found)] and found[-2] < targets <= found[-1]
-
-
-def test_growing_chunks_score_as_one_document_and_one_position_at_a_time():
-    cfg, tokens = cfg_of("document", ttt_first_chunk_tokens=3, ttt_chunk_tokens=16, eval_seq_len=16, eval_stride=1), text()
-    frozen_scores_are_those_of_one_at_a_time(cfg, tokens, [0, 3, 6, 12, 24, 40, 56, 72, 88, 104], 16)
-
-
-def test_two_caps_bind_the_logits_of_each_sign_and_each_row_by_its_own():
-    model, ids = make_model(CFG), text(64).view(2, 32)
-    with torch.no_grad():
-        hidden = model.hidden(ids)
-        plain, raw = model.logits(hidden), F.linear(hidden, model.tok_emb.weight)
-        model.cap_steps = torch.nn.Parameter(torch.tensor([[0.5, 0.0], [-0.2, 0.0]]).view(2, 2, 1, 1))
-        found = model.logits(hidden)
-        caps = CFG.logit_softcap * torch.where(raw[0] > 0, math.exp(0.5), math.exp(-0.2))
-        torch.testing.assert_close(found[0], caps * torch.tanh(raw[0] / caps), rtol=1e-5, atol=1e-5)
-        assert torch.equal(found[1], plain[1]) and not torch.allclose(found[0], plain[0])
-
-
-def test_the_caps_of_a_document_learn_from_it_alone():
-    cfg = dataclasses.replace(cfg_of("document"), ttt_softcap=True)
-    model = make_model(cfg)
-    params = t.attach_lora(model, t.lora_starts(model, cfg), 3, cfg)
-    assert params[-1] is model.cap_steps and params[-1].shape == (2, 3, 1, 1) and not params[-1].any()
-    assert len(params) == 1 + len(t.attach_lora(make_model(CFG), t.lora_starts(make_model(CFG), LORA), 3, LORA))
 
 
 @pytest.mark.parametrize("temperature", [0.5, 0.98, 1.0, 2.0])
@@ -195,7 +156,7 @@ def test_the_temperature_divides_the_logits_that_are_scored(temperature):
 def test_the_first_chunk_has_the_scores_of_the_frozen_model(kind):
     cfg, tokens = cfg_of(kind), text()
     (warm, index), (plain, _) = adapted(cfg, tokens), frozen(cfg, tokens)
-    assert torch.equal(warm[index == 0], plain[index == 0]) or kind == "growing"  # it rounds in another place
+    assert torch.equal(warm[index == 0], plain[index == 0]) or kind == "reuse"  # it rounds in another place
     torch.testing.assert_close(warm[index == 0], plain[index == 0], rtol=1e-5, atol=1e-5)
     later = warm[index > 0] != plain[index > 0]
     assert later.double().mean() > 0.9
@@ -228,7 +189,7 @@ def test_the_scores_of_all_tokens_at_a_position_are_one_distribution(kind, posit
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_trains_on_targets_that_were_scored_and_on_nothing_else(kind, monkeypatch):
     """At each step: every trained target lies before the first one that is not scored yet, in its document or in the stream."""
-    cfg, events, bounds = cfg_of(kind), [], [0, 2, 4, 8, 16, *range(28, 200, 12)]
+    cfg, events = cfg_of(kind), []
     tokens = torch.arange(2, 182)  # each token tells its position
     tokens[list(FIRSTS)] = t.BOS
     model, ends = make_model(dataclasses.replace(cfg, vocab_size=200)), dict(zip(FIRSTS, [*FIRSTS[1:], 179]))
@@ -238,12 +199,12 @@ def test_it_trains_on_targets_that_were_scored_and_on_nothing_else(kind, monkeyp
         for row in targets[weight > 0]:
             inside = row[row != t.BOS] - 2
             first = max(f for f in FIRSTS if f < inside.min()) if cfg.ttt_scope == "document" else 0
-            low, high = (first + bound for bound in (bounds if cfg.ttt_first_chunk_tokens else range(0, 200, cfg.ttt_chunk_tokens))[index : index + 2])
-            assert low < inside.min() and inside.max() <= high and (not cfg.ttt_scope == "document" or inside.max() < ends[first])
+            low = first + index * cfg.ttt_chunk_tokens
+            assert low < inside.min() and inside.max() <= low + cfg.ttt_chunk_tokens and (not cfg.ttt_scope == "document" or inside.max() < ends[first])
     seen = [index for index, *_ in events]
     expected = [*range(4), *range(2), 0] if kind == "document" else range(2)  # documents of 5, of 3 and of 2 chunks
-    if kind == "growing":  # of 10, of 7 and 6, of 5, of 1
-        expected = [*range(9), *range(6), *range(4)]
+    if kind == "reuse":  # of 7, of 4 and of 2
+        expected = [*range(6), *range(3), 0]
     assert seen == [i for i in expected for _ in range(cfg.ttt_epochs)]
 
 
@@ -280,13 +241,13 @@ def test_a_document_scores_alike_in_any_batch():
 @pytest.mark.parametrize("changes, again", [({}, False), (dict(ttt_epochs=2), True), (dict(ttt_temperature=0.9), True), (dict(ttt_z_loss=0.01), True)])
 def test_what_is_learned_from_is_what_was_scored_if_that_is_the_same(changes, again, monkeypatch):
     """One pass then does for both, bit for bit; else the scores are computed alone."""
-    cfg, tokens, inner = cfg_of("growing", **changes), text(), t.Scorer.by_document
+    cfg, tokens, inner = cfg_of("reuse", **changes), text(), t.Scorer.evaluate_documents
 
     def run(allowed):
         model, passes = make_model(cfg), []
         model.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
         with monkeypatch.context() as patch:
-            patch.setattr(t.Scorer, "by_document", lambda scorer, forward, adapter, keep: inner(scorer, forward, adapter, keep and allowed))
+            patch.setattr(t.Scorer, "evaluate_documents", lambda scorer, make_experts, reuse_losses: inner(scorer, make_experts, reuse_losses and allowed))
             return adapted(cfg, tokens, model)[0], passes
 
     (nll, passes), (apart, separate) = run(True), run(False)
@@ -301,23 +262,23 @@ def plain_linear(weight):
 
 
 class Added(torch.nn.Sequential):
-    """What a Linear's adapter is, of any modules: y plus what they make of x."""
+    """What a Linear's lora is, of any modules: y plus what they make of x."""
     def forward(self, x, y):
         return y + super().forward(x)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_a_document_learns_as_an_adapter_written_by_hand(optimizer):
-    """One document, one adapter, one step a chunk: against autograd on plain matrices added to q, v and the head."""
+def test_a_document_learns_as_a_lora_written_by_hand(optimizer):
+    """One document, one lora, one step a chunk: against autograd on plain matrices added to q, v and the head."""
     cfg, tokens = cfg_of("document", ttt_optimizer=optimizer, ttt_epochs=1, ttt_lr=0.05, ttt_momentum=0.5), text(70, firsts=(0,))
     nll, _ = adapted(cfg, tokens)
     model = make_model(cfg).requires_grad_(False)
-    t.attach_lora(model, t.lora_starts(model, cfg), 1, cfg)
-    owners = {n: m for n, m in model.named_modules() if getattr(m, "adapter", None) is not None}
+    t.attach_lora(t.lora_starts(model, cfg), 1, cfg)
+    owners = {n: m for n, m in model.named_modules() if getattr(m, "output_hook", None) is not None}
     assert sorted(owners) == ["blocks.0.attn.c_q", "blocks.0.attn.c_v", "blocks.1.attn.c_q", "blocks.1.attn.c_v", "tok_emb"]
     for m in owners.values():
-        m.adapter = Added(plain_linear(m.adapter.down[0]), plain_linear(m.adapter.up[0]))
-    flat = [p for m in owners.values() for p in m.adapter.parameters()]
+        m.output_hook = Added(plain_linear(m.output_hook.down[0]), plain_linear(m.output_hook.up[0]))
+    flat = [p for m in owners.values() for p in m.output_hook.parameters()]
     make = partial(torch.optim.AdamW, betas=(0.5, 0.95), weight_decay=0.0) if optimizer == "adamw" else partial(torch.optim.SGD, momentum=0.5)
     steps, expected = make(flat, lr=0.05), []
     for low in range(0, 69, 16):
@@ -334,7 +295,7 @@ def test_a_document_learns_as_an_adapter_written_by_hand(optimizer):
 # ---- what moves and what does not
 
 def moved(cfg, tokens=None):
-    """Names of the parameters that a pass changed; adapters apart."""
+    """Names of the parameters that a pass changed; LoRAs apart."""
     model = make_model(cfg)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     adapted(cfg, text() if tokens is None else tokens, model)
@@ -359,9 +320,9 @@ def test_a_block_is_not_one_whose_number_begins_alike():
     cfg = t.Config.from_env({"VARIANT": "pr150"})
     with torch.device("meta"):
         model = t.GPT(cfg)
-    chosen = set(map(id, t.adapting_parameters(model, cfg)))
+    chosen = set(map(id, t.ttt_parameters(model, cfg)))
     assert {name.split(".")[1] for name, p in model.named_parameters() if name.startswith("blocks.") and id(p) in chosen} == set(map(str, range(2, 11)))
-    t.adapting_parameters(model, dataclasses.replace(cfg, ttt_params=("blocks.1.*",)))
+    t.ttt_parameters(model, dataclasses.replace(cfg, ttt_params=("blocks.1.*",)))
     assert {name.split(".")[1] for name, p in model.named_parameters() if p.requires_grad} == {"1"}
 
 
@@ -371,11 +332,11 @@ def test_a_lora_of_scale_s_adds_s_times_its_term():
     terms = []
     for scale in (1.0, 1.8):
         cfg = dataclasses.replace(LORA, ttt_lora_scale=scale)
-        t.attach_lora(model, t.lora_starts(model, cfg), 1, cfg)
-        adapter = model.blocks[0].attn.c_q.adapter
+        t.attach_lora(t.lora_starts(model, cfg), 1, cfg)
+        lora = model.blocks[0].attn.c_q.output_hook
         with torch.no_grad():
-            adapter.up.copy_(torch.ones_like(adapter.up))
-            terms.append(adapter(x, y))
+            lora.up.copy_(torch.ones_like(lora.up))
+            terms.append(lora(x, y))
     assert terms[0].any()
     torch.testing.assert_close(terms[1], 1.8 * terms[0])
 
@@ -393,11 +354,11 @@ def test_patterns_choose_the_matrices_that_a_lora_adapts(patterns, names):
 
 
 def test_a_lora_without_a_matrix_is_an_error_before_training():
-    with pytest.raises(t.InputError, match="TTT_PARAMS chooses no matrix of a block"):
+    with pytest.raises(t.InputError, match="TTT_PARAMS selects no matrix of a block"):
         t.resolve(dict(VARIANT="card", TTT_PARAMS="*.q_gain,bigram.*"))
 
 
-def test_weight_decay_pulls_adapters_back(monkeypatch):
+def test_weight_decay_pulls_loras_back(monkeypatch):
     sizes = []
     for decay in (0.0, 20.0):
         model, seen = make_model(CFG), []
@@ -416,28 +377,28 @@ def test_the_seed_draws_what_a_lora_begins_with():
 
 
 @pytest.mark.parametrize("kind", ["lora", "document"])
-def test_adapters_leave_the_weights_bit_for_bit(kind):
+def test_loras_leave_the_weights_bit_for_bit(kind):
     assert moved(cfg_of(kind))[0] == set()
 
 
 @pytest.mark.parametrize("rows", [1, 4])
-def test_adapters_begin_as_terms_of_zero(rows):
+def test_loras_begin_as_terms_of_zero(rows):
     model, ids = make_model(CFG), text(132).view(4, 33)
     plain = model(ids[:, :-1], ids[:, 1:])
-    params = t.attach_lora(model, t.lora_starts(model, LORA), rows, LORA)
+    params = t.attach_lora(t.lora_starts(model, LORA), rows, LORA)
     assert torch.equal(model(ids[:, :-1], ids[:, 1:]), plain)
     down, up = params[::2], params[1::2]
     assert len(down) == 2 * CFG.num_layers + 1 and not any(p.any() for p in up)
     for a, b in zip(down, up):
         assert a.shape[:2] == (rows, 3) and b.shape[::2] == (rows, 3) and a.abs().max() <= a.size(2) ** -0.5 and a.std() > 0.4 * a.size(2) ** -0.5
-    again = t.attach_lora(model, t.lora_starts(model, LORA), rows, LORA)
+    again = t.attach_lora(t.lora_starts(model, LORA), rows, LORA)
     assert all(torch.equal(p, q) and p is not q for p, q in zip(params, again))
 
 
-def test_each_row_has_an_adapter_of_its_own():
+def test_each_row_has_a_lora_of_its_own():
     model, ids = make_model(CFG), text(132).view(4, 33)
     inputs, targets = ids[:, :-1], ids[:, 1:]
-    plain, params = model(inputs, targets), t.attach_lora(model, t.lora_starts(model, LORA), 4, LORA)
+    plain, params = model(inputs, targets), t.attach_lora(t.lora_starts(model, LORA), 4, LORA)
     with torch.no_grad():
         for p in params:
             p[2] += 0.3
@@ -465,10 +426,10 @@ def test_the_z_loss_is_learned_from_but_not_scored():
 def test_the_rate_falls_as_a_cosine_to_its_floor(kind, floor):
     cfg, rates = cfg_of(kind, ttt_cosine_floor=floor), []
     tokens, model = text(6 * 64 + 10), make_model(cfg)
-    params = t.attach_lora(model, t.lora_starts(model, cfg), 1, cfg) if cfg.ttt_lora_rank else t.adapting_parameters(model, cfg)
+    params = t.attach_lora(t.lora_starts(model, cfg), 1, cfg) if cfg.ttt_lora_rank else t.ttt_parameters(model, cfg)
     adaptation = t.Adaptation(params, model, cfg, t.Ranks())
     adaptation.step = lambda chunk, rows: rates.append(adaptation.optimizer.param_groups[0]["lr"])
-    scorer_of(cfg, tokens).sliding(model, adaptation)
+    scorer_of(cfg, tokens).evaluate_sliding(model, adaptation)
     expected = [cfg.ttt_lr * max(floor, (1 + math.cos(math.pi * i / 6)) / 2) for i in range(6) for _ in range(cfg.ttt_epochs)]
     assert rates == pytest.approx(expected, abs=1e-9)
     assert floor < 1 or set(rates) == {cfg.ttt_lr}
@@ -478,8 +439,8 @@ def test_a_stream_of_one_chunk_is_only_scored():
     for kind in KINDS:
         cfg = cfg_of(kind)
         tokens = text(17, firsts=(0,))
-        torch.testing.assert_close(adapted(dataclasses.replace(cfg, ttt_first_chunk_tokens=0, ttt_chunk_tokens=32), tokens)[0],
-                                   frozen(dataclasses.replace(cfg, ttt_first_chunk_tokens=0, ttt_chunk_tokens=32), tokens)[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(adapted(dataclasses.replace(cfg, ttt_chunk_tokens=32), tokens)[0],
+                                   frozen(dataclasses.replace(cfg, ttt_chunk_tokens=32), tokens)[0], rtol=1e-5, atol=1e-5)
 
 
 def test_nesterov_looks_ahead_and_adamw_has_its_betas():
@@ -487,7 +448,7 @@ def test_nesterov_looks_ahead_and_adamw_has_its_betas():
     assert [kinds[k].defaults.get("nesterov") for k in ("sgd", "nesterov")] == [False, True]
     assert kinds["sgd"].defaults["momentum"] == CFG.ttt_momentum and kinds["sgd"].defaults["dampening"] == 0
     assert kinds["adamw"].defaults["betas"] == (0.9, 0.999) and kinds["document"].defaults["betas"] == (0.9, 0.95)
-    assert {kind: o.defaults["weight_decay"] for kind, o in kinds.items()} == dict.fromkeys(KINDS, 0.0) | dict(growing=0.3)
+    assert {kind: o.defaults["weight_decay"] for kind, o in kinds.items()} == dict.fromkeys(KINDS, 0.0) | dict(reuse=0.3)
 
 
 # ---- several ranks
@@ -510,20 +471,18 @@ def test_ranks_share_the_documents_and_score_each_target_once(length, marks, siz
         assert scorer.documents == list(zip(firsts, [*firsts[1:], length - 1]))
         inner = scorer.document_chunks
 
-        def counted(forward, spans, longest, keep, inner=inner, rank=rank):
-            documents = spans.tolist()
+        def counted(experts, documents, reuse_losses=False, inner=inner, rank=rank):
             lasts = [-(-(end - first) // size) for first, end in documents]
-            assert longest == max(end - first for first, end in documents)
             assert 0 < len(documents) <= batch and min(lasts) >= 0.8 * max(lasts), "nobody waits for a straggler"
             work[rank] += max(lasts) * (8 + len(lasts))
-            for chunk, places in inner(forward, spans, longest, keep):
-                assert chunk.nll.shape == places.shape == (len(documents), size) and chunk.nll.dtype == torch.float64
-                assert not chunk.nll[places == length - 1].any(), "what stands behind a document's end is no score"
-                scored.index_add_(0, places.flatten(), torch.ones(places.numel()))
-                yield chunk, places
+            for chunk, target_index in inner(experts, documents, reuse_losses):
+                assert chunk.nll[0].shape == target_index.shape == (len(documents), size) and chunk.nll.dtype == torch.float64
+                assert not chunk.nll[:, target_index == length - 1].any(), "padding behind the end of a document has no score"
+                scored.index_add_(0, target_index.flatten(), torch.ones(target_index.numel()))
+                yield chunk, target_index
 
         scorer.document_chunks = counted
-        scorer.by_document(first_loss, lambda n: None)
+        scorer.evaluate_documents(lambda n: [(first_loss, None)])
         nll, index = found(scorer)
         total, chunks = total + nll, chunks + index
     longest = max(-(-(end - first) // size) for first, end in scorer.documents)
@@ -542,9 +501,8 @@ def test_what_is_learned_was_scored_in_the_same_document(length, marks, size):
     documents = sorted(scorer.documents, key=lambda d: d[1] - d[0])
     for i in range(0, len(documents), 3):
         done = set()
-        spans = torch.tensor(documents[i : i + 3])
-        for chunk, places in scorer.document_chunks(first_loss, spans, int((spans[:, 1] - spans[:, 0]).max())):
-            done |= set((places[places < length - 1] + 1).tolist())
+        for chunk, target_index in scorer.document_chunks([(first_loss, None)], documents[i : i + 3]):
+            done |= set((target_index[target_index < length - 1] + 1).tolist())
             assert len(documents[i : i + 3]) == len(chunk.weight) == len(chunk.inputs) == len(chunk.targets)
             assert chunk.last == (not chunk.weight.any())
             for (first, end), row, targets, weight in zip(documents[i : i + 3], chunk.inputs, chunk.targets, chunk.weight):
@@ -570,9 +528,7 @@ DOCUMENT = dict(TTT_SCOPE="document", TTT_LORA_RANK="4", TTT_GRAD_CLIP="0", TTT_
 
 
 @pytest.mark.parametrize("given, words", [
-    (DOCUMENT | dict(TTT_FIRST_CHUNK_TOKENS="17"), "TTT_FIRST_CHUNK_TOKENS=17 needs .* TTT_CHUNK_TOKENS=16 to be no less"),
-    (dict(TTT_FIRST_CHUNK_TOKENS="1"), "needs TTT_SCOPE=document"), (dict(TTT_SOFTCAP="1"), "TTT_SOFTCAP and .* act on a LoRA: set TTT_LORA_RANK=0 above 0"),
-    (dict(TTT_LORA_SCALE="2"), "TTT_LORA_SCALE=2.0 act on a LoRA"),
+    (dict(TTT_LORA_SCALE="2"), "TTT_LORA_SCALE needs TTT_LORA_RANK above 0 .TTT_LORA_SCALE=2.0, TTT_LORA_RANK=0"),
     (DOCUMENT | dict(TTT_LORA_RANK="0"), "TTT_LORA_RANK=0"), (DOCUMENT | dict(TTT_GRAD_CLIP="1"), "TTT_GRAD_CLIP=1.0"),
     (DOCUMENT | dict(TTT_CHUNK_TOKENS="33"), "TTT_CHUNK_TOKENS=33"),
     (dict(TTT_SCOPE="page"), "TTT_SCOPE=page"), (dict(TTT_CHUNK_TOKENS="33"), "TTT_CHUNK_TOKENS=33"),
@@ -581,15 +537,15 @@ DOCUMENT = dict(TTT_SCOPE="document", TTT_LORA_RANK="4", TTT_GRAD_CLIP="0", TTT_
     (dict(TTT_OPTIMIZER="adamw", TTT_MOMENTUM="1"), "TTT_MOMENTUM=1"), (dict(TTT_OPTIMIZER="adamw", TTT_BETA2="1"), "TTT_BETA2=1"),
 ])
 def test_bad_settings_are_named(given, words):
-    assert t.Config.from_env({"VARIANT": "smoke", **DOCUMENT}).ttt_scope == "document"
+    assert t.Config.from_env({**SMOKE, **DOCUMENT}).ttt_scope == "document"
     with pytest.raises(t.InputError, match=words):
-        t.Config.from_env({"VARIANT": "smoke", **given})
+        t.Config.from_env({**SMOKE, **given})
 
 
 @pytest.mark.parametrize("changes, words", [
-    (dict(ttt_params=("blocks.1.*", "blocks.7.*")), "TTT_PARAMS=blocks.7.[*] fits no parameter"), (dict(ttt_params=()), "leaves nothing to adapt"),
-    (dict(ttt_params=("*", "!blocks.7.*")), "TTT_PARAMS=!blocks.7.[*] fits no parameter"), (dict(ttt_params=("!blocks.1.*",)), "leaves nothing to adapt"),
-    (dict(ttt_params=("blocks.*", "!blocks.0.*", "!blocks.1.*")), "leaves nothing to adapt")])
+    (dict(ttt_params=("blocks.1.*", "blocks.7.*")), "TTT_PARAMS=blocks.7.[*] matches no parameter"), (dict(ttt_params=()), "selects no parameter"),
+    (dict(ttt_params=("*", "!blocks.7.*")), "TTT_PARAMS=!blocks.7.[*] matches no parameter"), (dict(ttt_params=("!blocks.1.*",)), "selects no parameter"),
+    (dict(ttt_params=("blocks.*", "!blocks.0.*", "!blocks.1.*")), "selects no parameter")])
 def test_settings_that_leave_nothing_to_adapt_are_named(changes, words):
     with pytest.raises(t.InputError, match=words):
         adapted(dataclasses.replace(CFG, **changes), text())
@@ -602,7 +558,7 @@ def test_names_of_an_artifact_are_not_looked_for_in_another_model(tmp_path):
 
 
 def test_they_are_named_before_training(tmp_path):
-    with pytest.raises(t.InputError, match="TTT_PARAMS=blocks.99.[*] fits no parameter"):
+    with pytest.raises(t.InputError, match="TTT_PARAMS=blocks.99.[*] matches no parameter"):
         t.main([], {"VARIANT": "pr490", "TTT_PARAMS": "blocks.99.*", "OUTPUT_DIR": str(tmp_path), "DATA_PATH": "/none"})
     assert not list(tmp_path.iterdir())
 
@@ -612,7 +568,7 @@ def test_the_published_kinds_are_settings_that_work():
         cfg = t.Config.from_env({"VARIANT": variant})
         with torch.device("meta"):
             model = t.GPT(cfg)
-        chosen = {n for p in t.adapting_parameters(model, cfg) for n, q in model.named_parameters() if p is q}
+        chosen = {n for p in t.ttt_parameters(model, cfg) for n, q in model.named_parameters() if p is q}
         assert ("blocks.0.mlp.fc.weight" in chosen) == (variant == "pr1812") and "blocks.9.mlp.fc.weight" in chosen
         if variant == "pr490":
             assert {n.split(".")[1] for n in chosen if n.startswith("blocks.") and "scale" not in n} == {"9", "10"} and "tok_emb.weight" in chosen

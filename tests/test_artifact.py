@@ -7,6 +7,8 @@ import pytest
 import torch
 import zstandard
 from conftest import coded, make_model, run, unpacked
+from helpers.smoke import for_evaluation
+from helpers.twins import trainer_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,7 +22,7 @@ def model(cfg):
 
 def saved(model, cfg, log, looped=True):
     weights = {name: p.detach() for name, p in model.named_parameters()}
-    t.save_artifact(t.coding_plans(weights, t.grids(model, cfg), cfg, {}), weights, looped, cfg, t.Ranks(), log)
+    t.save_artifact(t.quant_plans(weights, t.quant_specs(model, cfg), cfg, {}), weights, looped, cfg, t.Ranks(), log)
 
 
 @pytest.fixture
@@ -40,7 +42,7 @@ def sealed_packed(packed, compressor=b"zstd    "):
 
 
 def test_tensors_come_back_exactly(cfg):
-    tensors = {"a": torch.randn(3, 5), "b.codes": torch.randint(-31, 32, (4, 6)).to(torch.int8), "b.steps": torch.rand(4).half(),
+    tensors = {"a": torch.randn(3, 5), "b.codes": torch.randint(-31, 32, (4, 6)).to(torch.int8), "b.scales": torch.rand(4).half(),
                "scalar": torch.tensor(2.5), "none": torch.zeros(0, 3)}
     header, back = unpacked(t.pack(tensors, True, dataclasses.replace(cfg, zstd_level=3)))
     assert back.keys() == tensors.keys() and all(torch.equal(back[n], w) and back[n].dtype == w.dtype for n, w in tensors.items())
@@ -51,20 +53,20 @@ def test_the_file_alone_restores_the_model_and_its_settings(model, cfg, artifact
     paths = {k: v for k, v in env.items() if k in ("DATA_PATH", "TOKENIZER_PATH")}
     loaded, weights, looped, *_ = t.load_artifact(artifact, paths)
     assert looped is True
-    assert loaded.group("model", "evaluation") == cfg.group("model", "evaluation") and loaded.variant == "smoke"
+    assert loaded.group("model", "evaluation") == cfg.group("model", "evaluation") and loaded.variant == "card"
     assert not list(artifact.parent.glob("final_model.int6.ptz?*"))
     rebuilt = t.load_model(loaded, weights, t.Ranks())
-    expected = t.dequantize(coded({n: p.detach() for n, p in model.named_parameters()}, t.grids(model, cfg), cfg))
+    expected = t.dequantize(coded({n: p.detach() for n, p in model.named_parameters()}, t.quant_specs(model, cfg), cfg))
     assert all(torch.equal(p, expected[n]) and p.requires_grad for n, p in rebuilt.named_parameters())
-    torch.testing.assert_close(rebuilt.cos, model.cos, rtol=0, atol=0)
+    torch.testing.assert_close(rebuilt.rotary, model.rotary, rtol=0, atol=0)
 
 
 def test_a_model_coded_by_cost_is_restored_from_its_entropy_coded_file(model, cfg, env, log):
-    cfg = dataclasses.replace(cfg, quantizer="gptq", mean_step=0.01, compressor="rans", num_loops=1, loop_start=1, loop_end=2)
+    cfg = dataclasses.replace(cfg, quantizer="gptq", mean_scale=0.01, compressor="rans", num_loops=1, loop_start=1, loop_end=2)
     model = make_model(cfg)
     weights = {name: p.detach() for name, p in model.named_parameters()}
     costs = {name: t.Curvature(torch.eye(w.size(1)), torch.ones(len(w))) for name, w in weights.items() if w.ndim == 2}
-    plans = t.coding_plans(weights, t.grids(model, cfg), cfg, costs)
+    plans = t.quant_plans(weights, t.quant_specs(model, cfg), cfg, costs)
     t.save_artifact(plans, weights, True, cfg, t.Ranks(), log)
     loaded, read, looped, *_ = t.load_artifact(cfg.artifact_path, {k: v for k, v in env.items() if k in ("DATA_PATH", "TOKENIZER_PATH")})
     expected = t.dequantize(t.quantize(weights, plans))
@@ -79,15 +81,15 @@ def test_packing_is_deterministic(model, cfg, artifact, log):
 
 
 @pytest.mark.parametrize("damage, words", [
-    (lambda b: b[: len(b) // 2], "cut or damaged"), (lambda b: b[:20], "cut or damaged"), (lambda b: b"", "not an artifact"),
-    (lambda b: b[:-9] + bytes([b[-9] ^ 4]) + b[-8:], "cut or damaged"), (lambda b: b"PK\x03\x04" + b[4:], "not an artifact"),
-    (lambda b: b[:4] + (1).to_bytes(4, "little") + b[8:], "format 1, not 5"),
-    (lambda b: b[:40] + b"brotli  " + b[48:], "cut or damaged"),
+    (lambda b: b[: len(b) // 2], "truncated or damaged"), (lambda b: b[:20], "truncated or damaged"), (lambda b: b"", "not an artifact"),
+    (lambda b: b[:-9] + bytes([b[-9] ^ 4]) + b[-8:], "truncated or damaged"), (lambda b: b"PK\x03\x04" + b[4:], "not an artifact"),
+    (lambda b: b[:4] + (1).to_bytes(4, "little") + b[8:], "format 1, not 6"),
+    (lambda b: b[:40] + b"brotli  " + b[48:], "truncated or damaged"),
 ])
 def test_a_damaged_file_is_told_in_one_line(artifact, env, damage, words):
     artifact.write_bytes(damage(artifact.read_bytes()))
     with pytest.raises(t.InputError, match=words) as caught:
-        t.load_artifact(artifact, env)
+        t.load_artifact(artifact, for_evaluation(env))
     assert str(artifact) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -101,17 +103,17 @@ def test_a_malicious_header_is_refused_without_allocating_what_it_claims(tmp_pat
     path = tmp_path / "x.ptz"
     path.write_bytes(sealed(header))
     with pytest.raises(t.InputError):
-        t.load_artifact(path, env)
+        t.load_artifact(path, for_evaluation(env))
 
 
 @pytest.mark.parametrize("change", [{"NUM_LAYERS": "1000000000"}, {"MODEL_DIM": "1000000000000"}, {"TRAIN_SEQ_LEN": "10000000000"},
                                     {"OUTPUT_DIR": "/tmp"}, {"MODEL_DIM": "65536", "NUM_HEADS": "1", "NUM_KV_HEADS": "1"}])
 def test_settings_of_a_malicious_header_build_nothing(cfg, tmp_path, env, change):
-    path, env = tmp_path / "x.ptz", {k: v for k, v in env.items() if k != "VARIANT"}
+    path = tmp_path / "x.ptz"
     digest = hashlib.sha256(open(cfg.tokenizer_path, "rb").read()).hexdigest()
     path.write_bytes(sealed({"settings": t.artifact_settings(cfg) | change, "looped": False, "tensors": [], "tokenizer_sha256": digest}))
     with pytest.raises(t.InputError):
-        t.load_model(*t.load_artifact(path, env)[:2], t.Ranks())
+        t.load_model(*t.load_artifact(path, for_evaluation(env))[:2], t.Ranks())
 
 
 # ---- settings
@@ -134,7 +136,7 @@ def forged(artifact, change=lambda header: None, raw=lambda raw: raw):
     return artifact
 
 
-@pytest.mark.parametrize("name", ["MATRIX_LR", "OUTPUT_DIR", "NO_SUCH_OPTION", "\x1b[2J\n", "x" * 10**5])
+@pytest.mark.parametrize("name", ["MATRIX_LR", "OUTPUT_DIR", "VAL_MAX_TOKENS", "NO_SUCH_OPTION", "\x1b[2J\n", "x" * 10**5])
 def test_an_unknown_setting_is_refused(artifact, env, name):
     forged(artifact, lambda header: header["settings"].update({name: "1"}))
     with pytest.raises(t.InputError, match="unknown settings"):
@@ -157,10 +159,10 @@ def test_a_missing_setting_gets_the_scripts_default_and_not_the_rows(artifact, e
     assert t.load_artifact(artifact, {k: env[k] for k in PATHS}).cfg.ttt_grad_clip == t.Config().ttt_grad_clip == 0
 
 
-def test_how_many_targets_count_is_not_the_files_business(artifact, env):
-    forged(artifact, lambda header: header["settings"].update(VAL_MAX_TOKENS="5", EVAL_BATCH_SEQS="1000000000"))
+def test_a_file_does_not_set_how_many_targets_are_scored(artifact, env):
     loaded = t.load_artifact(artifact, {k: env[k] for k in PATHS}).cfg
-    assert (loaded.val_max_tokens, loaded.eval_batch_seqs) == (0, 32)
+    assert (loaded.val_max_tokens, loaded.eval_batch_seqs) == (0, 32)  # the run had VAL_MAX_TOKENS=700
+    assert not {"VAL_MAX_TOKENS", "EVAL_BATCH_SEQS"} & opened(artifact.read_bytes())[0]["settings"].keys()
     done = run({k: env[k] for k in PATHS} | dict(EVAL_ONLY="1", ARTIFACT=str(artifact), OUTPUT_DIR=env["OUTPUT_DIR"], TTT_EPOCHS="0", VAL_MAX_TOKENS="50"))
     facts = json.loads(done.stdout.splitlines()[-1].removeprefix("RESULT "))
     assert facts["targets"] == 50 < facts["val_split_targets"] and f"only 50 of the split's {facts['val_split_targets']} targets" in done.stdout
@@ -195,8 +197,9 @@ def first_of(header, suffix):
 
 
 @pytest.mark.parametrize("change", [
-    lambda h: first_of(h, ".codes").__setitem__(1, "uint8"), lambda h: first_of(h, ".steps").__setitem__(1, "int16"),
+    lambda h: first_of(h, ".codes").__setitem__(1, "uint8"), lambda h: first_of(h, ".scales").__setitem__(1, "int16"),
     lambda h: first_of(h, ".codes").__setitem__(2, first_of(h, ".codes")[2][::-1]), lambda h: first_of(h, ".codes").__setitem__(2, ""),
+    lambda h: first_of(h, ".scales")[2].append(1), lambda h: first_of(h, ".columns")[2].insert(0, 1),
     lambda h: first_of(h, ".scale").__setitem__(2, ""), lambda h: h["tensors"].append(["none", "int8", [0]]),
     lambda h: h["tensors"].extend([[f"t{i}", "int8", [0]] for i in range(40_000)]), lambda h: h["tensors"].append(h["tensors"][0]),
     lambda h: h["tensors"].pop(), lambda h: h.update(looped=1), lambda h: h.update(looped=None), lambda h: h.pop("looped")])
@@ -212,7 +215,7 @@ def test_another_dtype_of_an_entropy_coded_stream_is_refused(model, cfg, env, lo
     """An int64 table can sum to 4,096 by an overflow, and what it repeats then is written outside of its buffer."""
     cfg = dataclasses.replace(cfg, compressor="rans")
     weights = {name: p.detach() for name, p in model.named_parameters()}
-    streams = t.code_stream(t.quantize(weights, t.coding_plans(weights, t.grids(model, cfg), cfg, {})))
+    streams = t.entropy_encode(t.quantize(weights, t.quant_plans(weights, t.quant_specs(model, cfg), cfg, {})))
     name = next(n for n in sorted(streams) if n.endswith((f"rans.{kind}", f"codes.{kind}")))
     array = streams[name].numpy().astype(dtype)
     if (kind, dtype) == ("table", "int64"):
@@ -221,13 +224,8 @@ def test_another_dtype_of_an_entropy_coded_stream_is_refused(model, cfg, env, lo
         assert (array.T.astype(np.int64)[:, :4].sum(1) == 4096).all()
     streams[name] = torch.from_numpy(array)
     cfg.artifact_path.write_bytes(t.pack(streams, False, dataclasses.replace(cfg, compressor="zstd")))
-    with pytest.raises(t.InputError, match="is not one of its model's"):
+    with pytest.raises(t.InputError, match="does not belong to its model"):
         t.load_artifact(cfg.artifact_path, {k: env[k] for k in PATHS})
-    if kind in ("table", "state", "words"):  # the decoder itself looks, too
-        good = [t.code_stream({"a.codes": torch.ones(3, 4, dtype=torch.int8)})[f"rans.{n}"].numpy() for n in ("table", "state", "words")]
-        good[("table", "state", "words").index(kind)] = good[("table", "state", "words").index(kind)].astype(dtype)
-        with pytest.raises(ValueError, match="dtypes or shapes"):
-            t.rans_decode(np.zeros(12, np.uint8), good[0].T, *good[1:])
 
 
 def test_a_small_file_cannot_claim_a_large_model(artifact, env, cfg):
@@ -237,7 +235,7 @@ def test_a_small_file_cannot_claim_a_large_model(artifact, env, cfg):
         header["settings"] |= dict(MLP_MULT="20000")
         packed = zstandard.ZstdCompressor().compress(len(text := json.dumps(header).encode()).to_bytes(4, "little") + text + raw)
         artifact.write_bytes(sealed_packed(packed + padding))
-        with pytest.raises(t.InputError, match="more than 6 for each|do not fit its header|not one of its model's"):
+        with pytest.raises(t.InputError, match="more than 6 for each|do not match its header|does not belong to its model"):
             t.load_artifact(artifact, {k: env[k] for k in PATHS})
 
 
@@ -255,10 +253,10 @@ def test_bytes_behind_the_end_are_refused(model, cfg, env, log, name, padding):
         t.load_artifact(cfg.artifact_path, {k: env[k] for k in PATHS})
 
 
-@pytest.mark.parametrize("name, value", [("skip_weights", torch.nan), ("skip_weights", torch.inf), ("blocks.0.mlp.fc.weight.steps", torch.inf),
-                                         ("blocks.0.mlp.fc.weight.columns", torch.nan), ("tok_emb.weight.steps", -torch.inf)])
+@pytest.mark.parametrize("name, value", [("skip_weights", torch.nan), ("skip_weights", torch.inf), ("blocks.0.mlp.fc.weight.scales", torch.inf),
+                                         ("blocks.0.mlp.fc.weight.columns", torch.nan), ("tok_emb.weight.scales", -torch.inf)])
 def test_weights_that_are_nan_or_infinite_are_refused(model, cfg, env, name, value):
-    tensors = coded({n: p.detach() for n, p in model.named_parameters()}, t.grids(model, cfg), cfg)
+    tensors = coded({n: p.detach() for n, p in model.named_parameters()}, t.quant_specs(model, cfg), cfg)
     tensors[name].view(-1)[0] = value
     cfg.artifact_path.write_bytes(t.pack(tensors, False, dataclasses.replace(cfg, zstd_level=3)))
     with pytest.raises(t.InputError, match="NaN or infinite"):
@@ -268,31 +266,17 @@ def test_weights_that_are_nan_or_infinite_are_refused(model, cfg, env, name, val
 def test_a_score_that_is_not_finite_is_no_result(artifact, env):
     own = dict(EVAL_ONLY="1", ARTIFACT=str(artifact), TTT_LR="1e18", VAL_MAX_TOKENS="700", RUN_ID="x")
     done = run({k: env[k] for k in (*PATHS, "OUTPUT_DIR")} | own, check=False)
-    assert done.returncode == 1 and "RESULT" not in done.stdout and done.stderr.count("\n") == 1 and "the loss is" in done.stderr
+    assert done.returncode == 1 and "RESULT" not in done.stdout and done.stderr.count("\n") == 1 and "loss is nan" in done.stderr
 
 
-def test_an_average_that_no_step_went_into_is_not_saved(model, cfg, log):
-    average, log.active = t.Average(model), True
+def test_an_average_that_no_step_went_into_is_not_saved(cfg, log):
+    trainer, log.active = trainer_of(cfg), True
     path = t.Path(cfg.output_dir, "final_model.average.ptz")
-    t.save_average(average, False, cfg, log)
+    t.save_checkpoint(trainer, "average", log)
     assert not path.exists()
-    average.update(0.5)
-    t.save_average(average, False, cfg, log)
+    trainer.average.update(0.5)
+    t.save_checkpoint(trainer, "average", log)
     assert path.exists()
-
-
-@pytest.mark.parametrize("codes, steps", [((1000,), (1000, 1)), ((4, 4), (3,)), ((4, 4), (4, 4)), ((), ())])
-def test_codes_and_steps_that_do_not_match_are_refused(codes, steps):
-    with pytest.raises(t.InputError, match="codes"):
-        t.dequantize({"a.codes": torch.zeros(codes, dtype=torch.int8), "a.steps": torch.ones(steps).half(), "a.columns": torch.ones(codes[1:]).half()})
-
-
-@pytest.mark.parametrize("columns", [(3,), (5,), (4, 1), (1, 4), ()])
-def test_columns_that_do_not_match_are_refused(columns):
-    tensors = {"a.codes": torch.ones(3, 4, dtype=torch.int8), "a.steps": torch.full((3,), 2.0).half(), "a.columns": torch.arange(4).half()}
-    assert torch.equal(t.dequantize(tensors)["a"], 2.0 * torch.arange(4).expand(3, 4))
-    with pytest.raises(t.InputError, match="columns"):
-        t.dequantize(tensors | {"a.columns": torch.ones(columns).half()})
 
 
 def test_deeply_nested_json_is_refused():
@@ -318,7 +302,7 @@ def test_random_bytes_behind_a_valid_seal_end_in_clean_errors(data):
 
 def test_weights_of_another_shape_do_not_load(cfg, model):
     weights = dict(model.named_parameters())
-    with pytest.raises(t.InputError, match="do not fit its settings"):
+    with pytest.raises(t.InputError, match="do not match its settings"):
         t.load_model(dataclasses.replace(cfg, mlp_mult=2.0), weights, t.Ranks())
     weights.pop("skip_weights")
     with pytest.raises(t.InputError, match="skip_weights"):
@@ -326,16 +310,16 @@ def test_weights_of_another_shape_do_not_load(cfg, model):
 
 
 def test_settings_that_the_artifact_fixes_cannot_be_overridden(artifact, env):
-    assert t.load_artifact(artifact, env | {"EVAL_STRIDE": "16"})[0].eval_stride == 16
-    with pytest.raises(t.InputError, match="MODEL_DIM is fixed by it"):
-        t.load_artifact(artifact, env | {"MODEL_DIM": "64"})
+    assert t.load_artifact(artifact, for_evaluation(env) | {"EVAL_STRIDE": "16"})[0].eval_stride == 16
+    with pytest.raises(t.InputError, match="MODEL_DIM cannot change for a packed model"):
+        t.load_artifact(artifact, for_evaluation(env) | {"MODEL_DIM": "64"})
 
 
 def test_another_tokenizer_is_refused(artifact, env, tmp_path):
     other = tmp_path / "other.model"
     other.write_bytes(b"x")
     with pytest.raises(t.InputError, match="not the tokenizer it was trained with"):
-        t.load_artifact(artifact, env | {"TOKENIZER_PATH": str(other)})
+        t.load_artifact(artifact, for_evaluation(env) | {"TOKENIZER_PATH": str(other)})
 
 
 def test_over_the_cap_is_an_error_that_names_the_bytes_and_keeps_the_old_file(model, cfg, artifact, env, log):
@@ -346,9 +330,9 @@ def test_over_the_cap_is_an_error_that_names_the_bytes_and_keeps_the_old_file(mo
     assert artifact.read_bytes() == before and code > 10_000
     saved(model, dataclasses.replace(cfg, max_artifact_bytes=size), log)
     with pytest.raises(t.InputError, match="over MAX_ARTIFACT_BYTES"):
-        t.load_artifact(artifact, env | {"MAX_ARTIFACT_BYTES": str(size - 1)})
+        t.load_artifact(artifact, for_evaluation(env) | {"MAX_ARTIFACT_BYTES": str(size - 1)})
 
 
 def test_nothing_is_written_where_nothing_can_be(tmp_path):
-    with pytest.raises(t.InputError, match="cannot write"):
+    with pytest.raises(t.InputError, match="cannot write .*/folder: No such file"):
         t.write_file(tmp_path / "no" / "such" / "folder", b"x")

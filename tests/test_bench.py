@@ -1,208 +1,207 @@
-"""tools.bench: its counts against independent ones, its reading of traces on real names, a whole run, wrong inputs."""
+"""tools.bench: its counts against independent ones, kinds of kernels by real names, a whole run, and wrong inputs."""
 
 import json
 import runpy
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_model, run
+from conftest import make_model
+from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt as t
-from tools.bench import bench, costs, kernels, plain, report
+from tools.bench import anatomy, bench, plain
+from tools.files import Refused
 
-TINY = dict(num_layers=5, model_dim=64, num_heads=4, num_kv_heads=2, ve_layers=(3, 4), ve_dim=16, bigram_dim=16, vocab_size=128, train_seq_len=32,
-            train_batch_tokens=128, micro_batch_tokens=128, eval_stride=32, dtype="fp32")
-
-
-def tool(*args):
-    """The finished process of tools.bench with these arguments."""
-    return run({}, *args, script="tools.bench", fresh=True)
+SIZES = dict(num_layers=5, model_dim=64, num_heads=4, num_kv_heads=2, ve_layers=(3, 4), ve_dim=16, bigram_dim=16)
+SIZES |= dict(vocab_size=128, train_seq_len=32, train_batch_tokens=128, micro_batch_tokens=128, eval_stride=16)
+TINY = SIZES | dict(dtype="fp32", ttt_chunk_tokens=32)
 
 
 # ---- operations
 
-@pytest.mark.parametrize("variant, looped", [("card", False), ("pr1812", False), ("pr1812", True), ("pr490", False), ("pr1127", False)])
+
+@pytest.mark.parametrize("variant, looped", [("card", 0), ("pr1812", 0), ("pr1812", 1), ("pr490", 0), ("pr1127", 0)])
 def test_operations_are_those_that_torch_counts(variant, looped):
-    sizes = TINY | (dict(ve_layers=()) if variant != "card" else {}) | (dict(attn_gate_dims=8, mlp_mult=4.0) if variant == "pr1812" else {})
-    cfg = t.Config(**t.row(variant) | sizes | dict(num_loops=2 * (variant == "pr1812"), loop_start=1, loop_end=2,
-                                                        ttt_chunk_tokens=32, xsa_last_n=2, rope_dims=8, parallel_residual_start=-1))
+    sizes = TINY | dict(xsa_last_n=2, rope_dims=8, parallel_residual_start=-1, loop_start=1, loop_end=2)
+    sizes |= (dict(ve_layers=()) if variant != "card" else {}) | dict(num_loops=2 * (variant == "pr1812"))
+    sizes |= dict(attn_gate_dims=8, mlp_mult=4.0) if variant == "pr1812" else {}
+    cfg = t.Config(**t.variant_options(variant) | sizes)
     model, tokens = make_model(cfg), torch.randint(2, 128, (3, 33))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(tokens[:, :-1], tokens[:, 1:], looped).mean().backward()
-    counted, found = counter.get_total_flops() / tokens[:, 1:].numel(), costs.train_flops(cfg, looped)
+        model(tokens[:, :-1], tokens[:, 1:], bool(looped)).mean().backward()
+    counted, found = counter.get_total_flops() / tokens[:, 1:].numel(), anatomy.train_flops(cfg, bool(looped))
     passes = 5 + 4 * looped
-    dense = 3 * 4 * 32 * 64 * passes  # torch computes every pair of positions, and two products for each backward
-    assert found.attention == 3.5 * 4 * (33 / 2) * 64 * passes
-    assert counted - dense == found.matmul and found.total == found.matmul + found.attention
+    dense = 3 * 4 * 32 * 64 * passes  # torch counts every pair of positions, and two products for each backward
+    assert found == dict(product=counted - dense, attention=3.5 * 4 * (33 / 2) * 64 * passes)
 
 
 def test_operations_of_the_contest_model_are_the_published_ones():
-    """239.6 MFLOP a token for 11 layers without bigram and value tables; they add their two small projections."""
+    """239.6 MFLOP per token for 11 layers without bigram and value tables; these add two small projections."""
     small = 6 * 128 * (512 + 256)
-    assert costs.train_flops(t.Config(), False).total == pytest.approx(239.6e6 + small, rel=2e-4)
-    assert costs.train_flops(t.Config(**t.row("pr1812")), True).total == pytest.approx(444.1e6 + 6 * 17 * 12 * 8, rel=2e-4)
+    card, looped = t.Config(), t.Config(**t.variant_options("pr1812"))
+    assert sum(anatomy.train_flops(card, False).values()) == pytest.approx(239.6e6 + small, rel=2e-4)
+    assert sum(anatomy.train_flops(looped, True).values()) == pytest.approx(444.1e6 + 6 * 17 * 12 * 8, rel=2e-4)
+    with torch.device("meta"):
+        names = {name: p.numel() for name, p in t.GPT(card).named_parameters() if p.ndim == 2 and "weight" in name}
+    lookups = {"bigram.embed.weight", "value_embed.embed.weight", "skip_weights"}
+    weights = sum(count for name, count in names.items() if name not in lookups)
+    assert anatomy.train_flops(card, False) == dict(product=6 * weights, attention=7 * 2049 * 512 * 11)
 
 
 # ---- names in a profile
 
 NAMES = {
     "attention": [
-        "void cutlass::device_kernel<flash::enable_sm90_or_later<flash::FlashAttnFwdSm90<flash::CollectiveMainloopFwdSm90<2, cute::tuple<",
-        "void cutlass::device_kernel<flash::enable_sm90<flash::FlashAttnBwdSm90<flash::CollectiveMainloopBwdSm90<2, 2, 2,",
-        "void cutlass::device_kernel<flash::FlashAttnBwdPreprocess<cute::tuple<cute::C<128>, cute::C<64> >, cutlass::bfloat16_t, float,",
-        "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128, 128, 4, false, false, cutlass::bfloat16_t,",
-        "void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<Flash_bwd_kernel_traits<64, 128, 128, 8, 4, 4, 4,",
+        "void cutlass::device_kernel<flash::enable_sm90_or_later<flash::FlashAttnFwdSm90<flash::",
+        "void cutlass::device_kernel<flash::enable_sm90<flash::FlashAttnBwdSm90<flash::CollectiveMainloopBwdSm90<2, 2,",
+        "void cutlass::device_kernel<flash::FlashAttnBwdPreprocess<cute::tuple<cute::C<128>, cute::C<64> >, ",
+        "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128, 128, 4, false, false, cutlass::bfloat16",
+        "void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<Flash_bwd_kernel_traits<64, 128, 128, 8, 4,",
         "void flash::flash_bwd_dot_do_o_kernel<true, Flash_bwd_kernel_traits<64, 128, 128, 8, 4, 4, 4, false, false,",
         "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x64_4x1x1_kernel0_0",
         "fmha_cutlassF_bf16_aligned_64x64_rf_sm80(PyTorchMemEffAttention::AttentionKernel<cutlass::bfloat16_t,",
-        "triton_tem_fused_flex_attention_0", "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
-        "aten::scaled_dot_product_attention"],
+        "triton_tem_fused_flex_attention_0",
+        "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
+        "aten::scaled_dot_product_attention",
+    ],
     "matmul": [
-        "nvjet_tst_192x192_64x4_1x2_h_bz_coopB_TNN", "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_warpgroupsize1x1x1_cublas",
+        "nvjet_tst_192x192_64x4_1x2_h_bz_coopB_TNN",
+        "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_warpgroupsize1x1x1_cublas",
         "void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_bf16_128x128_32x5_tn_align8>(Params)",
-        "ampere_bf16_s16816gemm_bf16_128x128_ldg8_f2f_stages_32x5_tn", "void cublasLt::splitKreduce_kernel<32, 16, int, float,",
-        "void gemv2T_kernel_val<int, int, __nv_bfloat16, ", "triton_tem_fused_addmm_3", "aten::mm", "aten::bmm", "aten::addmm", "aten::linear"],
+        "ampere_bf16_s16816gemm_bf16_128x128_ldg8_f2f_stages_32x5_tn",
+        "void cublasLt::splitKreduce_kernel<32, 16, int, float,",
+        "void gemv2T_kernel_val<int, int, __nv_bfloat16, ",
+        "triton_tem_fused_addmm_3",
+        "mkldnn_mm",
+        "mkldnn::_linear_pointwise",
+        *(f"aten::{name}" for name in ("mm", "bmm", "addmm", "baddbmm", "_addmm_activation", "linear", "mv", "addmv")),
+    ],
     "elementwise": [
-        "triton_poi_fused__to_copy_add_mul_7", "triton_red_fused__scaled_dot_product_flash_attention_backward_sum_12", "triton_poi_fused_mm_3",
-        "triton_per_fused__fused_rms_norm_mul_0", "triton_for_fused_0",
-        "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>, std::array<char*, 3ul> >",
-        "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<at::native::(anonymous namespace)::TensorListMetadata<3>,",
-        "void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float, at::native::NormTwoOps<float, float, float, float>",
-        "Memcpy DtoD (Device -> Device)", "Memset (Device)", "aten::mul", "aten::copy_", "aten::_fused_rms_norm", "aten::nll_loss_backward"],
-    "communication": ["ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "ncclDevKernel_ReduceScatter_Sum_bf16_RING_LL",
-                      "gloo:all_reduce", "c10d::allreduce_"],
+        "triton_poi_fused__to_copy_add_mul_7",
+        "triton_red_fused__scaled_dot_product_flash_attention_backward_sum_12",
+        "triton_poi_fused_mm_3",
+        "triton_per_fused__fused_rms_norm_mul_0",
+        "triton_for_fused_0",
+        "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>, ",
+        "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<at::native::(anonymous namespace)::",
+        "void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float,",
+        "Memcpy DtoD (Device -> Device)",
+        "Memset (Device)",
+        *(
+            f"aten::{name}"
+            for name in ("mul", "copy_", "_fused_rms_norm", "nll_loss_backward", "addcmul", "addmm_like")
+        ),
+    ],
+    "communication": [
+        "ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)",
+        "ncclDevKernel_ReduceScatter_Sum_bf16_RING_LL",
+        "gloo:all_reduce",
+        "c10d::allreduce_",
+    ],
     "other": ["autograd::engine::evaluate_function: MulBackward0", "my_own_kernel"],
 }
 
 
 @pytest.mark.parametrize("kind", NAMES)
 def test_names_of_kernels_and_operators_tell_the_kind_of_work(kind):
-    assert {name: kernels.kind(name) for name in NAMES[kind]} == dict.fromkeys(NAMES[kind], kind)
-    assert set(NAMES) | {"optimizer"} == set(kernels.KINDS)
+    assert {name: bench.kind_of(name) for name in NAMES[kind]} == dict.fromkeys(NAMES[kind], kind)
 
 
-def test_names_tell_which_attention_ran():
-    found = [kernels.attention_backends([name]) for name in NAMES["attention"]]
-    expected = ["fa3", "fa3", "fa3", "flash", "flash", "fa2", "cudnn", "efficient", "flex", "cpu", ""]
-    assert found == [{name} if name else set() for name in expected]
-    assert not kernels.attention_backends(NAMES["elementwise"] + NAMES["matmul"])
+# ---- profiles
 
 
-def test_another_attention_than_the_configured_one_is_an_error():
-    for configured, ran in (("fa3", {"fa3"}), ("fa2", {"fa2"}), ("sdpa", {"cudnn"}), ("sdpa", {"cpu"}), ("cudnn", {"cudnn"})):
-        assert kernels.attention_error(configured, ran) == ""
-    for configured, ran in (("fa3", {"flash"}), ("fa3", {"fa3", "flash"}), ("fa2", {"flash"}), ("sdpa", set()), ("cudnn", {"flash"}), ("sdpa", {"fa3"})):
-        error = kernels.attention_error(configured, ran)
-        assert f"configured as {configured}" in error and all(name in error for name in ran) and "\n" not in error
+def event(name, start, busy, on_gpu=False, annotation=False, own=None):
+    """An event of the profiler, in microseconds."""
+    times = dict(self_device_time_total=busy if on_gpu else 0, self_cpu_time_total=busy if own is None else own)
+    span = SimpleNamespace(start=start, end=start + busy)
+    device = DeviceType.CUDA if on_gpu else DeviceType.CPU
+    return SimpleNamespace(name=name, device_type=device, is_user_annotation=annotation, time_range=span, **times)
 
 
-# ---- traces
-
-def event(cat, name, ts, dur, **args):
-    return dict(ph="X", cat=cat, name=name, ts=ts, dur=dur, pid=1, tid=1, args=args)
-
-
-def gpu_trace():
-    """Two steps of 100 us on the host; kernels run later than they are launched, in part side by side."""
-    events = [event("user_annotation", kernels.STEP, 0, 100), event("user_annotation", kernels.OPTIMIZER, 60, 40),
-              event("user_annotation", kernels.STEP, 200, 100), event("cuda_runtime", "cudaEventSynchronize", 20, 5),
-              event("cuda_runtime", "cudaDeviceSynchronize", 150, 5)]  # the second lies between the steps
-    work = [("kernel", "nvjet_tst_1", 10, 130, 40), ("kernel", "pytorch_flash::flash_fwd_kernel", 15, 170, 20),
-            ("kernel", "nvjet_tst_2", 70, 190, 10), ("kernel", "ncclDevKernel_AllReduce", 80, 195, 20),
-            ("gpu_memcpy", "Memcpy HtoD", 210, 230, 10), ("kernel", "void at::native::vectorized_elementwise_kernel<4>", 220, 240, 20),
-            ("kernel", "launched before the profile's steps", 150, 400, 50)]
-    for i, (cat, name, launched, start, dur) in enumerate(work):
-        events += [event("cuda_runtime", "cudaLaunchKernel", launched, 2, correlation=i), event(cat, name, start, dur, correlation=i)]
-    return events
-
-
-def test_kernels_count_in_the_range_that_launched_them():
-    found = kernels.summarize(gpu_trace())
-    assert found.shares == {k: pytest.approx(v / 120) for k, v in
-                            dict(attention=20, matmul=40, elementwise=30, optimizer=10, communication=20, other=0).items()}
-    assert found.busy_ms == pytest.approx((40 + 20 + 25 + 10 + 20) / 2e3)  # from 195 to 200 two kernels run
-    assert (found.launches, found.syncs, found.backends) == (3, 0.5, ["flash"]) and found.eager == pytest.approx(20 / 120)
-    assert found.top[0] == ("matmul", "nvjet_tst_1", 0.02, 0.5)
-    with pytest.raises(ValueError, match="bench::step"):
-        kernels.summarize(gpu_trace()[3:])
+def test_kernels_of_a_gpu_are_summed_by_kind_and_those_of_the_optimizer_by_its_range():
+    found = bench.summarize(
+        [
+            event(bench.OPTIMIZER, 10, 500, annotation=True),  # on the host: earlier than its kernels
+            event("aten::mm", 0, 900),
+            event("cudaDeviceSynchronize", 950, 5),
+            event("nvjet_tst_1", 100, 40, True),
+            event("pytorch_flash::flash_fwd_kernel", 140, 20, True),
+            event("pytorch_flash::flash_bwd_kernel", 160, 25, True),
+            event(bench.OPTIMIZER, 200, 100, True, annotation=True),
+            event("nvjet_tst_2", 200, 10, True),
+            event("ncclDevKernel_AllReduce", 210, 15, True),
+            event("void at::native::multi_tensor_apply_kernel", 299, 2, True),
+            event("Memcpy HtoD", 300, 8, True),
+        ],
+        on_gpu=True,
+        steps=2,
+    )
+    busy = dict(matmul=40, attention=45, optimizer=12, communication=15, elementwise=8)
+    assert {kind: found[kind] for kind in busy} == {kind: pytest.approx(us / 120) for kind, us in busy.items()}
+    assert found["busy_ms"] == pytest.approx(0.06) and (found["launches"], found["waits"]) == (3.5, 0.5)
+    assert found["top"][0] == ["matmul", "nvjet_tst_1", 0.02]
+    assert found["attention_kernel"] == "pytorch_flash::flash_bwd_kernel"  # the longest
 
 
-def test_an_operator_has_its_own_time_without_those_that_it_calls():
-    events = [event("user_annotation", kernels.STEP, 0, 100), event("cpu_op", "aten::linear", 10, 50), event("cpu_op", "aten::mm", 20, 30),
-              event("cpu_op", "aten::t", 12, 4), event("cpu_op", "aten::add", 70, 10), event("cpu_op", "aten::add", 200, 10)]
-    found = kernels.summarize(events)
-    assert {name: ms for _, name, ms, _ in found.top} == pytest.approx({"aten::mm": 0.03, "aten::linear": 0.016, "aten::t": 0.004, "aten::add": 0.01})
-    assert (found.busy_ms, found.wall_ms, found.eager) == (pytest.approx(0.06), pytest.approx(0.1), 0)
+def test_an_operator_of_a_cpu_has_its_own_time_without_those_that_it_calls():
+    events = [
+        event("aten::linear", 0, 50, own=20),
+        event("aten::mm", 10, 30),
+        event("bench::optimizer", 100, 60, annotation=True, own=10),
+        event("aten::mm", 110, 50),
+    ]
+    found = bench.summarize(events, on_gpu=False, steps=1)
+    assert (found["matmul"], found["optimizer"], found["busy_ms"], found["launches"]) == (0.5, 0.5, 0.1, 0)
+    assert found["attention_kernel"] == "none"
 
 
-# ---- communication
+# ---- the plain step and evaluation
 
-def test_bytes_between_ranks_are_those_that_two_processes_exchange(dataset, tmp_path):
-    env = dataset | dict(VARIANT="smoke", OUTPUT_DIR=str(tmp_path))
-    lines = run(env | {"PYTHONPATH": str(ROOT)}, processes=2, script=ROOT / "tests" / "helpers" / "traffic.py").stdout.splitlines()
-    seen = json.loads(next(line for line in lines if line.startswith("seen:")).removeprefix("seen:"))
-    found = costs.communication(t.Config.from_env(env | {"COMPILE": "on"}), 2, torch.float32, bench.driven)
-    assert found.calls == len(seen) and sum(found.payload.values()) == sum(size for _, size in seen)
-    reduced = sum(size for name, size in seen if name == "all_reduce")
-    assert found.payload.get("allreduce", 0) == reduced
-    assert found.wire == pytest.approx(sum(size for _, size in seen) / 2 + reduced / 2)
-
-
-def test_every_rank_gets_every_update(dataset):
-    """Whatever the optimizer's plan: updates of all matrices are gathered, at two bytes a number at least, gradients are summed."""
-    cfg = t.Config.from_env(dataset | dict(VARIANT="smoke"))
-    matrices = sum(p.numel() for n, p in make_model(cfg).named_parameters() if t.parameter_roles(make_model(cfg))[n] == "matrix")
-    for world in (2, 3, 8):
-        found = costs.communication(cfg, world, torch.float32, bench.driven)
-        assert found.payload["allgather"] >= 2 * matrices
-        assert found.payload.get("allreduce", 0) + found.payload.get("reduce_scatter", 0) >= 2 * matrices
-    assert not torch.distributed.is_initialized()
-
-
-def test_eight_cards_are_predicted_by_parts_and_by_ratio():
-    moved = costs.Communication(8, dict(reduce_scatter=75_000_000, allgather=75_000_000, allreduce=15_000_000), 10)
-    assert moved.wire == pytest.approx(7 / 8 * 180e6)
-    found = costs.predict(80.0, 2.0, 1.0, moved)
-    assert found.by_ratio == pytest.approx(81.6) and found.error == 0.04
-    assert found.by_parts == pytest.approx((79 + 0.4375 + 0.25) * 1.0125)
-
-
-# ---- the plain step
 
 def test_the_plain_step_is_ours():
-    """Same losses and weights over three steps in fp32; AdamW's epsilon keeps rounding of tiny gradients from deciding signs."""
-    cfg = t.Config(**TINY, adam_eps=1e-4, ttt_chunk_tokens=32)
+    """Equal losses and weights over three fp32 steps; AdamW's epsilon keeps rounding from deciding signs."""
+    cfg = t.Config(**TINY, adam_eps=1e-4)
     model = make_model(cfg)
-    twin = plain.Step(cfg, {n: w.clone() for n, w in model.state_dict().items()}, torch.device("cpu"))
-    draw = torch.Generator().manual_seed(0)
-    rows = [torch.randint(1, 20, (1, 4, 33), generator=draw) for _ in range(3)]
+    twin = plain.Step(cfg, model.state_dict(), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(1, 20, (1, 4, 33), generator=generator) for _ in range(3)]
     trainer = t.Trainer(model, iter([(r[..., :-1], r[..., 1:]) for r in rows]), cfg, t.Ranks())
     for r in rows:
         ours = trainer.step(0.5, 0.9).value()
         trainer.average.update(1 - cfg.ema_decay)
         assert twin(r[0, :, :-1], r[0, :, 1:], 0.5, 0.9).item() == pytest.approx(ours, rel=1e-5)
-    start = make_model(cfg).state_dict()
-    for (name, p), average in zip(twin.model.named_parameters(), twin.average):
-        mine = dict(model.named_parameters())[name]
-        assert (mine - start[name]).norm() > 1e-4, name
-        assert (p - mine).norm() <= 1e-4 * (mine - start[name]).norm() + 1e-7, name
-        assert torch.allclose(average, trainer.average.values[name], atol=1e-6), name
+    start, mine = make_model(cfg).state_dict(), dict(model.named_parameters())
+    assert twin.weights.keys() == mine.keys()
+    for name, w in twin.weights.items():
+        moved = (mine[name] - start[name]).norm()
+        assert moved > 1e-4 and (w - mine[name]).norm() <= 1e-4 * moved + 1e-7, name
+        assert torch.allclose(twin.average[name], trainer.average.values[name], atol=1e-6), name
 
 
 def test_the_plain_step_refuses_what_it_does_not_know():
-    with pytest.raises(t.InputError, match="not [A-Z_]+="):
-        plain.check(t.Config(**t.row("pr1812")))
-    plain.check(t.Config(**t.row("demo")))
+    with pytest.raises(Refused, match="not [A-Z_]+="):
+        plain.check(t.Config(**t.variant_options("pr1812")))
+    plain.check(t.Config(**t.variant_options("demo")))
 
 
-# ---- the tool
+def test_a_scorer_without_a_tokenizer_counts_one_byte_per_token():
+    stream = np.random.default_rng(0).integers(1, 128, 145)
+    score = bench.make_scorer(stream, t.Config(**TINY), t.Ranks()).evaluate_sliding(make_model(t.Config(**TINY)))
+    assert score.bpb == pytest.approx(score.loss / np.log(2))
+
+
+# ---- time
+
 
 class Event:
     """torch.cuda.Event on a fake clock: each one that is recorded is 5 ms after the one before."""
+
     now = 0.0
 
     def __init__(self, enable_timing):
@@ -224,91 +223,95 @@ def test_steps_of_a_gpu_are_timed_by_events_without_waiting(monkeypatch):
     assert waits == [2, 9]
 
 
-def test_a_gpu_has_its_own_defaults_and_memory(monkeypatch):
-    args = bench.parse([], True)
-    assert (args.variant, args.steps, args.warm_seconds) == (["card", "pr1812"], 100, 60.0) and bench.parse([], False).variant == ["demo"]
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5 << 20)
-    assert bench.peak_mib(torch.device("cuda")) == 5
+def test_steps_of_a_cpu_are_timed_one_by_one(monkeypatch):
+    clock, calls = iter(range(100)), []
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: float(next(clock)))
+    assert bench.step_times(lambda: calls.append(0), torch.device("cpu"), 3, 2) == [1000.0] * 3 and len(calls) == 5
 
 
-def test_ours_are_timed_on_a_cpu():
-    clock = iter(range(100))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench.time, "perf_counter", lambda: float(next(clock)))
-        assert bench.step_times(lambda: None, torch.device("cpu"), 3, 0) == [1000.0] * 3
+def test_functions_are_timed_in_turns():
+    calls = []
+    runs = {name: lambda name=name: calls.append(name) for name in "ab"}
+    times = bench.in_turns(runs, torch.device("cpu"), rounds=3, count=2)
+    assert "".join(calls) == "aaaabbbb" + 2 * "aabb" and {name: len(ms) for name, ms in times.items()} == dict(a=6, b=6)
 
 
-def test_a_scaling_study_changes_one_thing_at_a_time():
-    cfg = t.Config(**t.row("demo"))
-    for _, _, changed in bench.scaled(cfg):
-        differ = {n for n, v in vars(changed).items() if v != vars(cfg)[n]}
-        assert differ <= {"model_dim", "num_heads", "num_kv_heads"} or differ <= {"num_layers", "ve_layers", "xsa_last_n"} or (
-            differ <= {"train_seq_len", "micro_batch_tokens", "eval_seq_len"}) or differ == {"vocab_size"}
-        assert changed.head_dim == cfg.head_dim and changed.train_batch_tokens == cfg.train_batch_tokens
-    axes = [axis for axis, _, _ in bench.scaled(cfg)]
-    assert {axis: axes.count(axis) for axis in axes} == dict(width=3, depth=3, sequence=3, vocabulary=4)
+# ---- the tool
 
 
-QUICK = ["--variant", "smoke", "--steps", "3", "--warm-seconds", "0"]
+def test_a_gpu_has_its_own_defaults(monkeypatch):
+    monkeypatch.delenv("VARIANT", raising=False)
+    assert (bench.parse([]).variant, bench.parse([]).steps) == (["demo"], 10)
+    monkeypatch.setenv("VARIANT", "pr150")
+    assert bench.parse([]).variant == ["pr150"] and bench.parse(["--variant", "demo"]).variant == ["demo"]
+    assert bench.parse(["--env", "VARIANT=pr455"]).variant == ["pr455"]
+    monkeypatch.delenv("VARIANT")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert (bench.parse([]).variant, bench.parse([]).steps) == (["card", "pr1812"], 100)
 
 
-def test_a_whole_run(tmp_path):
-    out, old = tmp_path / "new.json", tmp_path / "old.json"
-    old.write_text(json.dumps(dict(format=1, machine=dict(device="a", threads=1, torch="2"), rows=[dict(name="smoke", tokens=128, ms=2.0)])))
-    done = tool(*QUICK, "-o", str(out), "--gptq", "--predict", "4", "--profile", str(tmp_path / "profile"), "--compare", str(old))
-    result = json.loads(out.read_text())
-    assert set(result) == {"format", "machine", "arguments", "ceilings", "rows", "plain", "scaling"}
-    assert {"device", "torch", "commit", "env", "threads"} <= set(result["machine"])
-    assert {"copy", "float32", "bfloat16"} == set(result["ceilings"])
-    (row,) = result["rows"]
-    assert set(report.METRICS) <= set(row) and row["attention_ran"] == ["cpu"] and row["attention_error"] == ""
-    assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["ms"] * 1e3) and row["tokens"] == 128
-    assert row["mfu"] == pytest.approx(row["tokens_per_second"] * row["flops_per_token"] / result["ceilings"]["float32"])
-    assert sum(row["shares"].values()) == pytest.approx(1) and row["shares"]["optimizer"] > 0.01 and 0 < row["busy"] <= 1
-    assert row["communication"]["world"] == row["prediction"]["world"] == 4 and len(row["top"]) == 15
-    assert row["prediction"]["by_ratio"] == pytest.approx(1.02 * row["ms"])
-    assert {p["threads"] for p in result["plain"]} <= {1, 2} and all(p["ratio"] == p["plain_ms"] / p["ms"] for p in result["plain"])
-    assert "ceilings: copy" in done.stdout and f"| smoke | ms a step | 2 | {row['ms']:.4g} | {row['ms'] / 2:.3f} |" in done.stdout
-    assert "not alike: device, torch" in done.stdout or "not alike: device, threads, torch" in done.stdout
-    assert {p.name for p in (tmp_path / "profile").iterdir()} == {"smoke.trace.json", "smoke.table.txt"}
+SMALL = [f"--env={name.upper()}={size}" for name, size in TINY.items() if name != "ve_layers"]
+SMALL += ["--env=VE_LAYERS=3,4", "--steps=3"]
 
 
-def test_a_comparison_says_what_is_not_alike():
-    old = dict(machine=dict(device="a", threads=1, torch="2"), rows=[dict(name="card", tokens=1, ms=2.0, gptq_seconds=3.0)])
-    new = dict(machine=dict(device="b", threads=1, torch="2"), rows=[dict(name="card", tokens=2, ms=1.0), dict(name="demo", tokens=2, ms=1.0)])
-    text = report.comparison(old, new)
-    assert text.splitlines()[0] == "not alike: device, card tokens"
-    assert [line for line in text.splitlines() if line.startswith("| card")] == ["| card | ms a step | 2 | 1 | 0.500 |"] and "demo" not in text
-    with pytest.raises(t.InputError, match="no row of card"):
-        report.comparison(old, new | dict(rows=new["rows"][1:]))
-
-
-def test_another_attention_fails_the_run_after_its_results_are_written(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "ceilings", lambda device, dtype: dict(copy=1e9, float32=1e9))
-    monkeypatch.setattr(kernels, "ALLOWED", {})
-    with pytest.raises(t.InputError, match="smoke: attention is configured as sdpa"):
-        bench.main([*QUICK, "--no-plain", "--steps-only", "-o", str(tmp_path / "a.json")])
-    assert json.loads((tmp_path / "a.json").read_text())["rows"][0]["attention_error"] and "ceilings" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("args, env, words", [
-    (["--variant", "cards"], {}, "--variant cards must be one of card, "),
-    (["--env", "MODEL_DIM"], {}, "--env MODEL_DIM must be NAME=VALUE"),
-    (["--env", "MODEL_DIMM=5"], {}, "MODEL_DIMM is no option: did you mean MODEL_DIM?"),
-    (["--env", "WIDTH=5"], {}, "--env WIDTH is no option of train_gpt.py"),
-    (["--scaling", "--env", "VOCAB_SIZE=65536"], {}, "VOCAB_SIZE=262144 must lie in"),
-    (["--env", "NUM_HEADS=3"], {}, "MODEL_DIM=32 must be a multiple of NUM_HEADS=3"),
-    ([], {"VARIANT": "card"}, "VARIANT=card: choose rows by --variant"),
-    ([], {"ATTENTION": "fa3"}, "ATTENTION=fa3 cannot run"),
-    (["-o", "no/such/folder/x.json"], {}, "or there is no folder to hold it"),
-    (["--compare", "missing.json"], {}, "--compare missing.json: No such file"),
-    (["--compare", str(ROOT / "submission.json")], {}, "submission.json is not a file of this tool")])
-def test_wrong_input_is_one_line(args, env, words, tmp_path, monkeypatch):
+@pytest.fixture
+def quick(monkeypatch, tmp_path):
+    """Runs the tool in this process in a folder of its own, on a tiny row, without a time to warm up."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "WARM_SECONDS", dict(cpu=0.0))
+    monkeypatch.setattr(bench, "ceilings", lambda device: {"copy": 1e9, "torch.float32": 1e9, "torch.bfloat16": 2e9})
+    threads = torch.get_num_threads()
+    yield lambda *args: bench.main([*SMALL, *args])
+    torch.set_num_threads(threads)
+
+
+def test_a_whole_run(quick, tmp_path, capsys):
+    """A row, its profile and the race, beside a result of an earlier version of the tool."""
+    (tmp_path / "old.json").write_text(json.dumps(dict(format=1, rows=[dict(name="demo", tokens=128, ms=2.0)])))
+    quick("--compare", "old.json", "--env", "VARIANT=demo")
+    result, text = json.loads((tmp_path / "bench.json").read_text()), capsys.readouterr().out
+    assert result["machine"].keys() == {"device", "threads", "torch", "commit"}
+    (row,), (race,) = result["rows"], result["plain"]
+    kinds = ("attention", "matmul", "elementwise", "optimizer", "other")
+    assert sum(row[kind] for kind in kinds) == pytest.approx(1) and all(row[kind] > 0.005 for kind in kinds)
+    assert row["attention_kernel"].startswith("aten::_scaled_dot_product") and len(row["top"]) == 20
+    assert row["tokens"] == 128 and row["tokens_per_second"] == pytest.approx(128 / row["ms"] * 1e3)
+    assert row["mfu"] == pytest.approx(row["tokens_per_second"] * row["MFLOP_per_token"] * 1e6 / 1e9)
+    assert row["low"] <= row["ms"] <= row["high"] and row["ms_on_8"] == pytest.approx(1.02 * row["ms"])
+    assert row["ms/old"] == pytest.approx(row["ms"] / 2) and f"| 2.00 | {row['ms/old']:.3f} |" in text
+    assert (race["name"], race["tokens"]) == ("demo", 128) and race["ratio"] == pytest.approx(
+        race["plain_ms"] / race["ms"]
+    )
+    assert race["low"] <= race["high"] and 0.1 < race["ratio"] < 10
+    assert text.count("|---|") == 3 and "copy: 1000000000.0" in text and text.endswith("wrote bench.json\n")
+
+
+def test_a_row_with_loops_is_measured_twice_and_one_without_a_plain_step_is_named(quick, tmp_path, capsys):
+    quick("--env", "NUM_LOOPS=1", "--env", "LOOP_START=1", "--env", "LOOP_END=2", "-o", "loops.json")
+    result = json.loads((tmp_path / "loops.json").read_text())
+    assert [row["name"] for row in result["rows"]] == ["demo", "demo looped"] and result["plain"] == []
+    flops = [row["MFLOP_per_token"] for row in result["rows"]]
+    assert flops[1] > 1.3 * flops[0] and "demo: the plain step implements" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "args, env, words",
+    [
+        (["--variant", "cards"], {}, "--variant cards must be one of card, "),
+        (["--env", "MODEL_DIM"], {}, "MODEL_DIM='' is not valid"),
+        (["--env", "WIDTH=5"], {}, "--env WIDTH must be NAME=VALUE with an option of train_gpt.py"),
+        (["--env", "NUM_HEADS=3"], {}, "MODEL_DIM must be a multiple of NUM_HEADS"),
+        ([], {"VARIANT": "cards"}, "--variant cards must be one of card, "),
+        ([], {"ATTENTION": "fa3"}, "ATTENTION=fa3 cannot run"),
+        (["--compare", "missing.json"], {}, "cannot read missing.json: No such file"),
+        (["-o", "."], {}, "cannot write .: it is a folder"),
+    ],
+)
+def test_wrong_input_is_one_line(quick, args, env, words, tmp_path, monkeypatch):
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(t.InputError) as error:
-        bench.main(["--variant", "smoke", *args] if "--variant" not in args else args)
+    with pytest.raises((Refused, t.InputError)) as error:
+        quick(*args)
     assert words in str(error.value) and "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
@@ -319,8 +322,14 @@ def test_an_error_ends_the_process_with_one_line(monkeypatch):
     assert "\n" not in end.value.code
 
 
-def test_rows_take_one_micro_batch_of_a_card(tmp_path):
-    found = {name: bench.row_config(name, {}, tmp_path, 1).train_batch_tokens for name in ("card", "pr1812", "pr1127", "demo", "card-small")}
-    assert found == {"card": 98_304, "pr1812": 98_304, "pr1127": 65_536, "demo": 2048, "card-small": 1024}
-    assert bench.row_config("card", {}, tmp_path, 8) == replace(t.Config(), output_dir=str(tmp_path), fit=False)
-    assert bench.row_config("card", {"TRAIN_BATCH_TOKENS": "196608"}, tmp_path, 1).train_batch_tokens == 196_608
+def test_rows_take_one_micro_batch(tmp_path):
+    sizes = {"card": 98_304, "pr1812": 98_304, "pr1127": 65_536, "demo": 2048, "card-small": 1024}
+    assert {name: bench.row_config(name, {}, tmp_path).train_batch_tokens for name in sizes} == sizes
+    larger = bench.row_config("card", {"TRAIN_BATCH_TOKENS": "196608"}, tmp_path)
+    assert larger == replace(t.Config.from_env({}), train_batch_tokens=196_608, data_path=str(tmp_path / "tokens1024"))
+
+
+def test_ceilings_are_of_a_copy_and_of_products():
+    found = bench.ceilings(torch.device("cpu"))
+    assert found.keys() == {"copy", "torch.float32", "torch.bfloat16"}
+    assert 1e9 < found["copy"] < 1e12 and 1e9 < found["torch.float32"] < 1e14

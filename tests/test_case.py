@@ -14,8 +14,8 @@ import case
 import encode
 import numpy as np
 import pytest
-import torch
 from conftest import make_model, prepare, run, write_json_lines
+from helpers.smoke import SMOKE, for_evaluation
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_prepare import by_parts, cli, files_of
@@ -306,10 +306,10 @@ def test_a_sidecar_of_prose_is_accepted_and_one_inflated_by_over_1_percent_refus
         prepare.warn_of_excess(Path(cfg.data_path), model)
         warned = capsys.readouterr().err
         if share < 0.01:
-            assert int(t.target_bytes(tokens, cfg, torch.device("cpu")).sum()) == sum(len(text.encode()) for text in texts) + extra and not warned
+            assert int(t.target_bytes(tokens, cfg).sum()) == sum(len(text.encode()) for text in texts) + extra and not warned
         else:
-            with pytest.raises(t.InputError, match="bytes more .* over 1 %"):
-                t.target_bytes(tokens, cfg, torch.device("cpu"))
+            with pytest.raises(t.InputError, match=f"differs by {extra} bytes, more than 1 %"):
+                t.target_bytes(tokens, cfg)
             assert warned.startswith(f"WARNING: {cfg.data_path}: the sidecar counts {forged.sum()} bytes, the pieces have ") and warned.count("\n") == 1
 
 
@@ -364,17 +364,17 @@ def test_the_case_must_be_the_tokenizers(made, dataset, tmp_path):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_model_writes_text_without_marks(models, layout, tmp_path):
     """The prompt as it is, then what the tokens decode to; the model sees the tokens of the marked prompt."""
-    env = dict(VARIANT="smoke", VOCAB_SIZE="400", TOKENIZER_PATH=str(models[layout]))
+    env = SMOKE | dict(VOCAB_SIZE="400", TOKENIZER_PATH=str(models[layout]))
     cfg, sp, prompt = t.Config.from_env(env), encode.processor(models[layout]), "The NASA, \ue001 I am "
     model = make_model(cfg)
     weights = {name: 3 * p.detach() if name == "tok_emb.weight" else p.detach() for name, p in model.named_parameters()}
-    (tmp_path / "model.ptz").write_bytes(t.pack(t.quantize(weights, t.coding_plans(weights, t.grids(model, cfg), cfg, {})), False, cfg))
+    (tmp_path / "model.ptz").write_bytes(t.pack(t.quantize(weights, t.quant_plans(weights, t.quant_specs(model, cfg), cfg, {})), False, cfg))
     seen = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generate, "continuation", lambda ask, ids, *rest: seen.append(ids) or sp.encode(case.encode("End. The NASA's", layout)))
         args = generate.arguments([str(tmp_path / "model.ptz"), prompt])
-        assert "".join(generate.generate(args, env)) == prompt + "End. The NASA's"
+        assert "".join(generate.generate(args, for_evaluation(env))) == prompt + "End. The NASA's"
     assert seen == [[t.BOS, *sp.encode(case.encode(prompt, layout))]]
-    done = run(env, str(tmp_path / "model.ptz"), prompt, "--max-tokens", "40", "--seed", "3", script="tools.model.generate")
+    done = run(for_evaluation(env), str(tmp_path / "model.ptz"), prompt, "--max-tokens", "40", "--seed", "3", script="tools.model.generate")
     written = done.stdout.removeprefix(prompt)
     assert done.stdout.startswith(prompt) and not done.stderr and not set(written) & set(case.MARKS)

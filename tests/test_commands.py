@@ -20,7 +20,7 @@ ONE_FILE = ("tools.table", "tools.plot -o {}/x.png", "tools.record --name x", "t
 ACCEPTED = {("tools.record.pack -o {}/packed.py", name) for name in ("empty", "list.json", "object.json")}  # these are Python
 NO_GPU = ("tools.bench.mlp", "tools.bench.mlp --time", "tools.bench.anatomy", "tools.bench.passes", "tools.bench.check_gpu")
 WRONG = {"tools.bench.anatomy --script {}/none.py": "is no .py file", "tools.bench.passes --table": "--table needs --json FILE",
-         "tools.bench -o {}": "it is a folder", "tools.bench --variant none": "must be one of", "tools.bench.evaluation --tokens 0": "must be 1 or more",
+         "tools.bench -o {}": "it is a folder", "tools.bench --variant none": "must be one of", "tools.bench --steps 0": "must be 1 or more",
          "tools.model.quantization {}/bytes -o {}/x.xyz": "must be a .png or .svg", "tools.model.quantization {}/bytes -o {}/none/x.png": "folder that exists",
          "tools.ablation {}/list.json --out {}/runs --jobs 0": "must be 1 or more", "tests.mutants NO_MATCH": "no mutant has NO_MATCH in its name"}
 

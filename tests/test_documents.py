@@ -1,4 +1,4 @@
-"""Attention that keeps documents apart, by each kernel: against each document alone; and rows that grow."""
+"""Document masks of each attention kernel, against each document alone, and training rows that grow."""
 
 import dataclasses
 from functools import partial
@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_model
+from helpers.smoke import SMOKE
 from helpers.twins import ids_of, losses, trainer_of, twin
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -25,49 +26,39 @@ def alone(ids, q, k, v):
     return out
 
 
-def varlen(q, k, v, bounds_q, bounds_k, longest_q, longest_k, softmax_scale, causal):
-    """flash_attn_varlen_func: tokens that no segment has stay NaN, as no kernel writes them."""
-    assert causal and bounds_q.dtype == bounds_k.dtype == torch.int32 and len(bounds_q) == len(bounds_k)
-    assert longest_q > 1 or len(q) == len(bounds_q) - 1  # FlashAttention-2 then takes a query of each segment
-    out = torch.full_like(q, torch.nan)
-    for bounds, longest in ((bounds_q.tolist(), longest_q), (bounds_k.tolist(), longest_k)):
-        assert bounds == sorted(bounds) and max(b - a for a, b in zip(bounds, bounds[1:])) <= longest
-    for low, high, begin, end in zip(bounds_q, bounds_q[1:], bounds_k, bounds_k[1:]):
-        if low < high:  # the causal mask ends at the last query and the last key
-            out[low:high] = lower_right(q[None, low:high], k[None, begin:end], v[None, begin:end], softmax_scale)[0]
+def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal):
+    """flash_attn_varlen_func: tokens outside of all segments stay NaN, because no kernel writes them."""
+    assert causal and cu_seqlens_q is cu_seqlens_k and cu_seqlens_q.dtype == torch.int32 and max_seqlen_q == max_seqlen_k
+    offsets, out = cu_seqlens_q.tolist(), torch.full_like(q, torch.nan)
+    assert offsets == sorted(offsets) and max(b - a for a, b in zip(offsets, offsets[1:])) <= max_seqlen_q
+    for low, high in zip(offsets, offsets[1:]):
+        if low < high:
+            segment = (x[None, low:high].transpose(1, 2) for x in (q, k, v))
+            out[low:high] = F.scaled_dot_product_attention(*segment, is_causal=True, scale=softmax_scale, enable_gqa=True).transpose(1, 2)[0]
     return out
-
-
-def lower_right(q, k, v, scale):
-    """Attention of queries that are the last ones, by a mask."""
-    mask = torch.ones(q.size(1), k.size(1), dtype=torch.bool).tril(k.size(1) - q.size(1))
-    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), mask, scale=scale, enable_gqa=True).transpose(1, 2)
 
 
 @pytest.mark.parametrize("attend", [t.attend_sdpa, partial(t.attend_flash, (None, varlen))])
 @settings(max_examples=15, deadline=None)
-@example(rows=2, firsts=[150], seed=0, last=1)
-@given(rows=st.integers(1, 3), firsts=st.lists(st.integers(0, 599), max_size=4), seed=st.integers(0, 99), last=st.integers(1, 200))
-def test_a_document_has_the_attention_that_it_has_alone(attend, rows, firsts, seed, last):
+@example(rows=2, firsts=[150], seed=0)
+@given(rows=st.integers(1, 3), firsts=st.lists(st.integers(0, 599), max_size=4), seed=st.integers(0, 99))
+def test_a_document_has_the_attention_that_it_has_alone(attend, rows, firsts, seed):
     draw, ids = torch.Generator().manual_seed(seed), torch.full((rows, 200), 5)
     ids.view(-1)[[at for at in firsts if at < rows * 200]] = t.BOS
     q, k, v = (torch.randn(*ids.shape, heads, 8, generator=draw) for heads in (4, 2, 2))
-    expected = alone(ids, q, k, v)
-    for asked in (last, 200):
-        found = attend(q[:, -asked:], k, v, t.documents_of(ids))
-        torch.testing.assert_close(found.double(), expected[:, -asked:], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(attend(q, k, v, t.find_documents(ids)).double(), alone(ids, q, k, v), rtol=1e-4, atol=1e-5)
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 300), st.data())
-def test_bounds_are_rows_and_documents_of_one_count_and_none_is_longer_than_a_row(rows, length, data):
+def test_cu_seqlens_are_rows_and_documents_of_a_static_count_and_none_is_longer_than_a_row(rows, length, data):
     ids = torch.full((rows, length), 5)
     for at in data.draw(st.lists(st.integers(0, rows * length - 1), max_size=40)):
         ids.view(-1)[at] = t.BOS
-    bounds = t.documents_of(ids).bounds.tolist()
+    offsets = t.find_documents(ids).cu_seqlens.tolist()
     begins = [i for i in range(rows * length) if i % length and ids.view(-1)[i] == t.BOS]
-    assert bounds == sorted(bounds) and len(bounds) == rows + 1 + rows * length // 32
-    assert set(bounds) == {*range(0, rows * length + 1, length), *begins[: rows * length // 32]}
+    assert offsets == sorted(offsets) and len(offsets) == rows + 1 + rows * length // 32
+    assert set(offsets) == {*range(0, rows * length + 1, length), *begins[: rows * length // 32]}
 
 
 def test_a_model_scores_each_document_as_it_does_alone(cfg):
@@ -82,9 +73,9 @@ def test_a_model_scores_each_document_as_it_does_alone(cfg):
 def test_a_row_of_one_document_is_scored_the_same_without_a_mask(cfg):
     model = make_model(dataclasses.replace(cfg, document_attention=True))
     ids = ids_of(cfg)[1:]
-    torch.testing.assert_close(model(ids, ids, alone=True), model(ids, ids), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(ids, ids, single_document=True), model(ids, ids), rtol=1e-4, atol=1e-5)
     crossing = ids_of(cfg)[:1]
-    assert not torch.allclose(model(crossing, crossing, alone=True), model(crossing, crossing), atol=1e-3)
+    assert not torch.allclose(model(crossing, crossing, single_document=True), model(crossing, crossing), atol=1e-3)
 
 
 # ---------------------------------------- rows that grow
@@ -133,9 +124,9 @@ def test_shuffled_rows_that_grow_read_no_token_twice(cfg, tmp_path):
     assert len(set(read[:288])) == 288 and len(set(read)) < len(read)
 
 
-def test_training_goes_through_its_stages_and_warms_each_of_them_up(growing):
-    said, log = [], lambda text, **facts: said.append(text)
-    log.active = False
+def test_training_goes_through_its_stages_and_warms_each_of_them_up(growing, log, monkeypatch):
+    said = []
+    monkeypatch.setattr(t.Log, "__call__", lambda self, text: said.append(text))
     trainer, met = trainer_of(dataclasses.replace(growing, iterations=8, val_loss_every=0)), []
     step = trainer.step
     trainer.step = lambda *how: (met.append((trainer.batches.seq_len, trainer.looped, trainer.batches.step)), step(*how))[1]
@@ -148,21 +139,21 @@ def test_training_goes_through_its_stages_and_warms_each_of_them_up(growing):
 
 
 @pytest.mark.parametrize("given, words", [
-    (dict(EARLY_SEQ_LENS="24", EARLY_SEQ_ENDS="0.5"), "EARLY_SEQ_LENS=.*24.* must divide TRAIN_BATCH_TOKENS=256"),
-    (dict(EARLY_SEQ_LENS="64", EARLY_SEQ_ENDS="0.5"), "none above TRAIN_SEQ_LEN=32"),
-    (dict(EARLY_SEQ_LENS="8,16", EARLY_SEQ_ENDS="0.5"), "EARLY_SEQ_ENDS=.* must rise, one for each"),
-    (dict(EARLY_SEQ_LENS="8,16", EARLY_SEQ_ENDS="0.5,0.5"), "must rise"),
-    (dict(EARLY_SEQ_LENS="1", EARLY_SEQ_ENDS="0.5"), "EARLY_SEQ_LENS=1 must lie in"),
+    (dict(EARLY_SEQ_LENS="24", EARLY_SEQ_ENDS="0.5"), "EARLY_SEQ_LENS must divide TRAIN_BATCH_TOKENS .*EARLY_SEQ_LENS=24, TRAIN_BATCH_TOKENS=256"),
+    (dict(EARLY_SEQ_LENS="64", EARLY_SEQ_ENDS="0.5"), "and be at most TRAIN_SEQ_LEN .*EARLY_SEQ_LENS=64, .*TRAIN_SEQ_LEN=32"),
+    (dict(EARLY_SEQ_LENS="8,16", EARLY_SEQ_ENDS="0.5"), "EARLY_SEQ_ENDS must increase, one for each .*EARLY_SEQ_ENDS=0.5, EARLY_SEQ_LENS=8,16"),
+    (dict(EARLY_SEQ_LENS="8,16", EARLY_SEQ_ENDS="0.5,0.5"), "EARLY_SEQ_ENDS must increase.*EARLY_SEQ_ENDS=0.5,0.5"),
+    (dict(EARLY_SEQ_LENS="1", EARLY_SEQ_ENDS="0.5"), "EARLY_SEQ_LENS=1 must be in"),
 ])
 def test_stages_that_cannot_be_are_named(given, words):
     with pytest.raises(t.InputError, match=words):
-        t.Config.from_env({"VARIANT": "smoke", **given})
+        t.Config.from_env(SMOKE | given)
 
 
 def test_rows_of_every_length_must_divide_among_the_ranks(growing):
     stream = trainer_of(growing).batches.stream
     cfg = dataclasses.replace(growing, train_batch_tokens=320, micro_batch_tokens=64, early_seq_lens=(16, 20), eval_stride=4)
     t.Batches(stream, cfg, t.Ranks(0, 2))  # 10 rows, at first 20, then 16
-    for world, words in ((4, "10 rows of 32 tokens, which do not divide by 4 ranks"), (5, "16 rows of 20 tokens, .* by 5 ranks")):
+    for world, words in ((4, "10 rows of 32 tokens, which is not a multiple of 4 ranks"), (5, "16 rows of 20 tokens, .* of 5 ranks")):
         with pytest.raises(t.InputError, match=f"TRAIN_BATCH_TOKENS=320 is {words}"):
             t.Batches(stream, cfg, t.Ranks(0, world))

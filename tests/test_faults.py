@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, finals, make_model, run, unpacked
+from helpers.twins import trainer_of
 
 import train_gpt as t
 
@@ -35,6 +36,10 @@ def average_of(folder, name="test"):
     return unpacked((folder / f"{name}.average.ptz").read_bytes())[1]
 
 
+def updates_of(folder, name="test"):
+    return unpacked((folder / f"{name}.average.ptz").read_bytes())[0]["updates"]
+
+
 def shell(command, env, **how):
     """A shell command with the script as $RUN."""
     clean = {k: v for k, v in os.environ.items() if k.lower() not in t.Config.__dataclass_fields__}
@@ -54,7 +59,7 @@ def test_an_error_of_any_type_leaves_the_average_saved(env, tmp_path, fault, sta
     assert done.returncode == status and re.search(said, done.stderr), done.stderr
     assert len(done.stderr.splitlines()) == 1 or "Traceback" in done.stderr or status == 130
     assert average_of(tmp_path).keys() == average_of(tmp_path, "final_model").keys()
-    assert all(w.isfinite().all() for w in average_of(tmp_path).values()) and "updates:3" in done.stdout
+    assert all(w.isfinite().all() for w in average_of(tmp_path).values()) and updates_of(tmp_path) == 3
     assert not [*tmp_path.glob("*.int6.ptz"), *tmp_path.glob("*.part")]
 
 
@@ -71,7 +76,7 @@ def test_of_several_ranks_the_first_that_fails_speaks_and_the_average_is_kept(en
 def test_ranks_that_do_not_divide_the_batch_are_told_once_with_the_nearest_that_does(env, tmp_path):
     done = run(env, processes=3, check=False, fresh=True)
     ours = [line for line in done.stderr.splitlines() if line.startswith("train_gpt.py:")]
-    assert done.returncode and len(ours) == 1 and "the nearest value that does is TRAIN_BATCH_TOKENS=288" in ours[0], done.stderr
+    assert done.returncode and len(ours) == 1 and "the nearest valid value is TRAIN_BATCH_TOKENS=288" in ours[0], done.stderr
     assert not (tmp_path / "logs" / "test.txt").exists()
 
 
@@ -82,20 +87,20 @@ def test_a_nan_never_replaces_a_good_average(env, tmp_path):
     done = run(settings, script=planted(tmp_path, fault, before="        clock.lap()"), check=False)
     assert done.returncode == 1 and re.fullmatch("train_gpt.py: the loss is (nan|inf) at step 5; .*\n", done.stderr), done.stderr
     kept = average_of(tmp_path, "seed")
-    assert all(w.isfinite().all() for w in kept.values()) and done.stdout.count("checkpoint:") == 3
+    assert all(w.isfinite().all() for w in kept.values()) and done.stdout.count("average.ptz step:") == updates_of(tmp_path, "seed") == 3
     own = {k: env[k] for k in ("DATA_PATH", "TOKENIZER_PATH", "OUTPUT_DIR", "VAL_MAX_TOKENS")} | dict(EVAL_ONLY="1", RUN_ID="again", TTT_EPOCHS="0")
     scored = run(own | dict(ARTIFACT=str(tmp_path / "seed.average.ptz"))).stdout
     assert 0 < finals(scored)["final_int6_roundtrip"] < 20
 
 
 def test_an_average_that_is_not_finite_is_not_written(cfg, log):
-    average, log.active = t.Average(make_model(cfg)), True
-    average.update(0.5)
-    t.save_average(average, False, cfg, log)
-    before = cfg.average_path.read_bytes()
-    average.values["skip_weights"][0, 0] = torch.nan
-    t.save_average(average, False, cfg, log)
-    assert cfg.average_path.read_bytes() == before and "were not saved" in log.facts["warnings"][0]
+    trainer, log.active = trainer_of(cfg), True
+    trainer.average.update(0.5)
+    t.save_checkpoint(trainer, "average", log)
+    before = cfg.checkpoint_path("average").read_bytes()
+    trainer.average.values["skip_weights"][0, 0] = torch.nan
+    t.save_checkpoint(trainer, "average", log)
+    assert cfg.checkpoint_path("average").read_bytes() == before and "was not written" in log.facts["warnings"][0]
 
 
 # ---- signals
@@ -124,7 +129,7 @@ def test_a_signal_in_training_is_acknowledged_and_a_second_one_ends_it(env, tmp_
     twice = "if step == 3: signal.raise_signal(signal.SIGHUP); signal.raise_signal(signal.SIGINT)"
     done = run(env | SHORT, script=planted(tmp_path, twice), check=False)
     assert done.returncode == 130 and done.stderr == "train_gpt.py: stopping after this step; press Ctrl-C again to stop now\n"
-    assert "updates:3" in done.stdout and "step:4/" not in done.stdout
+    assert updates_of(tmp_path) == 3 and "step:4/" not in done.stdout
 
 
 # ---- outputs that cannot be written
@@ -142,10 +147,10 @@ def test_a_log_on_a_full_disk_ends_no_run_and_is_told_once(cfg, capsys):
     log = t.Log(cfg, t.Ranks())
     log("first")
     log.path = t.Path("/dev/full")
-    log("second", fact=1)
+    log.fact(second=1)
     log("third")
     said = capsys.readouterr()
-    assert said.out.split() == ["first", "second", "third"] and log.facts == {"fact": 1}
+    assert said.out.split() == ["first", "second:1", "third"] and log.facts == {"second": 1}
     assert said.err.count("WARNING: cannot write to /dev/full (") == 1 and said.err.count("\n") == 1
 
 
@@ -160,22 +165,22 @@ def test_an_audit_that_cannot_be_written_does_not_end_an_evaluation(cfg, log, tm
     (folder := tmp_path / "gone").mkdir()
     cfg = dataclasses.replace(cfg, audit=str(folder / "audit.npz"), val_max_tokens=100)
     scorer, model = t.Scorer(t.read_validation(cfg), cfg, t.Ranks(), log), make_model(cfg)
-    assert scorer.plain(model).loss > 0 and np.load(cfg.audit)["nll"].shape == (100,)
+    assert scorer.evaluate_windows(model).loss > 0 and np.load(cfg.audit)["nll"].shape == (100,)
     (folder / "audit.npz").unlink()
     folder.rmdir()
-    assert scorer.plain(model).loss > 0 and capsys.readouterr().err.count("WARNING: cannot write to ") == 1
+    assert scorer.evaluate_windows(model).loss > 0 and capsys.readouterr().err.count("WARNING: cannot write to ") == 1
 
 
 def test_outputs_are_checked_before_the_work(cfg, monkeypatch, tmp_path):
     log, path = t.Log(cfg, t.Ranks()), tmp_path / "out.npz"
-    log.check({path: 10})
+    log.check_writable({path: 10})
     assert not path.exists() and not [*tmp_path.glob("*.part")]
-    for wrong, size, words in ((tmp_path, 1, "it is a folder"), (tmp_path / "no" / "x", 1, "No such file"), (path, 10**18, "it may take 10{18} bytes")):
-        with pytest.raises(t.InputError, match=words):
-            log.check({wrong: size})
+    for wrong, size, words in ((tmp_path, 1, "it is a folder"), (tmp_path / "no" / "x", 1, "No such file"), (path, 10**18, "it may need 10{18} bytes")):
+        with pytest.raises(t.InputError, match=f"cannot write {wrong}: .*{words}"):
+            log.check_writable({wrong: size})
     monkeypatch.setattr(t.Path, "touch", lambda self: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
-    with pytest.raises(t.InputError, match="Permission denied"):
-        log.check({path: 10})
+    with pytest.raises(t.InputError, match="out.npz: Permission denied; set another folder"):
+        log.check_writable({path: 10})
 
 
 # ---- several runs in one folder
@@ -191,11 +196,11 @@ def test_a_run_scores_what_it_wrote_or_says_that_it_cannot(cfg, env):
     model = make_model(cfg)
     weights = {name: p.detach() for name, p in model.named_parameters()}
     log = t.Log(cfg, t.Ranks())
-    digest = t.save_artifact(t.coding_plans(weights, t.grids(model, cfg), cfg, {}), weights, False, cfg, t.Ranks(), log)
+    digest = t.save_artifact(t.quant_plans(weights, t.quant_specs(model, cfg), cfg, {}), weights, False, cfg, t.Ranks(), log)
     assert t.written_artifact(cfg, digest, t.Ranks()).sha256 == digest
     other = {name: 2 * w for name, w in weights.items()}
-    t.save_artifact(t.coding_plans(other, t.grids(model, cfg), cfg, {}), other, False, cfg, t.Ranks(), log)
-    with pytest.raises(t.InputError, match="is not what this run wrote"):
+    t.save_artifact(t.quant_plans(other, t.quant_specs(model, cfg), cfg, {}), other, False, cfg, t.Ranks(), log)
+    with pytest.raises(t.InputError, match="was overwritten by another run"):
         t.written_artifact(cfg, digest, t.Ranks())
 
 

@@ -12,13 +12,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import coded, coded_rows, make_model, run
+from helpers.smoke import SMOKE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt as t
 
-CFG = t.Config.from_env({"VARIANT": "smoke"})
-EVEN = t.Grid(4, 8.0)  # a step so coarse that the rounding matters, wide enough to clip nothing
+CFG = t.Config.from_env(SMOKE)
+EVEN = t.QuantSpec(4, 8.0)  # a step so coarse that the rounding matters, wide enough to clip nothing
 
 
 def gaussian(rows, cols, seed=0):
@@ -52,12 +53,12 @@ def output_error(w, codes, steps, hessian):
 
 
 @pytest.mark.parametrize("block", [1, 5, 16, 48, 1000])
-@pytest.mark.parametrize("grid", [EVEN, t.Grid(6, 12.85), t.Grid(3, 2.0), t.Grid(6, 0.0)])
+@pytest.mark.parametrize("grid", [EVEN, t.QuantSpec(6, 12.85), t.QuantSpec(3, 2.0), t.QuantSpec(6, 0.0)])
 def test_the_codes_are_those_of_the_elimination_of_one_column_at_a_time(block, grid, monkeypatch):
     w, hessian, cfg = gaussian(40, 48), hessian_of(48), dataclasses.replace(CFG, gptq_damping=0.02)
     monkeypatch.setattr(t, "GPTQ_BLOCK", block)
     codes, steps = coded_rows(w, grid, cfg, hessian)
-    expected = gptq_by_hand(w, steps.double().numpy(), grid.top, hessian, 0.02)
+    expected = gptq_by_hand(w, steps.double().numpy(), grid.max_code, hessian, 0.02)
     assert codes.dtype == torch.int8 and steps.dtype == torch.float16
     assert (codes.numpy() != expected).mean() < 1e-3
     assert (codes != coded_rows(w, grid, cfg)[0]).float().mean() > 0.05
@@ -69,9 +70,9 @@ def test_the_size_of_a_block_changes_nothing(rows, cols, block, bits, seed):
     w, hessian = gaussian(rows, cols, seed), hessian_of(cols, seed=seed + 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(t, "GPTQ_BLOCK", block)
-        codes, steps = coded_rows(w, t.Grid(bits, 4.0), CFG, hessian)
+        codes, steps = coded_rows(w, t.QuantSpec(bits, 4.0), CFG, hessian)
         patch.setattr(t, "GPTQ_BLOCK", cols)
-        whole, same = coded_rows(w, t.Grid(bits, 4.0), CFG, hessian)
+        whole, same = coded_rows(w, t.QuantSpec(bits, 4.0), CFG, hessian)
     assert torch.equal(steps, same) and (codes != whole).float().mean() < 0.01
 
 
@@ -100,14 +101,14 @@ def test_a_column_that_no_input_reaches_is_coded_as_zero(dead):
     assert torch.equal(steps, coded_rows(w, EVEN, CFG)[1])
     if 1 < len(alive):  # the others are coded as if the dead ones were not there; the damping is a share of the mean of all
         cfg = dataclasses.replace(CFG, gptq_damping=CFG.gptq_damping * len(alive) / 48)
-        alone = t.gptq(w[:, alive], steps.float(), EVEN.top, t.factorize(hessian[alive][:, alive], torch.ones(1), cfg))
+        alone = t.gptq(w[:, alive], steps.float(), EVEN.max_code, t.factorize(hessian[alive][:, alive], torch.ones(1), cfg))
         assert (codes[:, alive] != alone).float().mean() < 1e-2
 
 
 def test_a_singular_hessian_is_damped():
     x = gaussian(3, 48)
     codes, _ = coded_rows(gaussian(8, 48), EVEN, CFG, x.T @ x)
-    assert codes.abs().max() <= EVEN.top and codes.any()
+    assert codes.abs().max() <= EVEN.max_code and codes.any()
 
 
 def test_inputs_stay_as_they_were():
@@ -131,18 +132,18 @@ def test_it_says_nothing_on_the_terminal():
 @pytest.mark.parametrize("bits, sigmas", [(6, 12.85), (8, 20.0), (4, 3.0)])
 def test_steps_are_a_number_of_standard_deviations(bits, sigmas):
     w = gaussian(12, 30) * torch.linspace(0.01, 3, 12)[:, None] + 0.2
-    _, steps = coded_rows(w, t.Grid(bits, sigmas), dataclasses.replace(CFG, step_floor=1.0, clip_shares=(0.1,)))
+    _, steps = coded_rows(w, t.QuantSpec(bits, sigmas), dataclasses.replace(CFG, min_clip=1.0, clip_shares=(0.1,)))
     expected = sigmas * w.double().numpy().std(1, ddof=1) / (2 ** (bits - 1) - 1)
     np.testing.assert_allclose(steps.double(), expected, rtol=6e-4)
-    assert torch.equal(steps, coded_rows(w, t.Grid(bits, sigmas), CFG, hessian_of(30))[1])
+    assert torch.equal(steps, coded_rows(w, t.QuantSpec(bits, sigmas), CFG, hessian_of(30))[1])
 
 
 def test_a_row_of_one_value_has_finite_codes():
-    codes, steps = coded_rows(torch.stack([torch.zeros(16), torch.full((16,), 0.5)]), t.Grid(6, 12.85), CFG)
+    codes, steps = coded_rows(torch.stack([torch.zeros(16), torch.full((16,), 0.5)]), t.QuantSpec(6, 12.85), CFG)
     assert (steps > 0).all() and not codes[0].any() and (codes[1] == 31).all()
 
 
-@pytest.mark.parametrize("grid, bits", [(t.Grid(6, 12.85), 3.38), (t.Grid(8, 20.0), 4.74)])
+@pytest.mark.parametrize("grid, bits", [(t.QuantSpec(6, 12.85), 3.38), (t.QuantSpec(8, 20.0), 4.74)])
 @pytest.mark.parametrize("compressor, slack", [("brotli", 1.02), ("zstd", 1.02)])
 def test_sigmas_set_the_size_of_the_file(grid, bits, compressor, slack):
     codes, _ = coded_rows(gaussian(256, 512), grid, CFG)
@@ -155,12 +156,12 @@ def test_sigmas_set_the_size_of_the_file(grid, bits, compressor, slack):
 @settings(max_examples=30, deadline=None)
 @given(bits=st.integers(2, 8), floor=st.sampled_from([0.0, 1.0]), seed=st.integers(0, 99))
 def test_without_sigmas_the_clips_are_searched(bits, floor, seed):
-    cfg, w, top = dataclasses.replace(CFG, step_floor=floor), gaussian(6, 24, seed), 2 ** (bits - 1) - 1
+    cfg, w, top = dataclasses.replace(CFG, min_clip=floor), gaussian(6, 24, seed), 2 ** (bits - 1) - 1
     tried = torch.stack([(w.abs().amax(1) * (s / top)).clamp_min(max(floor / top, 1e-7)).half().float() for s in cfg.clip_shares])
     errors = torch.stack([((w / s[:, None]).round().clamp(-top, top) * s[:, None] - w).square().sum(1) for s in tried])
-    steps = t.row_steps(w, t.Grid(bits, 0.0), cfg)
+    steps = t.row_scales(w, t.QuantSpec(bits, 0.0), cfg)
     assert torch.equal(steps, tried.gather(0, errors.argmin(0)[None])[0])
-    codes, same = coded_rows(w, t.Grid(bits, 0.0), cfg)
+    codes, same = coded_rows(w, t.QuantSpec(bits, 0.0), cfg)
     assert torch.equal(same.float(), steps) and torch.equal(codes.float(), (w / steps[:, None]).round().clamp(-top, top))
 
 
@@ -207,9 +208,9 @@ def hessians_by_hand(model, batches, first, count, looped=False):
 
 def hessians_of(trainer, batches):
     """Sums of x x^T by name, of what saw inputs at all."""
-    with trainer.observers() as seen:
+    with trainer.fisher_stats() as seen:
         for _ in range(batches):
-            trainer.observe()
+            trainer.collect()
     return {name: o.inputs for name, o in seen.items() if o.count}
 
 
@@ -220,7 +221,7 @@ def test_hessians_sum_over_the_batches_that_follow(gptq_cfg, loops):
     trainer.looped = loops > 0
     next(trainer.batches)
     sums = hessians_of(trainer, 3)
-    assert trainer.batches.step == 4 and not any(m._forward_hooks or getattr(m, "adapter", None) for m in trainer.model.modules())
+    assert trainer.batches.step == 4 and not any(m._forward_hooks or getattr(m, "output_hook", None) for m in trainer.model.modules())
     matrices = {n for n, role in t.parameter_roles(trainer.model).items() if role == "matrix" and n.startswith("blocks.")}
     assert sums.keys() == matrices | {"tok_emb.weight"}
     assert all(sums[n].shape == (trainer.model.get_parameter(n).size(1),) * 2 for n in sums)
@@ -270,11 +271,16 @@ class Lines(list):
     """A log that keeps its lines."""
     active = False
 
-    def __call__(self, text, **facts):
-        self.append(text)
+    def __init__(self):
+        self.facts = {}
+
+    __call__ = list.append
 
     def warn(self, *texts):
         self.extend(texts)
+
+    def fact(self, **facts):
+        self.facts |= facts
 
 
 class SlowRanks(t.Ranks):
@@ -302,19 +308,19 @@ def test_training_and_calibration_end_before_the_limit(gptq_cfg, monkeypatch, su
     object.__setattr__(ranks, "clock", clock)
     monkeypatch.setattr(t, "perf_counter", lambda: clock.now)
     monkeypatch.setattr(SlowRanks, "late", late)
-    inner, starts = trainer.observe, []
+    inner, starts = trainer.collect, []
 
     def step(*how):
         clock.now += 0.1
-        return t.Reading(torch.ones(()))
+        return t.AsyncScalar(torch.ones(()))
 
-    def observe():
+    def collect():
         starts.append(clock.now)
         clock.now += 0.25 * slower
         inner()
 
     monkeypatch.setattr(trainer, "step", step)
-    monkeypatch.setattr(trainer, "observe", observe)
+    monkeypatch.setattr(trainer, "collect", collect)
     trainer.ranks = ranks
     t.train(trainer, None, lines)
     ended = next(float(re.search(r"train_time:(\d+)ms", line)[1]) for line in lines if line.startswith("training ended"))
@@ -327,14 +333,14 @@ def calibrated(cfg, log, monkeypatch, seconds):
     """(costs, batches taken) of a calibration whose batches take these seconds of a made-up clock, which stands at 3."""
     trainer, now = trainer_of(cfg), [0.0]
     monkeypatch.setattr(t, "perf_counter", lambda: now[0])
-    clock, inner, taken = t.Clock(torch.device("cpu"), 0.1), trainer.observe, []
+    clock, inner, taken = t.Clock(torch.device("cpu"), 0.1), trainer.collect, []
     now[0] = 3.0
 
-    def observe():
+    def collect():
         now[0] += seconds[len(taken)]
         taken.append(inner())
 
-    monkeypatch.setattr(trainer, "observe", observe)
+    monkeypatch.setattr(trainer, "collect", collect)
     return t.calibrate(trainer, clock, log), len(taken)
 
 
@@ -355,9 +361,9 @@ def test_no_batch_is_begun_that_might_end_after_the_limit(gptq_cfg, log, monkeyp
 
 def test_coding_by_cost_without_calibration_names_the_remedy(gptq_cfg):
     model = make_model(gptq_cfg)
-    weights, cfg = {name: p.detach() for name, p in model.named_parameters()}, dataclasses.replace(gptq_cfg, mean_step=0.1)
-    with pytest.raises(t.Unusable, match="raise GPTQ_RESERVE_SECONDS"):
-        t.coding_plans(weights, t.grids(model, cfg), cfg, {})
+    weights, cfg = {name: p.detach() for name, p in model.named_parameters()}, dataclasses.replace(gptq_cfg, mean_scale=0.1)
+    with pytest.raises(t.TrainingFailed, match="raise GPTQ_RESERVE_SECONDS"):
+        t.quant_plans(weights, t.quant_specs(model, cfg), cfg, {})
 
 
 def test_ranks_leave_the_calibration_together(tmp_path, env):
@@ -374,11 +380,12 @@ with t.launch(os.environ) as ranks:
     trainer = t.Trainer(model, t.Batches(t.TokenStream(t.find_shards(cfg, "train"), cfg.vocab_size), cfg, ranks), cfg, ranks)
     clock = t.Clock(ranks.device, 0.0)
     clock.start -= 4.0 + 0.7 * (ranks.rank == 1)  # and its clock is ahead
-    inner = trainer.observe
-    trainer.observe = lambda: (inner(), time.sleep(0.05 * ranks.rank))
+    inner = trainer.collect
+    trainer.collect = lambda: (inner(), time.sleep(0.05 * ranks.rank))
     costs = t.calibrate(trainer, clock, log)
     if ranks.is_main:
-        print("seconds", clock.seconds(), len(costs))
+        print("seconds", clock.seconds(), len(costs), flush=True)
+os._exit(0)  # see train_gpt.run
 """
     (tmp_path / "late.py").write_text(script)
     done = run(env | dict(TRAIN_BATCH_TOKENS="288"), script=tmp_path / "late.py", processes=3)
@@ -389,7 +396,7 @@ def test_a_reserve_that_leaves_no_time_to_train_is_refused():
     cfg = dataclasses.replace(CFG, quantizer="gptq", max_wallclock_seconds=6.0, gptq_reserve_seconds=2.5)
     assert cfg.time_limit == 3.5 and dataclasses.replace(cfg, quantizer="rtn").time_limit == 6.0
     assert dataclasses.replace(cfg, max_wallclock_seconds=0.0).time_limit == math.inf
-    with pytest.raises(t.InputError, match="GPTQ_RESERVE_SECONDS=6.0 leaves no time to train of MAX_WALLCLOCK_SECONDS=6.0"):
+    with pytest.raises(t.InputError, match="GPTQ_RESERVE_SECONDS leaves no time of MAX_WALLCLOCK_SECONDS to train"):
         dataclasses.replace(cfg, gptq_reserve_seconds=6.0)
 
 
@@ -399,21 +406,21 @@ def weights_of(model):
 
 def test_names_with_a_hessian_get_gptq_and_no_others():
     model, cfg = make_model(CFG), CFG
-    weights, grid_of = weights_of(model), t.grids(model, cfg)
+    weights, grid_of = weights_of(model), t.quant_specs(model, cfg)
     chosen = ["blocks.0.mlp.fc.weight", "blocks.3.attn.c_v.weight", "tok_emb.weight"]
     hessians = {n: hessian_of(weights[n].size(1)) for n in chosen}
     plain, gptq = coded(weights, grid_of, cfg), coded(weights, grid_of, cfg, hessians)
     assert plain.keys() == gptq.keys()
     assert {n for n in plain if not torch.equal(plain[n], gptq[n])} == {f"{n}.codes" for n in chosen}
     for name in chosen:
-        codes = t.gptq(weights[name], plain[f"{name}.steps"].float(), grid_of[name].top, t.factorize(hessians[name], torch.ones(1), cfg))
+        codes = t.gptq(weights[name], plain[f"{name}.scales"].float(), grid_of[name].max_code, t.factorize(hessians[name], torch.ones(1), cfg))
         assert torch.equal(gptq[f"{name}.codes"], codes.to(torch.int8))
 
 
 def test_only_matrices_of_the_blocks_are_pruned():
     model = make_model(CFG)
     weights, cfg = weights_of(model), dataclasses.replace(CFG, prune_share=0.3)
-    pruned, whole = (coded(weights, t.grids(model, c), c) for c in (cfg, CFG))
+    pruned, whole = (coded(weights, t.quant_specs(model, c), c) for c in (cfg, CFG))
     matrices = {n for n in weights if n.startswith("blocks.") and f"{n}.codes" in whole}
     for name in matrices:
         assert not pruned[f"{name}.codes"][t.prune(weights[name], 0.3) == 0].any()
@@ -423,11 +430,11 @@ def test_only_matrices_of_the_blocks_are_pruned():
 
 def widths(model, cfg):
     """bits of each tensor of the artifact, by its codes: the highest that occurs bounds it from below, the top from above."""
-    tensors, result = coded(weights_of(model), t.grids(model, cfg), cfg), {}
+    tensors, result = coded(weights_of(model), t.quant_specs(model, cfg), cfg), {}
     for name, tensor in tensors.items():
         if name.endswith(".codes"):
             result[name.removesuffix(".codes")] = 1 + math.ceil(math.log2(int(tensor.abs().max()) + 1))
-        elif not name.endswith((".steps", ".columns")):
+        elif not name.endswith((".scales", ".columns")):
             assert tensor.dtype == torch.float16
             result[name] = 16
     return result
@@ -435,7 +442,7 @@ def widths(model, cfg):
 
 @pytest.mark.parametrize("embed, table, tokens, others", [(8, 0, 8, 8), (16, 0, 16, 16), (16, 6, 16, 6), (8, 16, 8, 16), (6, 8, 6, 8)])
 def test_which_tensors_are_wide(embed, table, tokens, others):
-    cfg = dataclasses.replace(CFG, embed_bits=embed, table_bits=table, matrix_bits=6, step_floor=0.0)
+    cfg = dataclasses.replace(CFG, embed_bits=embed, table_bits=table, matrix_bits=6, min_clip=0.0)
     model = make_model(cfg)
     bits, kinds = widths(model, cfg), {name: role for name, role in t.parameter_roles(model).items()}
     assert bits.keys() == kinds.keys() and bits.pop("tok_emb.weight") == tokens
@@ -447,7 +454,7 @@ def test_which_tensors_are_wide(embed, table, tokens, others):
 def test_sigmas_of_matrices_and_of_tables_are_separate():
     model = make_model(CFG)
     for matrix, table in itertools.product((0.0, 12.85), (0.0, 20.0)):
-        grid_of = t.grids(model, dataclasses.replace(CFG, matrix_clip_sigmas=matrix, embed_clip_sigmas=table))
+        grid_of = t.quant_specs(model, dataclasses.replace(CFG, matrix_clip_sigmas=matrix, embed_clip_sigmas=table))
         assert {g.sigmas for n, g in grid_of.items() if n.startswith("blocks.") and g.bits < 16} == {matrix}
         assert {grid_of[f"{n}.weight"].sigmas for n in ("tok_emb", "bigram.embed", "value_embed.embed")} == {table}
 
@@ -455,7 +462,7 @@ def test_sigmas_of_matrices_and_of_tables_are_separate():
 def test_a_model_coded_by_gptq_predicts_the_training_set_better_than_one_rounded(gptq_cfg):
     cfg = dataclasses.replace(gptq_cfg, matrix_bits=3, embed_bits=4, gptq_calibration_batches=8)
     trainer = trainer_of(cfg)
-    weights, grid_of, hessians = weights_of(trainer.model), t.grids(trainer.model, cfg), hessians_of(trainer, 8)
+    weights, grid_of, hessians = weights_of(trainer.model), t.quant_specs(trainer.model, cfg), hessians_of(trainer, 8)
     ids = next(batches_of(cfg))[0].flatten(0, 1)
     with torch.no_grad():
         exact, off = trainer.model.hidden(ids), []

@@ -25,8 +25,8 @@ def tensors(cfg):
     """What is stored of a model of four blocks; one has no codes."""
     model = make_model(cfg)
     weights = {name: p.detach() for name, p in model.named_parameters()}
-    stored = t.quantize(weights, t.coding_plans(weights, t.grids(model, cfg), cfg, {}))
-    for kind in ("codes", "steps", "columns"):
+    stored = t.quantize(weights, t.quant_plans(weights, t.quant_specs(model, cfg), cfg, {}))
+    for kind in ("codes", "scales", "columns"):
         del stored[f"blocks.2.attn.c_q.weight.{kind}"]
     plain = {"blocks.2.attn.c_q.weight": weights["blocks.2.attn.c_q.weight"].half()}
     return stored | plain | {"blocks.1.mlp.fc.weight.columns": torch.linspace(0.5, 2, 32).half()}
@@ -59,17 +59,16 @@ def test_a_row_tells_how_its_parameter_is_stored(artifact, tensors, cfg):
     rows = {r.name: r for r in tool.contents(artifact, CODE)["parameters"]}
     assert {name: r.role for name, r in rows.items()} == t.parameter_roles(t.GPT(cfg))
     for name, r in rows.items():
-        parts = [w for key, w in tensors.items() if key == name or key.rpartition(".")[0] == name and key.endswith((".codes", ".steps", ".columns"))]
+        parts = [w for key, w in tensors.items() if key == name or key.rpartition(".")[0] == name and key.endswith((".codes", ".scales", ".columns"))]
         assert r.raw == sum(w.numel() * w.element_size() for w in parts), name
         planes = [bytes(w.numpy().tobytes())[i :: w.element_size()] for w in parts for i in range(w.element_size())]
         assert r.estimate == pytest.approx(sum(map(bits_of, planes)) / 8), name
         if f"{name}.codes" in tensors:
-            codes, steps = tensors[f"{name}.codes"], tensors[f"{name}.steps"]
+            codes = tensors[f"{name}.codes"]
             assert r.bits == pytest.approx(bits_of(codes.flatten().tolist()) / codes.numel()) and r.shape == list(codes.shape)
-            assert r.top == max(map(abs, codes.flatten().tolist())) and r.steps == [min(steps.tolist()), max(steps.tolist())]
-            assert r.dtype == "int8" and len(parts) == 3
+            assert r.max_code == max(map(abs, codes.flatten().tolist())) and r.dtype == "int8" and len(parts) == 3
         else:
-            assert (r.top, r.steps, r.dtype, r.shape) == (None, None, "float16", list(tensors[name].shape))
+            assert (r.max_code, r.dtype, r.shape) == (None, "float16", list(tensors[name].shape))
 
 
 @given(st.lists(st.integers(-128, 127), min_size=1, max_size=50))
@@ -94,7 +93,7 @@ def test_blocks_go_together_and_nothing_is_lost(artifact, cfg):
     assert len(found) + 1 == len(merged) < len(rows) and [r.role for r in merged] == sorted((r.role for r in merged), key=tool.ROLES.index)
     fc, alone = found["blocks.*.mlp.fc.weight"], [r for r in rows if r.name.endswith("mlp.fc.weight")]
     assert fc.count == cfg.num_layers == len(alone) and fc.bits == pytest.approx(sum(r.bits for r in alone) / len(alone))
-    assert fc.steps == [min(r.steps[0] for r in alone), max(r.steps[1] for r in alone)] and fc.top == max(r.top for r in alone)
+    assert fc.max_code == max(r.max_code for r in alone)
 
 
 def test_totals_are_those_of_the_file(artifact, tensors, cfg, tmp_path):
@@ -138,11 +137,11 @@ def test_the_settings_that_are_not_the_defaults(artifact, cfg):
 def test_the_command_needs_neither_tokenizer_nor_data(artifact, cfg, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
-    everything, as_json = (run({}, str(artifact), option, script="tools.model.inspect", cwd=empty).stdout for option in ("--all", "--json"))
-    found, text = json.loads(as_json), tool.report(tool.contents(artifact, CODE), False)
-    assert not list(empty.iterdir()) and f"artifact:{artifact} format:{t.ARTIFACT_FORMAT} compressor:zstd variant:smoke seed:1337 looped:1\n" in text
-    assert found["parameters"] == [r._asdict() for r in tool.contents(artifact, CODE)["parameters"]] and found["code_bytes"] == CODE.stat().st_size
-    for r in found["parameters"]:
+    everything = run({}, str(artifact), "--all", script="tools.model.inspect", cwd=empty).stdout
+    found, text = tool.contents(artifact, CODE), tool.report(tool.contents(artifact, CODE), False)
+    assert not list(empty.iterdir()) and f"artifact:{artifact} format:{t.ARTIFACT_FORMAT} compressor:zstd looped:1 variant:card seed:1337\n" in text
+    assert found["code_bytes"] == CODE.stat().st_size
+    for r in (row._asdict() for row in found["parameters"]):
         line = next(line for line in everything.splitlines() if line.split()[:1] == [r["name"]])
         assert f"{r['raw']:,}" in line and f" {r['bits']:.3f} " in line and "x".join(map(str, r["shape"])) in line and f" {r['dtype']} " in line
     assert "blocks.*" in text and "blocks.*" not in everything and all(f"\n  {role} " in out for role in tool.ROLES for out in (text, everything))
@@ -153,17 +152,17 @@ def drop(name):
 
 
 @pytest.mark.parametrize("damage, words", [
-    (lambda b: b"", "not an artifact"), (lambda b: b"PK\x03\x04" + b[4:], "not an artifact"), (lambda b: b[:-9], "cut or damaged"),
+    (lambda b: b"", "not an artifact"), (lambda b: b"PK\x03\x04" + b[4:], "not an artifact"), (lambda b: b[:-9], "truncated or damaged"),
     (lambda b: b[:4] + (99).to_bytes(4, "little") + b[8:], "format 99"),
     (lambda b: resealed(b, drop("MODEL_DIM")), "its settings make [0-9]+ weights"),
     (lambda b: resealed(b, lambda h: h["settings"].update(OUTPUT_DIR="/")), "unknown settings OUTPUT_DIR"),
-    (lambda b: resealed(b, lambda h: h.pop("settings")), "settings"), (lambda b: resealed(b, lambda h: h.update(settings=[])), "do not fit its header"),
+    (lambda b: resealed(b, lambda h: h.pop("settings")), "settings"), (lambda b: resealed(b, lambda h: h.update(settings=[])), "do not match its header"),
     (lambda b: resealed(b, lambda h: h["settings"].update(MODEL_DIM="33")), "multiple of NUM_HEADS"),
-    (lambda b: resealed(b, lambda h: h["settings"].update(MODEL_DIM="64")), "is not one of its model's"),
+    (lambda b: resealed(b, lambda h: h["settings"].update(MODEL_DIM="64")), "does not belong to its model"),
     (lambda b: resealed(b, lambda h: h["settings"].update(MODEL_DIM=64)), "model.ptz"),
     (lambda b: resealed(b, lambda h: h.update(tokenizer_sha256="\x1b[2J")), "not a sha256"),
     (lambda b: resealed(b, lambda h: h.update(tokenizer_sha256=7)), "expected"),
-    (lambda b: resealed(b, lambda h: h["tensors"][0].__setitem__(0, "x.codes")), "is not one of its model's"),
+    (lambda b: resealed(b, lambda h: h["tensors"][0].__setitem__(0, "x.codes")), "does not belong to its model"),
 ])
 def test_a_bad_file_is_told_in_one_line(artifact, damage, words):
     artifact.write_bytes(damage(artifact.read_bytes()))

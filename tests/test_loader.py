@@ -1,4 +1,4 @@
-"""The shuffled loader: every row of an epoch once, mixed, the same for any number of ranks."""
+"""The shuffled loader: each row of an epoch once, in random order, the same for any number of ranks."""
 
 import dataclasses
 
@@ -24,7 +24,7 @@ def shuffled(tmp_path):
 
 
 def rows_of(cfg, stream, steps, ranks=None):
-    """The rows (steps * rows, seq_len + 1) that a rank reads in so many steps."""
+    """The rows (steps * rows, seq_len + 1) that a rank reads in `steps` steps."""
     batches = t.Batches(stream, cfg, ranks or t.Ranks())
     parts = [next(batches) for _ in range(steps)]
     return torch.cat([torch.cat((x, y[..., -1:]), -1).flatten(0, 1) for x, y in parts]).numpy()

@@ -14,7 +14,7 @@ CPU_INDEX = "--index-url https://download.pytorch.org/whl/cpu"
 
 
 def python_of(path, version):
-    """A stand-in that tells another version of itself."""
+    """A stand-in for a Python that reports another version."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f'#!/bin/sh\nexec {sys.executable} -c "import sys; sys.version_info = {version}\n$2"\n')
     path.chmod(0o755)
@@ -64,7 +64,7 @@ def test_an_environment_is_kept_as_long_as_its_python_and_torch_are_those_asked_
     ("cpu", f"torch==2.13.0 {CPU_INDEX}"), ("torch", "torch -c requirements.txt"), ("", "torch==2.13.0"), ("torch==2.14.1", "torch==2.13.0"),
     (f"torch {CPU_INDEX}", "torch==2.13.0")])
 def test_new_requirements_do_not_change_the_kind_of_torch(folder, stamp, install):
-    """A .venv of the CPU build or of an installed torch stays one where TORCH is not given again."""
+    """A .venv with the CPU build or with an installed torch keeps it when TORCH is not given again."""
     made(folder, stamp=stamp)
     os.utime(folder / "requirements.txt")
     os.utime(folder / ".venv" / "ready", (1, 1))

@@ -1,4 +1,4 @@
-"""Muon and AdamW as the published systems have them: rates, decays, rows of length 1, and stacks over several ranks."""
+"""Muon and AdamW of the published systems: rates, decays, row normalization, and stacks sharded over ranks."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -44,7 +44,7 @@ def test_muon_steps_as_the_formula_says_with_and_without_rows_of_length_one(cfg,
         for p, g in zip(params, grads):
             p.grad = g.clone()
         with torch.no_grad():
-            muon.step(muon.begin_steps([share for _, share in muon.begin_sums()], torch.ones(()), torch.tensor(0.9)), torch.ones(()))
+            muon.apply_updates(muon.start_all_gather([share for _, share in muon.start_reduce_scatter()], torch.ones(()), torch.tensor(0.9)), torch.ones(()))
     for i, p in enumerate(params):
         grads = [g[i].double().numpy() for g in history]
         expected = muon_by_hand(start[i], grads, cfg, 0.05, 0.9, 0.1)
@@ -53,49 +53,57 @@ def test_muon_steps_as_the_formula_says_with_and_without_rows_of_length_one(cfg,
         assert np.abs(other - expected).max() > 1e-2
 
 
+@pytest.mark.parametrize("shape", [(16, 12), (5, 12)])
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_a_small_matrix_in_the_stack_of_larger_ones_steps_as_it_would_alone(cfg, monkeypatch, normalize, world):
+def test_a_stack_that_is_sharded_over_ranks_steps_as_the_formula_says(cfg, monkeypatch, normalize, world, shape):
+    """Five matrices: their number is not a multiple of 2 or 4 ranks, so the stack is zero-padded."""
     cfg, draw = dataclasses.replace(cfg, muon_row_normalize=normalize), torch.Generator().manual_seed(0)
-    shapes, ranks = [(16, 12), (16, 4), (5, 12), (16, 12), (3, 2)], [t.Ranks(r, world) for r in range(world)]
-    starts = [torch.randn(shape, generator=draw) for shape in shapes]
-    grads = [[torch.randn(shape, generator=draw) for shape in shapes] for _ in range(3)]
+    ranks = [t.Ranks(r, world) for r in range(world)]
+    starts = [torch.randn(shape, generator=draw) for _ in range(5)]
+    grads = [[[torch.randn(shape, generator=draw) for _ in range(5)] for _ in ranks] for _ in range(3)]  # of each step and rank
     monkeypatch.setattr(t, "dist", box := Mailbox(world))
     params = [[torch.nn.Parameter(w.clone()) for w in starts] for _ in ranks]
     muons = [t.Muon([dict(params=p, lr=0.05, weight_decay=0.1)], r, cfg, torch.float32) for p, r in zip(params, ranks)]
 
     def of_all(call):
-        begun, box.sent = [], {}
+        pending, box.sent = [], {}
         for box.rank in range(world):
-            begun.append(call(box.rank))
-        return begun
+            pending.append(call(box.rank))
+        return pending
 
     for step in grads:
         with torch.no_grad():
-            for p, g in zip([p for own in params for p in own], step * world):
-                p.grad = g / world
-            sums = of_all(lambda r: muons[r].begin_sums())
+            for own, own_grads in zip(params, step):
+                for p, g in zip(own, own_grads):
+                    p.grad = g.clone()
+            sums = of_all(lambda r: muons[r].start_reduce_scatter())
             for wait, _ in [each for own in sums for each in own]:
                 wait()
-            steps = of_all(lambda r, sums=sums: muons[r].begin_steps([s for _, s in sums[r]], torch.ones(()), torch.tensor(0.9)))
-            for muon, begun in zip(muons, steps):
-                muon.step(begun, torch.ones(()))
+            scale = torch.tensor(1.0 / world)
+            updates = of_all(lambda r, sums=sums, scale=scale: muons[r].start_all_gather([s for _, s in sums[r]], scale, torch.tensor(0.9)))
+            for muon, pending in zip(muons, updates):
+                muon.apply_updates(pending, torch.ones(()))
     for i, start in enumerate(starts):
-        expected = muon_by_hand(start.double().numpy(), [g[i].double().numpy() for g in grads], cfg, 0.05, 0.9, 0.1)
+        mean_grads = [sum(own[i] for own in step).double().numpy() / world for step in grads]
+        expected = muon_by_hand(start.double().numpy(), mean_grads, cfg, 0.05, 0.9, 0.1)
         for own in params:
             np.testing.assert_allclose(own[i].detach().numpy(), expected, atol=1e-4)
 
 
-def test_small_projections_ride_in_the_stacks_of_blocks(cfg):
+def test_matrices_of_one_shape_and_rate_form_one_group_and_the_largest_group_comes_first(cfg):
     cfg = dataclasses.replace(t.Config(), vocab_size=64, num_layers=2, model_dim=32, num_heads=4, num_kv_heads=2, ve_layers=(1,), ve_dim=8, bigram_dim=8,
                               rope_dims=4, xsa_last_n=0)
     model = t.GPT(cfg)
     names = {id(p): name for name, p in model.named_parameters()}
-    stacks = [{names[id(p)].replace("blocks.1", "blocks.0") for p in g["params"]} for g in t.Optimizers(model, t.Ranks(), cfg).muon.param_groups]
-    kinds = [{name.split(".", 2)[2] if name.startswith("blocks") else name for name in stack} for stack in stacks]
-    assert len(kinds) == 4
-    assert {"attn.c_q.weight", "attn.proj.weight", "bigram.proj.weight"} in kinds
-    assert {"attn.c_k.weight", "attn.c_v.weight", "value_embed.proj.weight"} in kinds
+    groups = [g["params"] for g in t.Optimizers(model, t.Ranks(), cfg).muon.param_groups]
+    assert all(len({p.shape for p in group}) == 1 for group in groups)
+    kinds = [{names[id(p)].split(".", 2)[2] if names[id(p)].startswith("blocks") else names[id(p)] for p in group} for group in groups]
+    assert sorted(map(sorted, kinds)) == sorted(map(sorted, [
+        {"mlp.fc.weight"}, {"mlp.proj.weight"}, {"attn.c_q.weight", "attn.proj.weight"}, {"attn.c_k.weight", "attn.c_v.weight"},
+        {"bigram.proj.weight"}, {"value_embed.proj.weight"}]))
+    sizes = [sum(p.numel() for p in group) for group in groups]
+    assert sizes == sorted(sizes, reverse=True)
 
 
 def test_a_row_without_a_gradient_is_not_stepped_by_row_normalization(cfg):
@@ -104,7 +112,7 @@ def test_a_row_without_a_gradient_is_not_stepped_by_row_normalization(cfg):
     p.grad[2] = 0.0
     muon = t.Muon([dict(params=[p], lr=0.1, weight_decay=0.0)], t.Ranks(), dataclasses.replace(cfg, muon_row_normalize=True), torch.float32)
     with torch.no_grad():
-        muon.step(muon.begin_steps([share for _, share in muon.begin_sums()], torch.ones(()), torch.tensor(0.9)), torch.ones(()))
+        muon.apply_updates(muon.start_all_gather([share for _, share in muon.start_reduce_scatter()], torch.ones(()), torch.tensor(0.9)), torch.ones(()))
     assert p.isfinite().all() and torch.equal(p[2], torch.ones(6)) and (p[[0, 1, 3]] != 1).all()
 
 
@@ -178,7 +186,7 @@ def test_one_rank_reduces_and_gathers_by_doing_nothing():
 
 
 class Mailbox:
-    """torch.distributed for ranks that come one after the other: the first round of calls only collects."""
+    """A stand-in for torch.distributed, for ranks that run one after the other: calls record what is sent, `wait` delivers it."""
 
     def __init__(self, world):
         self.world, self.sent = world, {}
@@ -201,10 +209,10 @@ def test_several_ranks_add_up_a_stack_and_put_it_together_again(monkeypatch, wor
     monkeypatch.setattr(t, "dist", box := Mailbox(world))
 
     def of_all(call):
-        begun, box.sent = [], {}
+        pending, box.sent = [], {}
         for box.rank in range(world):
-            begun.append(call(box.rank))
-        return [(wait(), out)[1] for wait, out in begun]
+            pending.append(call(box.rank))
+        return [(wait(), out)[1] for wait, out in pending]
 
     shares = of_all(lambda r: ranks[r].reduce_scatter(stacks[r]))
     assert {(share.shape, share.dtype) for share in shares} == {((items // world, 4, 3), torch.bfloat16)}

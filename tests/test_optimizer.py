@@ -28,7 +28,7 @@ def test_singular_values_of_an_orthogonalized_matrix_are_near_one(shape):
 
 
 def test_newton_schulz_is_its_polynomial_of_the_singular_values():
-    """On diagonal matrices, whose singular values can be read off."""
+    """For diagonal matrices, whose singular values are their entries."""
     values = np.geomspace(3e-3, 1, 200)
     x = values / (np.sqrt((values**2).sum()) + 1e-7)
     for _ in range(5):
@@ -69,7 +69,7 @@ def test_muon_steps_as_the_formula_says(cfg):
         for p, g in zip(params, grads):
             p.grad = g.clone()
         with torch.no_grad():
-            muon.step(muon.begin_steps([share for _, share in muon.begin_sums()], torch.ones(()), torch.tensor(0.9)), torch.ones(()))
+            muon.apply_updates(muon.start_all_gather([share for _, share in muon.start_reduce_scatter()], torch.ones(()), torch.tensor(0.9)), torch.ones(()))
     for i, p in enumerate(params):
         expected = muon_by_hand(start[i], [grads[i].double().numpy() for grads in history], 0.05, 0.9, 0.1)
         np.testing.assert_allclose(p.detach().numpy(), expected, atol=1e-4)

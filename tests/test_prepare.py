@@ -62,7 +62,7 @@ def test_verify_accepts_it_and_tells_the_bytes(made, documents, dataset):
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda f: (f / "fineweb_val_000000.bin").write_bytes((f / "fineweb_val_000000.bin").read_bytes()[:-2]), "cut or empty"),
+    (lambda f: (f / "fineweb_val_000000.bin").write_bytes((f / "fineweb_val_000000.bin").read_bytes()[:-2]), "is truncated"),
     (lambda f: flip(f / "fineweb_train_000000.bin"), "not the file of the manifest"),
     (lambda f: (f / "manifest.json").unlink(), "no readable manifest"),
     (lambda f: (f / "fineweb_train_000000.bin").rename(f / "fineweb_train_000001.bin"), "not those of the manifest"),
@@ -131,7 +131,8 @@ ZSTD = zstandard.ZstdCompressor().compress(b'{"text": "a"}\n{"text": "b"}\n')
 
 
 @pytest.mark.parametrize("name, blob, words", [
-    ("x.jsonl.gz", gzip.compress(b'{"text": "a"}\n'), BEGINS), ("x.txt", b"a sentence\nand another\n", BEGINS), ("x.json", b'[\n{"text": "a"},', BEGINS),
+    ("x.jsonl.gz", gzip.compress(b'{"text": "a"}\n', mtime=0), BEGINS), ("x.txt", b"a sentence\nand another\n", BEGINS),
+    ("x.json", b'[\n{"text": "a"},', BEGINS),
     ("x.jsonl", bytes(range(256)) * 40, BEGINS), ("x.jsonl", '{"text": "a"}\n'.encode("utf-16"), BEGINS), ("x.jsonl.zst", b"PK\3\4", "not zstd"),
     ("x.jsonl.zst", b'{"text": "a"}\n', "cannot read .*x.jsonl.zst: not zstd, or damaged"), ("x.jsonl.zst", ZSTD[:-2], "it is cut"),
     ("x.jsonl.zst", ZSTD[:4] + b"\xff" * 9 + ZSTD[13:], "x.jsonl.zst: not zstd, or damaged"), ("x.jsonl", b"", "the text has 0 documents"),
@@ -182,7 +183,7 @@ def test_a_small_file_that_unpacks_to_an_endless_line_is_refused(tmp_path, monke
     (f"tokenize x --name n --tokenizer-mb {'9' * 5000}", "--tokenizer-mb: must be a whole number"),
     ("download sp1024 --train-shards -3", "--train-shards: must be"),
     ("tokenize --name n", "required: inputs"), ("verify", "required: name"), ("nothing", "invalid choice: 'nothing'"), ("", "required"),
-    ("smoke --val-docs x", "not 'x'"),
+    ("demo --val-docs x", "not 'x'"),
 ])
 def test_a_wrong_command_line_is_one_line(arguments, words):
     with pytest.raises(SystemExit) as caught:
@@ -577,7 +578,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(many, tmp_path, monkeypatch):
         return build(*args)
 
     monkeypatch.setattr(prepare, "build", build)
-    with pytest.raises(t.InputError, match="cannot write .*fineweb_val_000000.bin: No space left on device"):
+    with pytest.raises(prepare.InputError, match="cannot write .*: No space left on device"):
         tokenize(tmp_path, *many[0][1:])
     assert not list((tmp_path / "datasets").iterdir())
 
@@ -675,7 +676,7 @@ def own_shards(root, model, val, train, name="mine"):
 
 @pytest.mark.parametrize("val, train, words", [
     ([1, 300, 301], [1, 310, 1, 300, 301, 1, 311], "1 documents are in both splits"),
-    ([1, 300, 301], [1, 999], "holds token 999, but VOCAB_SIZE=384"),
+    ([1, 300, 301], [1, 999], "has token 999, but VOCAB_SIZE=384"),
     ([1, 300, 4 + 255], [1, 310], "their text has"),  # a lone byte 0xFF is no text, and decodes to three bytes
     ([300, 301], [1, 310], "does not begin with a document"),
 ])
@@ -697,7 +698,7 @@ def test_every_command_of_the_page_is_one_that_parses():
     lines = [line.split("#")[0].split() for line in (ROOT / "data" / "README.md").read_text().splitlines() if line.startswith("    python")]
     assert len(lines) >= 6 and all((ROOT / line[1]).is_file() for line in lines)
     commands = [line[2:] for line in lines if line[1] == "data/prepare.py"]
-    assert {prepare.parser().parse_args(args).run.__name__ for args in commands} == {"demo", "download", "smoke", "tokenize", "verify"}
+    assert {prepare.parser().parse_args(args).run.__name__ for args in commands} == {"demo", "download", "tokenize", "verify"}
 
 
 def test_a_name_of_the_contests_must_hold_its_validation_split(dataset, tmp_path, monkeypatch, capsys):
@@ -755,26 +756,28 @@ def test_verify_with_the_text_tells_both_sizes(made, documents, dataset, capsys)
     assert f"val: each token is what the text makes; it has {size} bytes, of which the tokens count {counted}\n" in capsys.readouterr().out
 
 
-# Small sets
+# The demo
 
 
-def test_the_smoke_variant_runs_on_what_smoke_makes(tmp_path, capsys):
-    """From the folder above data/, with no other setting of a path or a size."""
-    arguments = ["--root", str(tmp_path / "data"), "smoke", "--workers", "1"]
+def test_the_demo_runs_on_the_data_that_its_command_makes(documents, tmp_path, monkeypatch, capsys):
+    """From the folder above data/, with no other setting of a path or a size. Another run of the command changes nothing."""
+    monkeypatch.setattr(prepare, "python_documents", lambda: documents)
+    arguments = ["--root", str(tmp_path / "data"), "demo", "--val-docs", "5", "--workers", "1"]
     prepare.main(arguments)
-    assert "VARIANT=smoke DATA_PATH=" in capsys.readouterr().out
-    done = run(dict(VARIANT="smoke", ITERATIONS="2", VAL_MAX_TOKENS="100", VAL_LOSS_EVERY="0", TTT_EPOCHS="0"), cwd=tmp_path)
+    assert "VARIANT=demo DATA_PATH=" in capsys.readouterr().out
+    done = run(dict(VARIANT="demo", ITERATIONS="2", WARMUP_STEPS="0", VAL_MAX_TOKENS="100", TTT_EPOCHS="0", DTYPE="fp32"), cwd=tmp_path)
     assert "final_int6_roundtrip" in done.stdout
-    before = files_of(tmp_path / "data", "smoke")
+    before = files_of(tmp_path / "data", "demo_sp1024")
     prepare.main(arguments)
-    assert "is there already" in capsys.readouterr().out and files_of(tmp_path / "data", "smoke") == before
-    (tmp_path / "data" / "tokenizers" / "smoke.model").unlink()
-    with pytest.raises(t.InputError, match="smoke is there, but not whole, or .*smoke.model is missing; remove it"):
+    assert "is there already" in capsys.readouterr().out and files_of(tmp_path / "data", "demo_sp1024") == before
+    (tmp_path / "data" / "tokenizers" / "demo_1024_bpe.model").unlink()
+    with pytest.raises(t.InputError, match="demo_sp1024 is there, but not whole, or .*demo_1024_bpe.model is missing; remove it"):
         prepare.main(arguments)
-    assert files_of(tmp_path / "data", "smoke") == before
+    assert files_of(tmp_path / "data", "demo_sp1024") == before
 
 
-def test_a_small_set_needs_text_to_train_on(tmp_path):
-    with pytest.raises(t.InputError, match="--val-docs 5000 leaves nothing to train on: there are [0-9]+ documents"):
-        prepare.main(["--root", str(tmp_path), "smoke", "--val-docs", "5000"])
+def test_the_demo_needs_text_to_train_on(documents, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "python_documents", lambda: documents)
+    with pytest.raises(t.InputError, match=f"--val-docs 5000 leaves nothing to train on: there are {len(documents)} documents"):
+        prepare.main(["--root", str(tmp_path), "demo", "--val-docs", "5000"])
     assert not list(tmp_path.iterdir())

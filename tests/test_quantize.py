@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 import train_gpt as t
 
 CARD = t.Config()
-FREE = dataclasses.replace(CARD, step_floor=0.0)
-FOUR, SIX = t.Grid(4, 0.0), t.Grid(6, 0.0)
+FREE = dataclasses.replace(CARD, min_clip=0.0)
+FOUR, SIX = t.QuantSpec(4, 0.0), t.QuantSpec(6, 0.0)
 ONE = torch.ones(1)  # of all columns
 
 
@@ -24,8 +24,8 @@ def matrix(rows=40, cols=64, scale=0.1, seed=0):
 @given(bits=st.integers(2, 8), floor=st.sampled_from([0.0, 0.1, 1.0]), scale=st.floats(1e-3, 10), seed=st.integers(0, 99))
 def test_each_row_takes_the_best_of_its_clips(bits, floor, scale, seed):
     """Brute force in float64, a row at a time."""
-    cfg, w, top = dataclasses.replace(CARD, step_floor=floor), matrix(6, 16, scale, seed), 2 ** (bits - 1) - 1
-    codes, steps = coded_rows(w, t.Grid(bits, 0.0), cfg)
+    cfg, w, top = dataclasses.replace(CARD, min_clip=floor), matrix(6, 16, scale, seed), 2 ** (bits - 1) - 1
+    codes, steps = coded_rows(w, t.QuantSpec(bits, 0.0), cfg)
     assert codes.dtype == torch.int8 and steps.dtype == torch.float16 and codes.abs().max() <= top
     restored = t.dequantize_rows(codes, steps, ONE).double().numpy()
     for row, got in zip(w.double().numpy(), restored):
@@ -69,16 +69,16 @@ def test_quantizing_twice_changes_nothing():
 
 def exported(model, cfg):
     weights = {name: p.detach() for name, p in model.named_parameters()}
-    return t.dequantize(coded(weights, t.grids(model, cfg), cfg))
+    return t.dequantize(coded(weights, t.quant_specs(model, cfg), cfg))
 
 
 def test_what_is_coded_and_how_wide(cfg):
     model = make_model(cfg)
     weights = {name: p.detach() for name, p in model.named_parameters()}
-    tensors = coded(weights, t.grids(model, dataclasses.replace(cfg, embed_bits=16)), cfg)
+    tensors = coded(weights, t.quant_specs(model, dataclasses.replace(cfg, embed_bits=16)), cfg)
     assert tensors["tok_emb.weight"].dtype == torch.float16 and tensors["blocks.0.attn.q_gain"].dtype == torch.float16
     assert tensors["blocks.0.mlp.fc.weight.codes"].abs().max() <= 31
-    eight = coded(weights, t.grids(model, cfg), cfg)["tok_emb.weight.codes"]
+    eight = coded(weights, t.quant_specs(model, cfg), cfg)["tok_emb.weight.codes"]
     assert 31 < eight.abs().max() <= 127
     assert {n: w.shape for n, w in exported(model, cfg).items()} == {n: w.shape for n, w in weights.items()}
 

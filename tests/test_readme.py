@@ -8,16 +8,17 @@ import shlex
 import shutil
 
 import pytest
+import torch
 from conftest import ROOT
 from helpers import forked
 
 import train_gpt as t
 from tools import table
-from tools.record import command as record
-from tools.record import source
-from tools.record.submission import as_json
+from tools.record import __main__ as record
+from tools.record.page import as_json
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = sorted(path.relative_to(ROOT).as_posix() for part in ("", "data", "logs", "logs/rehearsal", "tests", "tools") for path in (ROOT / part).glob("*.md"))
 COMMANDS = [line.split("#")[0].strip() for line in README.splitlines() if line.startswith("    ")]
 
 
@@ -46,35 +47,52 @@ def test_every_file_and_target_of_a_command_exists():
             assert made[1] in targets
 
 
-@pytest.mark.parametrize("page", ["README.md", "data/README.md", "logs/README.md", "logs/systems.md", "tests/README.md", "tools/README.md"])
+@pytest.mark.parametrize("page", PAGES)
 def test_every_link_leads_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text(encoding="utf-8")):
         assert target.startswith("http") or ((ROOT / page).parent / target).exists(), target
 
 
-def test_every_variant_is_in_the_table():
-    assert set(re.findall(r"^\| `(\w+)`", README, re.M)) >= set(t.VARIANTS)
+def section(title):
+    """The text of a section of the README, without its heading."""
+    return re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", README, re.M | re.S)[1]
+
+
+def test_the_table_has_every_variant_with_its_number_of_parameters():
+    rows = re.findall(r"^\| `(\w+)`.*? \| ([\d,]+) \|", section("Variants"), re.M)
+    counts = {}
+    for variant in t.VARIANTS:
+        with torch.device("meta"):
+            counts[variant] = f"{sum(p.numel() for p in t.GPT(t.Config.from_env({'VARIANT': variant})).parameters()):,}"
+    assert dict(rows) == counts and len(rows) == len(counts)
+
+
+def test_the_steps_to_a_new_option_name_what_exists():
+    """Names in code style are the script's, an option's, or a file's."""
+    names = re.findall(r"`([\w./]+)`", section("Add an option in five steps"))
+    missing = [name for name in names if not (hasattr(t, name) or hasattr(t.nn.Module, name) or name in {*t.GROUPS, "cfg"} or (ROOT / name).exists())]
+    assert len(names) >= 10 and not missing, missing
 
 
 def test_the_submission_is_what_its_command_makes_of_the_committed_log(tmp_path, monkeypatch):
-    """`make submission` in a folder that holds the log alone: the script comes from the history. A rewritten history gives commits other names, so
-    the commit is looked up: its train_gpt.py must be the one that the log tells.
+    """`make submission` in a folder with only the log: the script comes from the git history. A rewritten history changes the names of commits,
+    so the commit is looked up: its train_gpt.py must have the sha256 of the log.
     """
     text, makefile = (ROOT / "submission.json").read_text(), (ROOT / "Makefile").read_text()
     assert any(command.startswith("make submission") for command in COMMANDS)
     it, log = json.loads(text), re.search(r"^LOG \?= (\S+)", makefile, re.M)[1]
     recipe = shlex.split(re.search(r"^submission:.*\n((?:\t.*\n)+)", makefile, re.M)[1].replace("\\\n", " ").replace("$(LOG)", log))
     assert it["logs"] == [log] and recipe[:3] == [".venv/bin/python", "-m", "tools.record"] and "submission.json" in recipe
-    if not source.committed(it["source_sha256"])[0]:
+    if not record.committed(it["source_sha256"])[0]:
         pytest.skip("this checkout has no history that holds the script of the log")
     (tmp_path / "logs").mkdir()
     shutil.copy(ROOT / log, tmp_path / "logs")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(source, "run_script", lambda script, *words, **env: forked.python([script.path, *words], env))
+    monkeypatch.setattr(record, "run_script", lambda script, *words, **env: forked.python([script.path, *words], env).stdout)
     record.main(recipe[3:])
     made = json.loads((tmp_path / "submission.json").read_text())
     assert text == as_json(made | dict(commit=it["commit"])).decode()
-    assert made["commit"] == it["commit"] or not (found := source.git("show", f"{it['commit']}:train_gpt.py")) or (
+    assert made["commit"] == it["commit"] or not (found := record.git("show", f"{it['commit']}:train_gpt.py")) or (
         hashlib.sha256(found).hexdigest() == it["source_sha256"])
 
 

@@ -1,4 +1,4 @@
-"""The whole model of every variant against a float64 reference that shares no code; its graphs; its causality."""
+"""The model of every variant against a float64 reference that shares no code, its compiled graphs and its causality."""
 
 import dataclasses
 
@@ -50,19 +50,16 @@ def reference_attention(p, cfg, i, x, extra, first):
             out[at] = share @ vh[: at + 1] / share.sum()
             if i >= cfg.num_layers - cfg.xsa_last_n:
                 out[at] -= (out[at] @ vh[at]) / (vh[at] @ vh[at]) * vh[at]
-        gates = []
         if cfg.gated_attention:
-            gates.append(sigmoid(x @ w["gates.0.slope"][h] + w["gates.0.bias"][h]))
-        if cfg.attn_gate_dims:
-            gates.append(2 * sigmoid(x[:, : cfg.attn_gate_dims] @ w[f"gates.{len(gates)}.slope"][h]))
-        for gate in gates:
-            out = out * gate[:, None]
+            out = out * sigmoid(x @ w["gate.slope"][h] + w["gate.bias"][h])[:, None]
+        elif cfg.attn_gate_dims:
+            out = out * 2 * sigmoid(x[:, : cfg.attn_gate_dims] @ w["gate.slope"][h])[:, None]
         heads.append(out)
     return np.hstack(heads) @ w["proj.weight"].T, raw
 
 
 def reference_bucket(cfg, token, before):
-    """`before` is None where a row or a document begins."""
+    """`before` is None at the start of a row or a document."""
     if cfg.bigram_hash == "linear":
         return (1009 * (before or 0) + token) % cfg.bigram_vocab_size
     if cfg.bigram_hash == "reserved" and before is None:
@@ -120,12 +117,13 @@ PR1812 = dict(activation="silu", mlp_mult=4.0, qk_gains=2, rope_dims=2, attn_gat
 
 @pytest.mark.parametrize("options, order", [
     (PR150, [0, 1, 2, 3]), (PR490, [0, 1, 2, 3]), (PR1127, [0, 1, 2, 3]),
-    (PR490 | dict(ve_layers=(0, 2), attn_gate_dims=3), [0, 1, 2, 3]),  # layer 0's raw values go on, without its value embedding
+    (PR490 | dict(ve_layers=(0, 2)), [0, 1, 2, 3]),  # later layers mix in layer 0's values without its value embedding
+    (PR490 | dict(ve_layers=(0, 2), gated_attention=False, attn_gate_dims=3), [0, 1, 2, 3]),
     (PR1812 | LOOPS | dict(xsa_last_n=4, parallel_residual_start=2), LOOPED),
     (PR1812 | LOOPS | dict(num_layers=5, xsa_last_n=5, parallel_residual_start=3), [0, 1, 2, 1, 2, 1, 2, 3, 4]),
     (PR1812 | LOOPS | dict(num_layers=5, xsa_last_n=5, parallel_residual_start=3), [0, 1, 2, 3, 4]),
-    (PR490 | PR1127 | dict(num_loops=1, loop_start=0, loop_end=1), [0, 1, 0, 1, 2, 3]),  # the first pass alone gives the first values
-], ids=["pr150", "pr490", "pr1127", "raw_first_values", "pr1812_even", "pr1812_odd", "pr1812_before_its_loops", "mixture"])
+    (PR490 | PR1127 | dict(num_loops=1, loop_start=0, loop_end=1), [0, 1, 0, 1, 2, 3]),  # only the first pass provides the first values
+], ids=["pr150", "pr490", "pr1127", "raw_first_values", "gate_of_a_few_channels", "pr1812_even", "pr1812_odd", "pr1812_before_its_loops", "mixture"])
 def test_the_loss_is_that_of_a_float64_reference(cfg, options, order):
     cfg = dataclasses.replace(cfg, **options)
     model, ids, targets = make_model(cfg), ids_of(cfg), ids_of(cfg, seed=1)
@@ -152,7 +150,7 @@ def test_bf16_activations_stay_close_to_fp32(dataset, variant):
 
 
 def test_a_run_compiles_nothing_after_its_warm_up(cfg, log, monkeypatch):
-    """Late QAT, the loops and the hooks of GPTQ come on in the middle of the budget; every graph is there by then. Backend eager."""
+    """Late QAT, loops and the hooks of GPTQ start on the clock, after the warm-up has compiled every graph. Backend `eager`."""
     torch._dynamo.reset()
     counter, after_warm_up = torch._dynamo.testing.CompileCounter(), []
     monkeypatch.setattr(t.Ranks, "compile", lambda _, fn, cfg: torch.compile(fn, dynamic=False, fullgraph=True, backend=counter))
@@ -166,7 +164,7 @@ def test_a_run_compiles_nothing_after_its_warm_up(cfg, log, monkeypatch):
 
 @pytest.mark.parametrize("options", [PR150, PR490, PR1127, PR1812 | LOOPS], ids=["pr150", "pr490", "pr1127", "pr1812"])
 def test_there_is_one_graph_before_the_loops_and_one_with_them(cfg, options):
-    """What CUDA compiles has no graph break and is not compiled again when a run goes back and forth. Backend eager."""
+    """The graphs have no breaks and are compiled once, although `looped` changes back and forth. Backend `eager`."""
     torch._dynamo.reset()  # the models of other tests share the limit of recompilations
     cfg = dataclasses.replace(cfg, **options)
     model, counter = make_model(cfg), torch._dynamo.testing.CompileCounter()
@@ -178,15 +176,15 @@ def test_there_is_one_graph_before_the_loops_and_one_with_them(cfg, options):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("variant", PUBLISHED)
-def test_the_last_positions_alone_have_their_losses_and_gradients(dataset, variant, apart):
-    cfg = small(variant, dataset, document_attention=apart)
+def test_the_last_positions_alone_have_their_losses_and_gradients(dataset, variant, masked):
+    cfg = small(variant, dataset, document_attention=masked)
     model, ids, targets, looped = make_model(cfg).double(), ids_of(cfg), ids_of(cfg, seed=1), cfg.num_loops > 0
 
-    def found(positions, asked):
+    def found(positions, count):
         model.zero_grad()
-        losses = model(ids, targets[:, -asked:], looped)[:, -positions:]
+        losses = model(ids, targets[:, -count:], looped)[:, -positions:]
         losses.sum().backward()
         return losses.detach(), [p.grad.clone() for p in model.parameters()]
 

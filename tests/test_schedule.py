@@ -45,7 +45,7 @@ class FakeTime:
 
 
 def test_a_slow_first_step_does_not_derail_the_rate(monkeypatch):
-    """In PR #150 a first step of 31 s made the rate start at 0.006: the mean of all steps was the pace."""
+    """With the mean of all steps, a first step of 31 s (seen in PR #150) would start the rate at 0.006."""
     fake = FakeTime(monkeypatch)
     clock = t.Clock(torch.device("cpu"), first_step_seconds=0.08)
     for step in range(500):
@@ -55,19 +55,19 @@ def test_a_slow_first_step_does_not_derail_the_rate(monkeypatch):
     assert clock.step_seconds == pytest.approx(0.08)
 
 
-@pytest.mark.parametrize("asked, device, seconds, compiler, expected", [
+@pytest.mark.parametrize("setting, device, seconds, compiler, expected", [
     ("auto", "cuda", 600, None, True), ("auto", "cpu", 600, "g++", False), ("auto", "cpu", 601, "g++", True), ("auto", "cpu", 601, None, False),
     ("auto", "cpu", 0, "g++", False), ("on", "cpu", 1, "g++", True), ("on", "cuda", 1, None, True),
     ("off", "cuda", 600, "g++", False), ("off", "cpu", 900, "g++", False)])
-def test_auto_compiles_on_a_gpu_and_in_long_runs_on_a_cpu_that_has_a_compiler(monkeypatch, asked, device, seconds, compiler, expected):
+def test_auto_compiles_on_a_gpu_and_in_long_runs_on_a_cpu_that_has_a_compiler(monkeypatch, setting, device, seconds, compiler, expected):
     monkeypatch.setattr(t.shutil, "which", lambda name: compiler)
-    cfg = dataclasses.replace(CARD, compile=asked, max_wallclock_seconds=seconds)
+    cfg = dataclasses.replace(CARD, compile=setting, max_wallclock_seconds=seconds)
     assert t.Ranks(device=torch.device(device)).compiles(cfg) is expected
 
 
-def test_compilation_that_is_asked_for_without_a_compiler_is_refused(monkeypatch):
+def test_compile_on_without_a_compiler_is_refused(monkeypatch):
     monkeypatch.setattr(t.shutil, "which", lambda name: None)
-    with pytest.raises(t.InputError, match="COMPILE=on needs a C[+][+] compiler: .*COMPILE=off"):
+    with pytest.raises(t.InputError, match="COMPILE=on needs a C[+][+] compiler; .*COMPILE=off"):
         t.Ranks().compiles(dataclasses.replace(CARD, compile="on"))
 
 
@@ -89,7 +89,7 @@ def test_schedules_that_never_act_in_the_time_are_told(changes, step_seconds, wo
 
 @pytest.mark.parametrize("seconds", [0.01, 0.09, 0.56, 3.0])
 def test_the_predicted_start_of_the_rate_is_the_one_that_training_takes(seconds):
-    """By the loop's own two functions: steps until the time is out, the rate of the first."""
+    """The number of steps until the time limit and the rate of the first step, by the functions of the training loop."""
     cfg, elapsed, steps = dataclasses.replace(SHORT, warmdown_iters=10**6), 0.0, 0
     while steps < cfg.iterations and not (steps and t.out_of_time(elapsed, seconds, cfg)):
         elapsed, steps = elapsed + seconds, steps + 1
@@ -115,7 +115,7 @@ def test_training_stops_before_the_limit_even_if_one_step_is_still_running():
 
 
 def test_momentum_warms_up_linearly():
-    for elapsed, scale in ((0.0, 1.0), (599.0, 0.1)):  # unless asked to, it heeds neither the clock nor the rate
+    for elapsed, scale in ((0.0, 1.0), (599.0, 0.1)):  # the defaults depend neither on the clock nor on the rate
         assert [t.muon_momentum(s, elapsed, scale, CARD) for s in (0, 750, 1500, 9000)] == pytest.approx([0.92, 0.955, 0.99, 0.99])
         assert t.muon_momentum(0, elapsed, scale, dataclasses.replace(CARD, muon_momentum_warmup_steps=0)) == 0.99
 
@@ -168,7 +168,7 @@ def test_the_momentum_of_pr1812_is_the_published_one():
         for scale in (1.0, 0.9, 0.5, 0.26, 0.25, 0.1, 0.0):
             assert t.muon_momentum(0, elapsed, scale, PR1812_ROW) == pytest.approx(pr1812_momentum(elapsed, scale), abs=1e-12)
     assert [t.muon_momentum(0, e, s, PR1812_ROW) for e, s in ((0, 1), (66, 1), (132, 1), (590, 0))] == pytest.approx([0.92, 0.955, 0.99, 0.9375])
-    assert t.muon_momentum(5500, 0.0, 1.0, PR1812_ROW) == pytest.approx(0.955)  # by steps where they are further than the clock
+    assert t.muon_momentum(5500, 0.0, 1.0, PR1812_ROW) == pytest.approx(0.955)  # by steps if they are further than the clock
 
 
 def test_the_momentum_of_pr1812_rises_stays_and_falls_with_the_rate():

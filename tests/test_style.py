@@ -1,4 +1,4 @@
-"""The file keeps its shape: limits, no effects at import, no unread option, old and new Pythons."""
+"""The file keeps its limits: size, no effects at import, no unread option, old and new Pythons."""
 
 import ast
 import dataclasses
@@ -22,7 +22,7 @@ FUNCTIONS = [n for n in ast.walk(TREE) if isinstance(n, ast.FunctionDef)]
 def test_the_file_is_short_enough_to_read():
     tokens = tokenize.generate_tokens(io.StringIO(SOURCE).readline)  # lines can be packed and names may be long, so these are counted
     code = [t for t in tokens if t.type in (token.OP, token.NAME, token.NUMBER, token.STRING) and not t.string.startswith('"""')]
-    assert SOURCE.isascii() and len(code) <= 29_050
+    assert SOURCE.isascii() and len(code) <= 28_800
     assert max(map(len, SOURCE.splitlines())) <= 120
     assert max(f.end_lineno - f.lineno + 1 for f in FUNCTIONS) <= 60
 
@@ -81,7 +81,7 @@ def test_validation_tokens_meet_no_backward():
             reads_val = any(isinstance(n, ast.Constant) and n.value == "val" for n in ast.walk(node))
             assert not (reads_val and "backward" in names), node.name
     backward = [f.name for f in FUNCTIONS if any(isinstance(n, ast.Attribute) and n.attr == "backward" for n in ast.walk(f))]
-    assert backward == ["step", "observe", "step"]  # of Trainer, twice, and of Adaptation
+    assert backward == ["gradients", "collect", "step"]  # of Trainer, twice, and of Adaptation
 
 
 def test_nothing_is_unpickled():

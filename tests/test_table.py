@@ -29,7 +29,7 @@ def test_a_row_is_the_mean_and_the_standard_deviation_of_its_runs():
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda text: text[: text.index("artifact:")], ": the log of a finished run has one line of the coded score, this one none"),
+    (lambda text: text[: text.index("artifact:")], " has no score of the stage coded; give the log of a finished run"),
     (lambda text: "".join(line for line in text.splitlines(True) if not line.startswith("legal_ttt")), " has no stage legal_ttt"),
     (None, "cannot read")])
 def test_a_log_that_is_not_finished_is_named(tmp_path, change, words):

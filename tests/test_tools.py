@@ -1,4 +1,4 @@
-"""The layout of tools/ and data/: commands of the pages are modules that run from the root, found without an edit of sys.path."""
+"""The layout of tools/ and data/: the commands on pages are modules that run from the root without changes to sys.path."""
 
 import ast
 import re
@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import ROOT, run
 
-from tools.record import command
+from tools.record.__main__ import parse_options
 
 PAGES = [ROOT / "README.md", ROOT / "Makefile", *ROOT.glob("*/README.md"), *ROOT.glob("logs/*.md"), ROOT / "logs" / "rehearsal" / "README.md"]
 NAMED = sorted({name for page in PAGES for name in re.findall(r"-m (tools[\w.]*\w)", page.read_text(encoding="utf-8"))})
@@ -34,7 +34,7 @@ def test_the_steps_to_a_pull_request_pack_first_and_keep_three_artifacts():
     pack, *runs, last = map(shlex.split, text.splitlines())
     assert pack[:4] == ["python", "-m", "tools.record.pack", "train_gpt.py"] and len(runs) == 3
     given = [dict(part.split("=") for part in words if re.match("[A-Z_]+=", part)) for words in runs]
-    options = command.parse_options(last[last.index("tools.record") + 1 :])
+    options = parse_options(last[last.index("tools.record") + 1 :])
     assert len({env["SEED"] for env in given}) == 3 and [str(path) for path in options.artifacts] == [f"{env['RUN_ID']}.int6.ptz" for env in given]
     assert [str(path) for path in options.logs] == [f"logs/{env['RUN_ID']}.txt" for env in given]
     assert {words[-1] for words in (pack, *runs)} == {str(options.script)} and options.author and options.github_id and options.notes

@@ -1,4 +1,4 @@
-"""The loop of training against recurrences by hand, and what leaves it: the average, its artifact, its scores."""
+"""The training loop against recurrences by hand, and its results: the average, its artifact, its scores."""
 
 import dataclasses
 import math
@@ -7,9 +7,11 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import finals, make_model, run
+from conftest import ROOT, finals, make_model, run
 
 import train_gpt as t
+
+BUILT_IN = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
 
 
 def trainer_of(cfg):
@@ -18,7 +20,7 @@ def trainer_of(cfg):
 
 
 def gradients_of(trainer, monkeypatch):
-    """Gradients by name, and the loss, of the next step; it does not move the weights."""
+    """Loss and gradients by name of the next step, which does not change the weights."""
     seen = {}
 
     def keep(scale, momentum):
@@ -40,8 +42,8 @@ def test_a_batch_in_pieces_has_the_loss_and_the_gradient_of_the_whole(cfg, monke
 
 
 def test_no_gradient_outlives_what_it_was_for(cfg, log):
-    trainer = trainer_of(dataclasses.replace(cfg, quantizer="gptq", mean_step=0.02, num_loops=1, loop_start=1, loop_end=2))
-    for work in (lambda: trainer.step(1.0, 0.9), lambda: trainer.warm_up(log), trainer.observe):
+    trainer = trainer_of(dataclasses.replace(cfg, quantizer="gptq", mean_scale=0.02, num_loops=1, loop_start=1, loop_end=2))
+    for work in (lambda: trainer.step(1.0, 0.9), lambda: trainer.warm_up(log), trainer.collect):
         work()
         assert all(p.grad is None for p in trainer.model.parameters())
 
@@ -55,7 +57,7 @@ def test_a_broken_gradient_under_a_finite_loss_shows_in_its_place(cfg):
 
 
 class Sum(t.Ranks):
-    """Two ranks, of which the other one has the same."""
+    """Two ranks with equal tensors."""
     def sum_(self, tensor):
         return tensor.mul_(2)
 
@@ -67,7 +69,7 @@ def test_the_loss_is_the_mean_over_ranks(cfg):
 
 
 def trained(cfg, log, monkeypatch):
-    """The trainer after `train`, and the weights after each of its steps."""
+    """The trainer after `train`, and rate and weights after each of its steps."""
     trainer, history = trainer_of(cfg), []
     inner = trainer.step
 
@@ -113,8 +115,8 @@ def test_without_a_snapshot_the_last_weights_stand_in(short, log, monkeypatch):
 def test_the_last_steps_loss_is_looked_at(short, log, monkeypatch):
     trainer = trainer_of(short)
     losses = iter([1.0] * 10 + [math.nan])
-    monkeypatch.setattr(trainer, "step", lambda scale, momentum: t.Reading(torch.tensor(next(losses))))
-    with pytest.raises(t.Unusable, match="the loss is nan at step 11;"):
+    monkeypatch.setattr(trainer, "step", lambda scale, momentum: t.AsyncScalar(torch.tensor(next(losses))))
+    with pytest.raises(t.TrainingFailed, match="the loss is nan at step 11;"):
         t.train(trainer, None, log)
 
 
@@ -138,7 +140,7 @@ def test_validation_takes_no_time_of_training(short, monkeypatch, log):
 
     def step(scale, momentum):
         now[0] += 1.0
-        return t.Reading(torch.ones(()))
+        return t.AsyncScalar(torch.ones(()))
 
     def validate():
         now[0] += 40.0
@@ -148,18 +150,20 @@ def test_validation_takes_no_time_of_training(short, monkeypatch, log):
     assert log.facts["steps"] == 6 and log.facts["train_seconds"] == 6.0
 
 
-# ---- what leaves it
+# ---- results
 
 def diagnostic(text, kind):
     return float(re.search(rf"^DIAGNOSTIC {kind} .*val_bpb:(\S+)", text, re.M)[1])
 
 
 def test_the_average_is_what_is_exported_and_reported(env, tmp_path):
-    """The last checkpoint is the average at the end of training."""
-    text = run(env | dict(CHECKPOINT_EVERY="20", EMA_DECAY="0.95", TTT_EPOCHS="0")).stdout
+    end = "        weights = trainer.average.values\n"
+    assert BUILT_IN.count(end) == 1
+    (script := tmp_path / "train_gpt.py").write_text(BUILT_IN.replace(end, f"        save_checkpoint(trainer, 'average', log)\n{end}"))
+    text = run(env | dict(EMA_DECAY="0.95", TTT_EPOCHS="0"), script=script).stdout
     average, artifact = (t.unpack((tmp_path / f"final_model.{kind}.ptz").read_bytes())[1] for kind in ("average", "int6"))
     cfg = t.Config.from_env(env)
-    expected = t.quantize(average, t.coding_plans(average, t.grids(t.GPT(cfg), cfg), cfg, {}))
+    expected = t.quantize(average, t.quant_plans(average, t.quant_specs(t.GPT(cfg), cfg), cfg, {}))
     assert artifact.keys() == expected.keys() and all(torch.equal(artifact[name], tensor) for name, tensor in expected.items())
     own = {k: env[k] for k in ("DATA_PATH", "TOKENIZER_PATH")} | dict(EVAL_ONLY="1", OUTPUT_DIR=str(tmp_path), VAL_MAX_TOKENS="700", TTT_EPOCHS="0")
     scores = finals(run(own | dict(ARTIFACT=str(tmp_path / "final_model.average.ptz"), RUN_ID="average")).stdout)
@@ -168,16 +172,17 @@ def test_the_average_is_what_is_exported_and_reported(env, tmp_path):
 
 
 @pytest.mark.parametrize("scope", ["stream", "document"])
-def test_every_pass_of_an_evaluation_loops_if_the_model_was_trained_to(cfg, log, scope):
+def test_every_evaluation_loops_if_the_model_was_trained_to(cfg, log, scope, monkeypatch):
     changes = dict(stream=dict(ttt_lora_rank=0), document=dict(
         ttt_lora_rank=2, ttt_params=t.Config.ttt_params, ttt_chunk_tokens=16, ttt_grad_clip=0.0, ttt_optimizer="adamw"))[scope]
     cfg = dataclasses.replace(cfg, num_loops=2, loop_start=1, loop_end=2, ttt_scope=scope, ttt_lr=0.0, val_max_tokens=200, **changes)
-    model = make_model(cfg)
 
     def scores(looped, order):
-        scorer = t.Scorer(t.read_validation(cfg), cfg, t.Ranks(), log)
+        model = make_model(cfg)
         model.order, model.looped_order = order
-        return np.array([evaluation().loss for evaluation in t.evaluations(scorer, model, looped).values()])
+        monkeypatch.setattr(t, "load_model", lambda *args: model)
+        scored = t.run_evaluation(t.Artifact(cfg, {}, looped, "", 0, []), t.Scorer(t.read_validation(cfg), cfg, t.Ranks(), log), 0.0, t.Ranks(), log)
+        return np.array([score.loss for score in scored.values()])
 
     plain, looped = t.layer_order(cfg, False), t.layer_order(cfg, True)
     as_plain, as_looped = scores(False, (plain, plain)), scores(True, (looped, looped))

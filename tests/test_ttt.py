@@ -11,7 +11,7 @@ import train_gpt as t
 
 def adaptation(model, cfg):
     """Test-time training as a run sets it up."""
-    return t.Adaptation(t.adapting_parameters(model, cfg), model, cfg, t.Ranks())
+    return t.Adaptation(t.ttt_parameters(model, cfg), model, cfg, t.Ranks())
 
 
 def adapted(cfg, log, tmp_path, tokens=None, vocab_size=384, **changes):
@@ -83,13 +83,13 @@ def test_only_scored_targets_are_trained_on_and_never_the_last_chunk(cfg, log, m
         indices.append(chunk.index)
         low, epochs = 256 * chunk.index, cfg.ttt_epochs
         for shift, rows in enumerate(zip(*trained)):  # inputs, targets
-            assert torch.equal(torch.cat(rows).flatten(), scorer.tokens[low + shift : low + shift + len(chunk.nll)].repeat(epochs))
+            assert torch.equal(torch.cat(rows).flatten(), scorer.tokens[low + shift : low + shift + chunk.nll.numel()].repeat(epochs))
         assert trained and (chunk.weight == 1).all()
 
-    scorer.sliding(model, checked)
+    scorer.evaluate_sliding(model, checked)
     assert indices == [0, 1] and scorer.audited["chunk"].max() == 2
     state = [p.detach().clone() for p in model.parameters()]
-    scorer.sliding(model)
+    scorer.evaluate_sliding(model)
     assert all(torch.equal(a, b) for a, b in zip(state, model.parameters()))
 
 
@@ -109,7 +109,7 @@ def test_it_learns_a_stream_that_repeats(cfg, log, tmp_path):
         run = dataclasses.replace(cfg, ttt_epochs=epochs, ttt_lr=0.1)
         scorer = scorer_of(run, log)
         scorer.tokens, scorer.bytes = tokens, torch.ones(len(tokens) - 1, dtype=torch.int64)
-        model_losses.append(scorer.sliding(model, adaptation(model, run) if epochs else None).loss)
+        model_losses.append(scorer.evaluate_sliding(model, adaptation(model, run) if epochs else None).loss)
     assert model_losses[1] < model_losses[0] - 0.5
 
 
@@ -160,8 +160,8 @@ def test_an_epoch_is_a_pass_over_all_batches_of_a_chunk(cfg, monkeypatch, epochs
 def test_the_score_of_a_chunk_keeps_no_graph_even_where_its_losses_do(cfg, log):
     own = dict(ttt_scope="document", ttt_lora_rank=2, ttt_chunk_tokens=32, ttt_optimizer="adamw", ttt_grad_clip=0.0)
     scorer, model = scorer_of(cfg, log, **own), make_model(cfg)
-    spans, kept = torch.tensor([[0, 100]]), []
-    for chunk, _ in scorer.document_chunks(model, spans, 100, True):
-        kept.append(chunk.losses.requires_grad)
+    kept = []
+    for chunk, _ in scorer.document_chunks([(model, None)], [(0, 100)], True):
+        kept.append(chunk.losses[0].requires_grad)
         assert not chunk.nll.requires_grad and chunk.nll.dtype == torch.float64
     assert kept == [True, True, True, False]  # nothing is learnt after the last one

@@ -18,8 +18,8 @@ SMALL = dict(
 
 
 def scaled(variant):
-    """A row, scaled down; the warmdown of some is a share of the run already, and the rows of `frontier` grow."""
-    row = t.row(variant)
+    """A scaled-down variant. Without WARMDOWN_ITERS if it sets WARMDOWN_FRAC; with shorter EARLY_SEQ_LENS if it has some."""
+    row = t.variant_options(variant)
     lengths = dict(EARLY_SEQ_LENS="8,16") if "early_seq_lens" in row else {}
     return {"VARIANT": variant} | lengths | {k: v for k, v in SMALL.items() if "warmdown_frac" not in row or k != "WARMDOWN_ITERS"}
 
@@ -69,7 +69,7 @@ def train_losses(out):
 
 @pytest.fixture(scope="module", params=PUBLISHED)
 def finished(request, dataset, tmp_path_factory):
-    """(variant, folder, log of one process, output of two): whole runs. The one is in this process, which has paid for the imports."""
+    """(variant, folder, log of one process, output of two) of complete runs. The first runs in this process, which saves the imports."""
     folders = [str(tmp_path_factory.mktemp(f"{request.param}_{n}")) for n in (1, 2)]
     env = dict(dataset, RUN_ID="test", **scaled(request.param))
     t.main([], env | {"OUTPUT_DIR": folders[0]})
@@ -87,7 +87,7 @@ def test_a_variant_passes_every_stage_and_says_what_is_its_own(finished):
         pr150=["late_qat:enabled step:0 ", "averaging:swa updates:"], pr455=["averaging:swa updates:"],
         pr490=["gptq:collected 66 Hessians"], pr1127=[],
         pr1812=["layer_loop:enabled step:3 frac:0.375 order:[0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5, 6, 7, 8, 9, 10]",
-                "gptq:collected 67 Hessians", "Serialized model int6+brotli", "looped:1 stride"])
+                "gptq:collected 67 Hessians", "kind:int6+brotli model_bytes:", "looped:1 eval_seq_len:"])
     for words in {words for several in of_its_own.values() for words in several}:
         assert (words in out) == (words in of_its_own[variant]), words
 
@@ -100,7 +100,7 @@ def test_two_processes_train_and_score_as_one_does(finished):
 
 @pytest.mark.parametrize("finished", ["pr1127", "pr1812"], indirect=True)
 def test_the_artifact_alone_is_scored_as_the_run_scored_it(finished, dataset, tmp_path):
-    """In a fresh process, by its LoRA (pr1127) and with its loops on (pr1812)."""
+    """In another process, with a LoRA (pr1127) and with loops (pr1812)."""
     variant, folder, out, _ = finished
     paths = {name: dataset[name] for name in ("DATA_PATH", "TOKENIZER_PATH")} | dict(VAL_MAX_TOKENS="520")
     artifact = str(folder / "final_model.int6.ptz")

@@ -1,12 +1,11 @@
-"""Parts of a system switched on or off, one at a time: runs of train_gpt.py -> a Markdown table with standard errors.
+"""Runs of train_gpt.py with parts switched on or off, one at a time -> a Markdown table with standard errors.
 
     python -m tools.ablation parts.json --out runs --seeds 1 2 3 --jobs 2
 
-parts.json is {"base": {NAME: value}, "parts": {"what": {NAME: value}}}: the variables of all runs, and those that a part
-adds. A run is OUT/PART-SEED; one that has ended is not made again. Each job has OMP_NUM_THREADS=1 unless the base says.
-The difference of a part is the mean over seeds of its score less the base's of the same seed: below 0 it is better.
-Runs have equal steps, ITERATIONS of the base. Equal seconds: parts whose step takes at least 2 % more or less than the
-base's, by medians over seeds, run again with so many steps as the base's seconds allow, in OUT/PART-SEED-seconds.
+parts.json is {"base": {OPTION: value}, "parts": {PART: {OPTION: value}}}. A run is OUT/PART-SEED and is not repeated
+once finished. OMP_NUM_THREADS is 1 unless the base sets it. The result of a part is the mean over seeds of its score
+minus that of the base, so below 0 is better. All runs have equal steps. With --equal-seconds, a part whose steps take
+2 % more or less time also runs for as many steps as the base's time allows, in OUT/PART-SEED-seconds.
 """
 
 import os
@@ -18,104 +17,96 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tools import ROOT, command_line, positive, run_tool
+from tools import ROOT, command_line, markdown, positive, run_tool
 from tools.files import Refused, read_json
-from tools.runlog import read_log
+from tools.record.logs import RunLog, read_log
 
-BASE, NEARLY = "base", 0.02
+BASE = "base"
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One part with one seed, in a folder of its own."""
+    """One part with one seed, in its own folder."""
 
     part: str
     seed: int
     folder: Path
     env: dict[str, str]
 
-    @property
-    def log(self) -> Path:
-        return self.folder / "logs" / "run.txt"
-
 
 def plan(path: Path, out: Path, seeds: list[int]) -> list[Run]:
-    """All runs, seed by seed, the base first. Raises Refused if the file has another shape."""
+    """All runs, seed by seed, the base first. Raises Refused for a file of another form."""
     try:
         table = read_json(path)
         parts = {BASE: {}} | table["parts"]
-        shared = {name: str(value) for name, value in table["base"].items()}
         names = {part: re.sub(r"\W+", "_", part) for part in parts}
-        if len(set(names.values())) < len(names):
+        if len({*names.values()}) < len(names):
             raise ValueError("two parts have one name")
-        return [Run(part, seed, out / f"{names[part]}-{seed}", shared | {name: str(value) for name, value in env.items()})
-                for seed in seeds for part, env in parts.items()]
+        options = {part: {name: str(value) for name, value in (table["base"] | parts[part]).items()} for part in parts}
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise Refused(f'{path} is not {{"base": {{NAME: value}}, "parts": {{PART: {{NAME: value}}}}}}: {error}') from None
+        raise Refused(f'{path} is not {{"base": {{OPTION: value}}, "parts": {{PART: {{...}}}}}}: {error}') from None
+    return [Run(part, seed, out / f"{names[part]}-{seed}", options[part]) for seed in seeds for part in parts]
 
 
-def finish(run: Run) -> None:
-    """Make the run, unless it has ended already; says where one that fails has left its words."""
-    if run.log.exists() and "\nRESULT " in run.log.read_text(errors="replace"):
-        return
-    run.log.unlink(missing_ok=True)
-    run.folder.mkdir(parents=True, exist_ok=True)
-    own = dict(SEED=str(run.seed), OUTPUT_DIR=str(run.folder.resolve()), RUN_ID="run")
-    env = dict(os.environ) | dict(OMP_NUM_THREADS="1") | run.env | own
-    done = subprocess.run([sys.executable, ROOT / "train_gpt.py"], env=env, capture_output=True, text=True)
-    (run.folder / "output.txt").write_text(done.stdout + done.stderr)
-    if done.returncode:
-        last = (done.stderr.strip() or "no words").splitlines()[-1]
-        raise Refused(f"{run.part}, seed {run.seed}, ended with {done.returncode}: {last}")
-    print(f"{run.part}, seed {run.seed}: done", file=sys.stderr, flush=True)
+def finish(run: Run) -> RunLog:
+    """The log of a run, which is made unless it is finished. Raises Refused with the last line of a run that fails."""
+    log = run.folder / "logs" / "run.txt"
+    if not log.exists() or "\nRESULT " not in log.read_text(errors="replace"):
+        log.unlink(missing_ok=True)
+        run.folder.mkdir(parents=True, exist_ok=True)
+        own = dict(SEED=str(run.seed), OUTPUT_DIR=str(run.folder.resolve()), RUN_ID="run")
+        env = os.environ | dict(OMP_NUM_THREADS="1") | run.env | own
+        done = subprocess.run([sys.executable, ROOT / "train_gpt.py"], env=env, capture_output=True, text=True)
+        (run.folder / "output.txt").write_text(done.stdout + done.stderr)
+        if done.returncode:
+            last = (done.stderr.strip() or "no output").splitlines()[-1]
+            raise Refused(f"{run.part}, seed {run.seed}, ended with {done.returncode}: {last}")
+        print(f"{run.part}, seed {run.seed}: done", file=sys.stderr, flush=True)
+    return read_log(log)
 
 
-def milliseconds(runs: list[Run], part: str) -> float:
-    """Of a step of that part, the median over its seeds."""
-    logs = [read_log(run.log) for run in runs if run.part == part]
-    return statistics.median(1e3 * log.train_seconds / log.steps for log in logs)
-
-
-def at_equal_seconds(runs: list[Run]) -> list[Run]:
-    """The same runs with so many steps as the base's seconds allow; where those are nearly as many, the run itself."""
-    base, again = milliseconds(runs, BASE), []
-    for run in runs:
-        steps = read_log(run.log).steps
-        allowed = round(steps * base / milliseconds(runs, run.part))
-        if abs(allowed - steps) >= NEARLY * steps:
-            run = replace(run, folder=run.folder.with_name(f"{run.folder.name}-seconds"), env=run.env | dict(ITERATIONS=str(allowed)))
-        again.append(run)
-    return again
-
-
-def make(runs: list[Run], jobs: int) -> None:
+def finish_all(runs: list[Run], jobs: int) -> dict[Run, RunLog]:
     with ThreadPoolExecutor(jobs) as pool:
-        for ended in [pool.submit(finish, run) for run in runs]:
-            ended.result()
+        return dict(zip(runs, pool.map(finish, runs)))
 
 
-def mean_and_error(values: list[float]) -> str:
-    """The mean and its standard error, which one value has not."""
-    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.4f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):+.4f}{error}"
+def step_ms(logs: dict[Run, RunLog], part: str) -> float:
+    """Milliseconds per step of a part, the median over its seeds."""
+    return statistics.median(1000 * log.train_seconds / log.steps for run, log in logs.items() if run.part == part)
 
 
-def table(runs: list[Run], again: list[Run]) -> str:
-    """A row for each part; scores are those of the last stage that the runs have, in bits per byte."""
-    logs = {run: read_log(run.log) for run in runs + again}
-    stage = min((len(log.scores), list(log.scores)) for log in logs.values())[1][-1]
-    bpb = {run: log.scores[stage].bpb for run, log in logs.items()}
-    base = {run.seed: bpb[run] for run in runs if run.part == BASE}
-    lines = [["part", "runs", "parameters", f"{stage}, bits per byte", f"against {BASE}", "ms a step"]]
-    lines[0] += ["steps in equal seconds", f"against {BASE}"] if again else []
-    for part in dict.fromkeys(run.part for run in runs):
-        mine, equal = ([run for run in some if run.part == part] for some in (runs, again))
-        changes = [mean_and_error([bpb[run] - base[run.seed] for run in some]) if part != BASE else "" for some in (mine, equal) if some]
-        cells = [part, str(len(mine)), f"{logs[mine[0]].parameters:,}", f"{statistics.mean(map(bpb.get, mine)):.4f}", changes[0]]
-        cells.append(f"{milliseconds(runs, part):.0f}")
-        lines.append(cells + ([str(logs[equal[0]].steps), changes[1]] if again else []))
-    lines.insert(1, ["---"] + ["---:"] * (len(lines[0]) - 1))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def at_equal_seconds(logs: dict[Run, RunLog]) -> list[Run]:
+    """The runs with as many steps as the base's time allows; a run that has about as many stays as it is."""
+    equal = []
+    for run, log in logs.items():
+        allowed = round(log.steps * step_ms(logs, BASE) / step_ms(logs, run.part))
+        if abs(allowed - log.steps) >= 0.02 * log.steps:
+            folder = run.folder.with_name(f"{run.folder.name}-seconds")
+            run = replace(run, folder=folder, env=run.env | dict(ITERATIONS=str(allowed)))
+        equal.append(run)
+    return equal
+
+
+def table(logs: dict[Run, RunLog], equal: dict[Run, RunLog]) -> str:
+    """One row per part, with scores in bits per byte of the last stage that all runs have."""
+    stage = min((len(log.scores), [*log.scores]) for log in [*logs.values(), *equal.values()])[1][-1]
+    base = {run.seed: log.scores[stage].bpb for run, log in logs.items() if run.part == BASE}
+
+    def change(mine: dict[Run, RunLog]) -> str:
+        values = [log.scores[stage].bpb - base[run.seed] for run, log in mine.items()]
+        error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.4f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):+.4f}{error}"
+
+    rows, head = [], ["part", "runs", "parameters", f"{stage}, bits per byte", f"against {BASE}", "ms a step"]
+    head += ["steps in equal seconds", f"against {BASE}"] if equal else []
+    for part in dict.fromkeys(run.part for run in logs):
+        mine, timed = ({run: log for run, log in some.items() if run.part == part} for some in (logs, equal))
+        some_log, mean = [*mine.values()][0], statistics.mean(log.scores[stage].bpb for log in mine.values())
+        row = [part, str(len(mine)), f"{some_log.parameters:,}", f"{mean:.4f}", "" if part == BASE else change(mine)]
+        row.append(f"{step_ms(logs, part):.0f}")
+        row += [str([*timed.values()][0].steps), "" if part == BASE else change(timed)] if equal else []
+        rows.append(row)
+    return markdown(head, rows)
 
 
 def main() -> None:
@@ -124,13 +115,11 @@ def main() -> None:
     cli.add_argument("--out", type=Path, required=True, help="folder of the runs")
     cli.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     cli.add_argument("--jobs", type=positive, default=1, help="runs at a time")
-    cli.add_argument("--equal-seconds", action="store_true", help="make those runs, too")
+    cli.add_argument("--equal-seconds", action="store_true", help="also compare at equal training time")
     args = cli.parse_args()
-    runs = plan(args.parts, args.out, args.seeds)
-    make(runs, args.jobs)
-    again = at_equal_seconds(runs) if args.equal_seconds else []
-    make([run for run in again if run not in runs], args.jobs)
-    print(table(runs, again), flush=True)
+    logs = finish_all(plan(args.parts, args.out, args.seeds), args.jobs)
+    equal = finish_all(at_equal_seconds(logs), args.jobs) if args.equal_seconds else {}
+    print(table(logs, equal), flush=True)
 
 
 if __name__ == "__main__":

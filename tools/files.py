@@ -1,4 +1,4 @@
-"""Reading and writing of files, and the error of a tool that refuses its input."""
+"""Reads and writes files; defines the error for input that a tool does not accept."""
 
 import json
 from pathlib import Path
@@ -6,11 +6,11 @@ from typing import Any
 
 
 class Refused(ValueError):
-    """Input that a tool does not accept, told in one line: where, why, what to do."""
+    """Input that a tool does not accept. The message is one line: which file or option, what is wrong, what to do."""
 
 
 def read_bytes(path: Path) -> bytes:
-    """Raises Refused."""
+    """Raises Refused if the file cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -18,7 +18,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_json(path: Path) -> Any:
-    """Raises Refused."""
+    """Raises Refused if the file cannot be read or is not JSON."""
     try:
         return json.loads(read_bytes(path).decode("utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
@@ -26,7 +26,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_file(path: Path, contents: bytes) -> None:
-    """All of it or nothing; makes the folder. Raises Refused."""
+    """Writes atomically and creates the folder. Raises Refused if that fails."""
     part = path.with_name(f"{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,42 +1,39 @@
-"""Logs of train_gpt.py -> a Markdown table, one row a variant: mean and spread over its seeds, in bits per byte.
+"""Prints a Markdown table of logs of train_gpt.py: one row per variant, mean and standard deviation over its seeds.
 
     python -m tools.table logs/five/*.txt
+
+Scores are in bits per byte.
 """
 
 import statistics
 from pathlib import Path
 
-from tools import command_line, run_tool
+from tools import command_line, markdown, run_tool
 from tools.files import Refused
-from tools.loglines import Scored, read_scored
-from tools.runlog import RunLog, check_byte_counts
+from tools.record.logs import RunLog, check_byte_counts, read_scored
 
-COUNTS = {"parameters": lambda run: run.parameters, "code + model": lambda run: run.total_bytes}
 STAGES = {"raw": "raw", "averaged": "averaged", "int6": "coded", "sliding": "sliding", "TTT": "ttt"}
 
 
-def read(path: Path) -> RunLog | Scored:
-    """A finished run with all stages. Raises Refused if it is not one."""
+def read(path: Path) -> RunLog:
+    """Reads the log of a finished run. Raises Refused if a stage is missing."""
     run = read_scored(path)
     if "ttt" not in run.scores:
         raise Refused(f"{path} has no stage legal_ttt; the table needs it")
     return run
 
 
-def mean_and_spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}" if len(values) > 1 else f"{values[0]:.4f}"
-
-
-def table(runs: list[RunLog | Scored]) -> str:
-    """Rows in the order in which the variants first come; the spread is the standard deviation over the runs."""
-    head = ["variant", "runs", *COUNTS, *STAGES]
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+def table(runs: list[RunLog]) -> str:
+    """Variants keep the order of their first log."""
+    rows = []
     for variant in dict.fromkeys(run.variant for run in runs):
-        mine = [run for run in runs if run.variant == variant]
-        counts = [f"{statistics.mean(map(count, mine)):,.0f}" for count in COUNTS.values()]
-        scores = [mean_and_spread([run.scores[stage].bpb for run in mine]) for stage in STAGES.values()]
-        lines.append(f"| `{variant}` | {len(mine)} | " + " | ".join(counts + scores) + " |")
-    return "\n".join(lines)
+        group = [run for run in runs if run.variant == variant]
+        counts = [statistics.mean(run.parameters for run in group), statistics.mean(run.total_bytes for run in group)]
+        rows.append([f"`{variant}`", str(len(group)), *(f"{count:,.0f}" for count in counts)])
+        for stage in STAGES.values():
+            bpb = [run.scores[stage].bpb for run in group]
+            rows[-1].append(f"{statistics.mean(bpb):.4f}" + (f" ± {statistics.stdev(bpb):.4f}" if bpb[1:] else ""))
+    return markdown(["variant", "runs", "parameters", "code + model", *STAGES], rows)
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """EVAL_ONLY runs, one after the other, in the processes of one torchrun. For torchrun.
 
-Its argument is JSON, a list of [environment, trouble]: "late" holds the last rank up for a second in its first score, "other"
-gives it slightly different weights, "" is no trouble. After each chunk that was learnt from, the parameters of all ranks
-are compared bit by bit; the main rank prints after each run whether some differed, and how often it looked.
+Its argument is JSON, a list of [environment, trouble]: "late" delays the last rank by a second in its first score, "other"
+gives it slightly different weights, "" is no trouble. After each chunk that was trained on, the parameters of all ranks
+are compared bit by bit; after each run the main rank prints whether they differed, and the number of comparisons.
 """
 
 import json
@@ -56,3 +56,5 @@ try:
                     print(f"differ:{any(found)} calls:{len(found)}")
 except t.InputError as error:
     sys.exit(f"train_gpt.py: {error}")
+sys.stdout.flush()
+os._exit(0)  # see train_gpt.run

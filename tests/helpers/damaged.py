@@ -113,7 +113,7 @@ def grown(base: Base, **settings) -> bytes:
         else:
             new = [[f"{name}.codes", "int8", shape]]
         if len(shape) == 2:
-            new += [[f"{name}.steps", "float16", shape[:1]], [f"{name}.columns", "float16", shape[1:]]]
+            new += [[f"{name}.scales", "float16", shape[:1]], [f"{name}.columns", "float16", shape[1:]]]
         listed += new
         raw += [bytes(math.prod(shape) * np.dtype(dtype).itemsize) for _, dtype, shape in new]
     return artifact(base, text_of(base, {("tensors",): json.dumps(listed)}, settings), raw)
@@ -222,7 +222,7 @@ EXTREMES = [
     dict(TRAIN_SEQ_LEN=2**20, TRAIN_BATCH_TOKENS=2**20, MICRO_BATCH_TOKENS=2**20), dict(TTT_EPOCHS=10**12), dict(TTT_EPOCHS=10**5), dict(TTT_EPOCHS=10**30),
     dict(NUM_LAYERS=1000), dict(MODEL_DIM=65536), dict(MODEL_DIM=65536, NUM_HEADS=1, NUM_KV_HEADS=1, ROPE_DIMS=0), dict(MLP_MULT=1e30), dict(MLP_MULT=1e308),
     dict(NUM_LOOPS=100, LOOP_START=0, LOOP_END=3), dict(NUM_LAYERS=1000, NUM_LOOPS=100, LOOP_START=0, LOOP_END=999), dict(EVAL_STRIDE=1, TTT_CHUNK_TOKENS=1),
-    dict(TTT_CHUNK_TOKENS=1, TTT_FIRST_CHUNK_TOKENS=1), dict(EVAL_BATCH_SEQS=10**9, TTT_BATCH_SEQS=10**9), dict(VE_LAYERS="2," * 10**6),
+    dict(TTT_CHUNK_TOKENS=1, TTT_SCOPE="document"), dict(EVAL_BATCH_SEQS=1), dict(TTT_BATCH_SEQS=10**9), dict(VE_LAYERS="2," * 10**6),
     dict(VE_LAYERS="2," * 10**5), dict(TTT_PARAMS="*," * 10**6), dict(TTT_PARAMS="*a" * 10**4), dict(TTT_PARAMS="*" * 10**5),
     dict(TTT_PARAMS="[" * 10**5), dict(TTT_PARAMS="!*"),
     dict(CLIP_SHARES="1," * 10**6), dict(EARLY_SEQ_LENS="2," * 10**6), dict(TTT_LR=1e308), dict(TTT_LR=1e30, TTT_EPOCHS=3), dict(LOGIT_SOFTCAP=1e308),
@@ -307,7 +307,7 @@ def forged_lists(base: Base):
     names = [*base.arrays]
     for name in names[:: max(len(names) // 8, 1)]:
         yield "list of tensors", f"lacks {name}", True, partial(with_arrays, base, {name: None})
-        for more in (f"{name}.codes", f"{name}.steps", f"{name}.columns", f"{name}x", f"x.{name}"):
+        for more in (f"{name}.codes", f"{name}.scales", f"{name}.columns", f"{name}x", f"x.{name}"):
             yield "list of tensors", f"adds {more}", True, partial(with_arrays, base, {more: np.zeros(3, np.float16)})
         again = json.dumps([*base.header["tensors"], [name, str(base.arrays[name].dtype), [0]]])
         yield "list of tensors", f"{name} twice", True, partial(artifact, base, text_of(base, {("tensors",): again}))
@@ -380,7 +380,7 @@ def forged_texts(bases: dict, rng: Random):
 
 
 def forged_weights(bases: dict):
-    """Codes, steps, columns and weights that are NaN, infinite, huge or tiny: one of them, or all."""
+    """Codes, scales, columns and weights that are NaN, infinite, huge or tiny: one of them, or all."""
     for label, base in bases.items():
         last = {(name.rsplit(".", 1)[-1], str(array.dtype)): name for name, array in base.arrays.items() if array.size and array.dtype.kind == "f"}
         for name in sorted({*last.values(), *list(base.arrays)[-2:]}):
@@ -438,7 +438,7 @@ def forged_sidecars(name: str, counts: np.ndarray):
     """In the place of the sidecar `name`, which holds `counts`."""
     for factor in (0.0, 0.5, 0.9, 1.1, 1.199, 2.0, 100.0):
         scaled = np.floor(np.cumsum(np.append(0.0, counts * factor)))  # to the byte
-        yield f"{name}: times {factor}", factor > 1, partial(put, name=name, data=shard(np.diff(scaled)))
+        yield f"{name}: times {factor}", True, partial(put, name=name, data=shard(np.diff(scaled)))
     blobs = dict(highest=0 * counts + 65535, BOS=counts + (counts == 0), rolled=np.roll(counts, 1), short=counts[:-1],
                  long=np.append(counts, 1), moved=np.append(counts[1:], 0))
     for what, array in blobs.items():

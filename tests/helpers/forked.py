@@ -1,6 +1,6 @@
-"""Python processes that have torch from the start: forks of multiprocessing's server, which imported it once.
+"""Python processes that start with torch imported: forks of multiprocessing's server, which imports it once.
 
-The import takes 2 s of CPU, and 2 more at the first optimizer.
+The import takes 2 s of CPU time, and the first optimizer 2 s more.
 """
 
 import multiprocessing
@@ -16,11 +16,11 @@ import torch
 from torch.distributed import TCPStore
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch", "torch._dynamo", "sentencepiece", "zstandard", "brotli", "tqdm"])  # and nothing of ours
+FORKS.set_forkserver_preload(["torch", "torch._dynamo", "sentencepiece", "zstandard", "brotli", "tqdm"])  # no module of this repository
 
 
 def become(argv, env, cwd, folder):
-    """What `python *argv` does, with stdout and stderr at the end of two files of the folder."""
+    """Run `python *argv` in this process; stdout and stderr are appended to two files of the folder."""
     for number, name in enumerate(("stdout", "stderr"), 1):
         os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.environ.clear()
@@ -41,7 +41,7 @@ def become(argv, env, cwd, folder):
 
 
 def ended(children, seconds):
-    """The first exit status that is not 0, or 0. As torchrun does, a failure of one ends the others."""
+    """The first nonzero exit status, or 0. As with torchrun, a failure of one process ends the others."""
     waiting = {child.sentinel: child for child in children}
     while waiting:
         done = wait(waiting, seconds)
@@ -56,7 +56,7 @@ def ended(children, seconds):
 
 
 def python(argv, env, cwd=None, processes=1):
-    """`python *argv` in so many processes, as torchrun starts them where there are several: the finished process."""
+    """Run `python *argv` in `processes` processes, with the variables of torchrun if there are several. Returns the finished process."""
     with tempfile.TemporaryDirectory() as folder:
         ranks = [{}]
         if processes > 1:

@@ -1,4 +1,4 @@
-"""Twenty training steps of the smoke variant, then five with late QAT; the main rank saves losses and weights. For torchrun."""
+"""Twenty training steps, then five with late QAT; the main rank saves losses and weights. For torchrun."""
 
 import os
 import sys
@@ -18,3 +18,5 @@ with t.launch(os.environ) as ranks:
     late = [trainer.step(1.0, 0.9).value() for _ in range(5)]
     if ranks.is_main:
         np.savez(sys.argv[1], losses=losses, late=late, **weights)
+sys.stdout.flush()
+os._exit(0)  # see train_gpt.run

@@ -1,4 +1,4 @@
-"""Models of the smoke variant that differ in one option, and their losses."""
+"""Models of the smallest run that differ in one option, and their losses."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from test_variants import scaled
 import train_gpt as t
 
 LOOPS = dict(num_loops=2, loop_start=1, loop_end=2)
-LOOPED = [0, 1, 2, 1, 2, 1, 2, 3]  # the smoke variant's 4 blocks under LOOPS
+LOOPED = [0, 1, 2, 1, 2, 1, 2, 3]  # order of the 4 blocks of the smallest run under LOOPS
 
 
 def ids_of(cfg, seed=0, rows=2, length=24):
@@ -22,13 +22,8 @@ def losses(cfg, model, **options):
     return model(ids_of(cfg), ids_of(cfg, seed=1), **options)
 
 
-def weights_of(model, layer):
-    """What a block's products take, as the model makes it ready."""
-    return t.Weights(*(whole.chunk(len(model.blocks))[layer] for whole in model.weights()))
-
-
 def twin(cfg, values=None, **changes):
-    """A model under changed settings that has, by name, the weights of `make_model(cfg)`; `values` fills others by the end of their name."""
+    """A model with changed options that shares, by name, the weights of `make_model(cfg)`; `values` sets parameters by the end of their name."""
     changed = dataclasses.replace(cfg, **changes)
     model, source = make_model(changed, seed=1), make_model(cfg).state_dict()
     fits = {name: source[name] for name, p in model.named_parameters() if name in source and source[name].shape == p.shape}

@@ -1,12 +1,10 @@
-// A CUDA runtime, and the libraries above it, that answer as one H100 would and compute nothing: memory is the host's, copies are
-// made, kernels are not run. Each symbol that torch imports and this file lacks becomes a stub that returns 0 (see nullgpu.py).
+// A CUDA runtime, and the libraries above it, that answer as a card of models.h would and compute nothing: memory is the host's, copies
+// are made, kernels are not run. Each symbol that torch imports and this file lacks becomes a stub that returns 0 (see nullgpu.py).
 #define _GNU_SOURCE
 #include <cuda_runtime_api.h>
 #include <errno.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/mman.h>
+#include "models.h"
 
 // ---- device
 static _Thread_local int device = 0;
@@ -18,20 +16,20 @@ cudaError_t cudaRuntimeGetVersion(int *v) { *v = CUDART_VERSION; return 0; }
 cudaError_t cudaDeviceCanAccessPeer(int *can, int a, int b) { *can = 1; return 0; }
 cudaError_t cudaDeviceGetPCIBusId(char *s, int n, int d) { snprintf(s, n, "0000:%02x:00.0", d); return 0; }
 cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest) { *least = 0; *greatest = -5; return 0; }
-const char *cudaGetErrorString(cudaError_t e) { return "null GPU"; }
+const char *cudaGetErrorString(cudaError_t e) { return e == cudaErrorMemoryAllocation ? "out of memory" : "null GPU"; }
 const char *cudaGetErrorName(cudaError_t e) { return "null GPU"; }
 cudaError_t cudaDeviceGetAttribute(int *v, enum cudaDeviceAttr a, int d) {
   switch (a) {
-    case cudaDevAttrComputeCapabilityMajor: *v = 9; break;
-    case cudaDevAttrComputeCapabilityMinor: *v = 0; break;
-    case cudaDevAttrMultiProcessorCount: *v = 132; break;
+    case cudaDevAttrComputeCapabilityMajor: *v = model(d)->major; break;
+    case cudaDevAttrComputeCapabilityMinor: *v = model(d)->minor; break;
+    case cudaDevAttrMultiProcessorCount: *v = model(d)->processors; break;
     case cudaDevAttrWarpSize: *v = 32; break;
     case cudaDevAttrMaxThreadsPerBlock: *v = 1024; break;
-    case cudaDevAttrMaxThreadsPerMultiProcessor: *v = 2048; break;
+    case cudaDevAttrMaxThreadsPerMultiProcessor: *v = model(d)->threads; break;
     case cudaDevAttrMaxRegistersPerBlock: *v = 65536; break;
     case cudaDevAttrMaxSharedMemoryPerBlock: *v = 49152; break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *v = 232448; break;
-    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *v = 233472; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *v = shared_of_block(d); break;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *v = model(d)->shared; break;
     case cudaDevAttrMaxGridDimX: *v = 2147483647; break;
     case cudaDevAttrMaxGridDimY: case cudaDevAttrMaxGridDimZ: *v = 65535; break;
     default: *v = 1;
@@ -39,12 +37,14 @@ cudaError_t cudaDeviceGetAttribute(int *v, enum cudaDeviceAttr a, int d) {
   return 0;
 }
 cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int d) {  // CUDA 12's header renames it to _v2, as torch's library imports it
+  const struct model *m = model(d);
   memset(p, 0, sizeof *p);
-  strcpy(p->name, "NVIDIA H100 80GB HBM3");
-  p->major = 9; p->multiProcessorCount = 132; p->totalGlobalMem = 80ull << 30; p->l2CacheSize = 50 << 20; p->warpSize = 32;
-  p->regsPerMultiprocessor = p->regsPerBlock = 65536; p->maxThreadsPerBlock = 1024; p->maxThreadsPerMultiProcessor = 2048;
-  p->maxBlocksPerMultiProcessor = 32; p->sharedMemPerBlock = 49152; p->sharedMemPerBlockOptin = 232448;
-  p->sharedMemPerMultiprocessor = 233472; p->maxThreadsDim[0] = p->maxThreadsDim[1] = 1024; p->maxThreadsDim[2] = 64;
+  strcpy(p->name, m->name);
+  p->major = m->major; p->minor = m->minor; p->multiProcessorCount = m->processors; p->totalGlobalMem = memory(d);
+  p->l2CacheSize = m->l2 << 20; p->warpSize = 32; p->regsPerMultiprocessor = p->regsPerBlock = 65536;
+  p->maxThreadsPerBlock = 1024; p->maxThreadsPerMultiProcessor = m->threads; p->maxBlocksPerMultiProcessor = m->blocks;
+  p->sharedMemPerBlock = 49152; p->sharedMemPerBlockOptin = shared_of_block(d); p->sharedMemPerMultiprocessor = m->shared;
+  p->maxThreadsDim[0] = p->maxThreadsDim[1] = 1024; p->maxThreadsDim[2] = 64;
   p->maxGridSize[0] = 2147483647; p->maxGridSize[1] = p->maxGridSize[2] = 65535; p->pciBusID = d; p->unifiedAddressing = 1;
   p->textureAlignment = 512;
   return 0;
@@ -71,15 +71,20 @@ static cudaError_t give(void *p) { if (p) { size_t *m = (size_t *)((char *)p - P
 
 enum { ACTIVATION = 64 << 20 };  // larger than any weight: zeros that need no copy from a device to itself
 
-// ---- counts: how often the host waited for a device, copied from pageable memory to it, and the bytes of device memory in use at most
-static long waits, pageable, used, peak;
+// ---- counts: how often the host waited for a device, copied from pageable memory to it, and the bytes in use at most on a device
+static long waits, pageable, used[DEVICES], peak[DEVICES];
 static _Thread_local int arrived;  // this thread has just waited, inside a copy: torch then synchronizes the stream, which is no second wait
-void nullgpu_counts(long out[3]) { out[0] = waits; out[1] = pageable; out[2] = peak; }
-void nullgpu_reset_peak(void) { peak = used; }
+void nullgpu_counts(long out[3]) {
+  out[0] = waits; out[1] = pageable; out[2] = 0;
+  for (int d = 0; d < DEVICES; d++) if (peak[d] > out[2]) out[2] = peak[d];
+}
+void nullgpu_reset_peak(void) { memcpy(peak, used, sizeof peak); }
 static void await(void) { __atomic_fetch_add(&waits, 1, __ATOMIC_RELAXED); }
-static void use(long bytes) {
-  long now = __atomic_add_fetch(&used, bytes, __ATOMIC_RELAXED);
-  if (now > peak) peak = now;
+static int use(int d, long bytes) {  // whether they fit
+  long now = __atomic_add_fetch(&used[d], bytes, __ATOMIC_RELAXED);
+  if (bytes > 0 && now > memory(d) - CONTEXT) { __atomic_sub_fetch(&used[d], bytes, __ATOMIC_RELAXED); return 0; }
+  if (now > peak[d]) peak[d] = now;
+  return 1;
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t s) { if (!arrived) await(); arrived = 0; return 0; }
 cudaError_t cudaEventSynchronize(cudaEvent_t e) { await(); return 0; }
@@ -97,13 +102,18 @@ cudaError_t cudaMemcpy(void *d, const void *s, size_t n, enum cudaMemcpyKind k) 
   cudaMemcpyAsync(d, s, n, k, 0);
   return cudaStreamSynchronize(0);
 }
-cudaError_t cudaMalloc(void **p, size_t n) { use(n); return take(p, n, device); }
+cudaError_t cudaMalloc(void **p, size_t n) {
+  if (!use(device, n)) return cudaErrorMemoryAllocation;
+  cudaError_t e = take(p, n, device);
+  if (e) use(device, -(long)n);
+  return e;
+}
 cudaError_t cudaMallocAsync(void **p, size_t n, cudaStream_t s) { return cudaMalloc(p, n); }
-cudaError_t cudaFree(void *p) { if (p) use(-((long *)((char *)p - PAGE))[1]); return give(p); }
+cudaError_t cudaFree(void *p) { if (p) use(place(p), -((long *)((char *)p - PAGE))[1]); return give(p); }
 cudaError_t cudaFreeAsync(void *p, cudaStream_t s) { return cudaFree(p); }
 cudaError_t cudaHostAlloc(void **p, size_t n, unsigned f) { return take(p, n, PINNED); }
 cudaError_t cudaFreeHost(void *p) { return give(p); }
-cudaError_t cudaMemGetInfo(size_t *f, size_t *t) { *t = 80ull << 30; *f = 79ull << 30; return 0; }
+cudaError_t cudaMemGetInfo(size_t *f, size_t *t) { *t = memory(device); *f = *t - CONTEXT - used[device]; return 0; }
 cudaError_t cudaMemset(void *d, int v, size_t n) { memset(d, v, n); return 0; }
 cudaError_t cudaMemsetAsync(void *d, int v, size_t n, cudaStream_t s) { memset(d, v, n); return 0; }
 cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *a, const void *p) {
@@ -128,7 +138,9 @@ cudaError_t cudaEventCreate(cudaEvent_t *e) { *e = name(); return 0; }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned f) { *e = name(); return 0; }
 cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t a, cudaEvent_t b) { *ms = 0.01f; return 0; }
 cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *a, const void *f) {
-  memset(a, 0, sizeof *a); a->maxThreadsPerBlock = 1024; a->numRegs = 64; a->binaryVersion = a->ptxVersion = 90; return 0;
+  memset(a, 0, sizeof *a); a->maxThreadsPerBlock = 1024; a->numRegs = 64;
+  a->binaryVersion = a->ptxVersion = 10 * model(device)->major + model(device)->minor;
+  return 0;
 }
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *n, const void *f, int b, size_t s, unsigned g) { *n = 4; return 0; }
 void *__cudaRegisterFatBinary(void *x) { static long h[64]; return h; }

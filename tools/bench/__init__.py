@@ -1,17 +1,18 @@
-"""What a training step costs and how fast it is, counted and measured."""
+"""Benchmarks of train_gpt.py: measured times, and launches and bytes that are counted without a GPU."""
 
 import os
 
-from tools.files import Refused
-
-# Read when torch is loaded. Idle threads that spin make a step many times slower as soon as another process runs.
+# torch reads these when it is imported. Idle OpenMP threads that spin slow down a step beside other processes.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
+import torch  # noqa: E402
 
-def require_gpu() -> None:
-    """Raises Refused where torch sees no GPU."""
-    import torch
+from tools.files import Refused  # noqa: E402
 
+
+def require_gpu() -> torch.device:
+    """Returns the GPU. Raises Refused if torch sees none."""
     if not torch.cuda.is_available():
-        raise Refused("torch sees no GPU; run it on one, or on the null GPU: see --help")
+        raise Refused("torch sees no GPU; run this on a machine with one, or under tests/nullgpu/nullgpu.py")
+    return torch.device("cuda")

@@ -1,5 +1,3 @@
-"""`python -m tools.bench`: see bench.py."""
-
 import sys
 
 from tools import run_tool

@@ -1,13 +1,10 @@
-"""A Python source -> a self-extracting one of about a third of its bytes, which runs in its place.
+"""A Python source -> a self-extracting file of about a third of its bytes, which runs in its place.
 
     python -m tools.record.pack train_gpt.py -o packed/train_gpt.py
 
-The packed file has two lines: the source, LZMA in base 85, then its `exec`. They run in the module itself and leave no
-name in it, so `__name__`, `__file__` (the packed file's own path), type hints and `import` are a plain source's.
-`linecache` gets the unpacked lines: tracebacks name their numbers, `inspect` finds their text. It needs no package.
+The packed file has two lines: the source as LZMA in base 85, then its `exec` in the module itself, so `__name__`,
+`__file__`, type hints and `import` work as in the source. `linecache` gets the source for tracebacks and `inspect`.
 """
-
-from __future__ import annotations
 
 import base64
 import importlib.util
@@ -27,15 +24,12 @@ exec(compile("".join(__import__("linecache").cache[__file__][2]),__file__,"exec"
 
 
 def compress(text: bytes) -> bytes:
-    """The shortest .lzma stream of `text` over the settings that matter for a source; any liblzma unpacks it.
-
-    Its 13-byte header costs less than the filters that the shim of a raw stream would have to spell out.
-    """
-    sizes = dict(dict_size=1 << max(12, len(text).bit_length()), pb=0)  # text is not aligned: no position bits
+    """The shortest .lzma stream of `text` over the settings that matter for a source."""
+    fixed = dict(id=lzma.FILTER_LZMA1, preset=9 | lzma.PRESET_EXTREME, dict_size=1 << max(12, len(text).bit_length()))
     streams = []
     for context, finder, nice in itertools.product(range(5), (lzma.MF_BT2, lzma.MF_BT4), (64, 128)):
-        settings = dict(id=lzma.FILTER_LZMA1, preset=9 | lzma.PRESET_EXTREME, lc=context, mf=finder, nice_len=nice)
-        streams.append(lzma.compress(text, format=lzma.FORMAT_ALONE, filters=[settings | sizes]))
+        settings = fixed | dict(lc=context, pb=0, mf=finder, nice_len=nice)  # text is not aligned: no position bits
+        streams.append(lzma.compress(text, format=lzma.FORMAT_ALONE, filters=[settings]))
     return min(streams, key=len)
 
 
@@ -63,7 +57,7 @@ def unpack_source(packed: bytes) -> bytes:
 def main() -> None:
     cli = command_line("tools.record.pack", __doc__)
     cli.add_argument("source", type=Path)
-    cli.add_argument("-o", "--out", type=Path, required=True, help="the packed file; its folder is made if it is missing")
+    cli.add_argument("-o", "--out", type=Path, required=True, help="packed file; its folder is created")
     args = cli.parse_args()
     source = read_bytes(args.source)
     try:
@@ -73,7 +67,8 @@ def main() -> None:
     if args.out.is_dir() or (args.out.exists() and args.out.samefile(args.source)):
         raise Refused(f"{args.out} is {'a folder' if args.out.is_dir() else 'the source'}; name another file with -o")
     write_file(args.out, packed)
-    print(f"{args.source}: {len(source)} bytes -> {args.out}: {len(packed)} bytes ({len(packed) / len(source):.1%})", flush=True)
+    before, after = len(source), len(packed)
+    print(f"{args.source}: {before} bytes -> {args.out}: {after} bytes ({after / before:.1%})", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""FlashAttention-3 from 2025-07-11 to 2025-11-17: operators without a fake kernel, so no compiler can trace it; a tensor comes back."""
+"""FlashAttention-3 from 2025-07-11 to 2025-11-17: operators without a fake kernel, so not traceable."""
 
 import torch
 
 LIBRARY = torch.library.Library("flash_attn_3", "DEF")
 LIBRARY.define("fwd(Tensor q, Tensor k, Tensor v, float scale, bool causal) -> (Tensor, Tensor)")
-LIBRARY.define("bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, bool causal) -> (Tensor, Tensor, Tensor)")
+LIBRARY.define(
+    "bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, bool causal)"
+    " -> (Tensor, Tensor, Tensor)"
+)
 
 
 def forward(q, k, v, scale, causal):
@@ -33,8 +36,24 @@ class FlashAttnFunc(torch.autograd.Function):
         return *torch.ops.flash_attn_3.bwd(dout, *ctx.saved_tensors, *ctx.settings), None, None
 
 
-def flash_attn_func(q, k, v, softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None, window_size=(-1, -1),
-                    attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, sm_margin=0):
+def flash_attn_func(
+    q,
+    k,
+    v,
+    softmax_scale=None,
+    causal=False,
+    qv=None,
+    q_descale=None,
+    k_descale=None,
+    v_descale=None,
+    window_size=(-1, -1),
+    attention_chunk=0,
+    softcap=0.0,
+    num_splits=1,
+    pack_gqa=None,
+    deterministic=False,
+    sm_margin=0,
+):
     return FlashAttnFunc.apply(q, k, v, softmax_scale, causal)
 
 
