@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
 
 import pytest
 import torch
@@ -48,9 +49,12 @@ def test_every_file_and_target_of_a_command_exists():
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_link_leads_somewhere(page):
-    for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text(encoding="utf-8")):
-        assert target.startswith("http") or ((ROOT / page).parent / target).exists(), target
+def test_every_link_leads_somewhere_in_a_clean_clone(page):
+    targets = re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text(encoding="utf-8"))
+    paths = [(ROOT / page).parent / target for target in targets if not target.startswith("http")]
+    assert all(path.exists() for path in paths), paths
+    ignored = subprocess.run(["git", "check-ignore", *paths], cwd=ROOT, capture_output=True, text=True)  # 128: no clone
+    assert not ignored.stdout, ignored.stdout
 
 
 def section(title):
