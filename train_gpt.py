@@ -105,8 +105,8 @@ class Config:
     run_id: str = ""  # name of the log and the artifact; empty: variant, seed and time
     output_dir: str = "."  # folder of the artifact, the checkpoints and logs/
     eval_only: bool = False  # score the artifact ARTIFACT instead of training
-    resume: str = choice("0", "1", "average")  # 1: continue RUN_ID from its saved state; average: only pack it
-    artifact: str = ""  # file, named int6 for any width; empty: RUN_ID.int6.ptz, or final_model.int6.ptz
+    resume: str = choice("0", "1", "average")  # 1: continue RUN_ID's saved state; average: only pack its average
+    artifact: str = ""  # file of any code width; empty: RUN_ID.int6.ptz, or final_model.int6.ptz
     audit: str = ""  # write nll, bytes and chunk index of each target of the last evaluation to this npz
     max_artifact_bytes: int = positive(16_000_000)  # limit on code + model bytes
     data_path: str = "./data/datasets/fineweb10B_sp1024"  # folder of fineweb_{train,val}_*.bin
@@ -132,7 +132,7 @@ class Config:
     rope_dims: int = 16  # head dims with rotary embedding; 0: all
     qk_gain_init: float = 1.5  # initial gain of each query head after QK-norm
     qk_gains: int = option(1, 1, 2)  # gains per query head; 2: one for rotary dims, one for the others
-    document_attention: bool = False  # mask attention across documents (flash: up to 1 per 32 tokens)
+    document_attention: bool = False  # mask attention across documents (flash: one boundary per 32 tokens)
     xsa_last_n: int = 4  # exclusive self-attention (XSA) in the last N blocks; 0: none
     value_residual: bool = False  # mix the values of each layer with the first layer's values
     gated_attention: bool = False  # sigmoid gate per head, computed from the whole input
@@ -175,8 +175,8 @@ class Config:
     muon_momentum: float = fraction(0.99)  # Muon momentum after its warm-up
     muon_momentum_warmup_start: float = fraction(0.92)  # Muon momentum at step 0
     muon_momentum_warmup_steps: int = 1500  # steps of the momentum warm-up; 0: none
-    muon_momentum_warmup_frac: float = fraction(0.0)  # that warm-up as a fraction of training; 0: use steps
-    muon_momentum_cooldown: float = fraction(1.0)  # share of its rise kept as it falls with the rate; 1: no fall
+    muon_momentum_warmup_frac: float = fraction(0.0)  # momentum warm-up as a fraction of training; 0: use steps
+    muon_momentum_cooldown: float = fraction(1.0)  # fraction of its rise kept as it falls with the rate; 1: all
     muon_backend_steps: int = positive(5)  # Newton-Schulz iterations
     muon_row_normalize: bool = False  # normalize the rows of an update before Newton-Schulz (MuonEq-R)
     muon_wd: float = 0.04  # decoupled weight decay of matrices
@@ -204,8 +204,8 @@ class Config:
     matrix_clip_sigmas: float = 0.0  # clip of matrices in standard deviations of a row; 0: CLIP_SHARES
     embed_clip_sigmas: float = 0.0  # clip of embeddings in standard deviations of a row; 0: CLIP_SHARES
     quantizer: str = choice("rtn", "gptq")  # round to nearest, or GPTQ
-    mean_scale: float = 0.0  # geometric mean of scales chosen by error cost; 0: scales from row clips
-    scale_power: float = fraction(0.75)  # how far scales follow that cost; 0: equal scales, 1: equal cost per code
+    mean_scale: float = 0.0  # geometric mean of scales chosen by error cost, codes of 8 bits; 0: row clips
+    scale_power: float = fraction(0.75)  # exponent of that cost in the scales; 0: equal scales, 1: equal cost per code
     gptq_calibration_batches: int = positive(8)  # maximum training batches for GPTQ statistics, on the clock
     gptq_reserve_seconds: float = 4.0  # part of MAX_WALLCLOCK_SECONDS reserved for those batches
     gptq_damping: float = option(0.01, 1e-6)  # damping of Hessian and row costs, as a fraction of their mean
@@ -225,7 +225,7 @@ class Config:
     ttt_optimizer: str = choice("adamw", "sgd")  # optimizer of test-time training
     ttt_lr: float = 0.01  # learning rate of test-time training
     ttt_expert_lrs: tuple[float, ...] = ()  # learning rates of further experts per document; 0: frozen model
-    ttt_share: float = option(0.05, 1e-6, 1)  # part of the experts' weights made equal after a token; 1: plain mean
+    ttt_share: float = option(0.05, 1e-6, 1)  # fraction of the weights shared equally after each token; 1: plain mean
     ttt_cosine_floor: float = fraction(1.0)  # cosine decay over the stream to this fraction of TTT_LR; 1: constant
     ttt_cosine_tokens: int = 0  # length of that decay in targets; 0: number of targets in the stream
     ttt_momentum: float = option(0.9, high=0.99999)  # SGD momentum or AdamW beta1
@@ -234,7 +234,7 @@ class Config:
     ttt_weight_decay: float = 0.0  # weight decay of test-time training
     ttt_z_loss: float = 0.0  # weight of the squared log-partition in the loss of test-time training
     ttt_temperature: float = option(1.0, 0.1, 10)  # temperature of the scored logits
-    ttt_batch_seqs: int = option(64, 1, 1024)  # TTT batch: all ranks' sequences, or each rank's documents
+    ttt_batch_seqs: int = option(64, 1, 1024)  # TTT batch: sequences over all ranks, or documents per rank
     ttt_grad_clip: float = 0.0  # clip of the gradient norm; 0: none
 
     def __post_init__(self):
@@ -352,7 +352,7 @@ def shard_length(path: Path) -> int:
         raise InputError(f"{path} is not a token shard of version {SHARD_VERSION}; make it with data/prepare.py")
     count, stored = int(header[2]), (size - SHARD_HEADER_BYTES) // 2
     if count < 1 or size != SHARD_HEADER_BYTES + 2 * count:
-        raise InputError(f"{path} is truncated or empty: its header says {count} tokens, it has {stored}; get it again")
+        raise InputError(f"{path} is damaged: its header says {count} tokens, it has {stored}; get it again")
     return count
 
 
@@ -583,7 +583,7 @@ def attend_sdpa(q, k, v, documents=None, scale=None):
 
 
 def attend_flash(kernels, q, k, v, documents=None, scale=None):
-    """The same by FlashAttention. `kernels` is (flash_attn_func, flash_attn_varlen_func)."""
+    """Causal attention by FlashAttention. `kernels` is (flash_attn_func, flash_attn_varlen_func)."""
     dense, variable_length = kernels
     if documents is None:
         y = dense(q, k, v, softmax_scale=scale, causal=True)
@@ -1073,7 +1073,7 @@ def schedule_warnings(step_seconds, cfg) -> list[str]:
 
 
 class Stage(NamedTuple):
-    """A part of training that uses one compiled graph."""
+    """A sequence length, and whether layers loop."""
 
     seq_len: int
     looped: bool
@@ -1249,7 +1249,7 @@ class Trainer:
         states, first_batch = copy.deepcopy([part.state_dict() for part in parts]), self.batches.step
         before = Stage(self.batches.seq_len, self.looped), self.qat
         qat_modes = (True, False) if cfg.late_qat_threshold else (False,)
-        graphs = [*product(reversed(stages(cfg)), qat_modes)] * (cfg.warmup_steps > 0)  # ends with the first stage's
+        graphs = [*product(reversed(stages(cfg)), qat_modes)] * (cfg.warmup_steps > 0)  # last: the first stage
 
         def attempt(rows):
             self.batches.micro_batch_tokens = rows * cfg.train_seq_len
@@ -1714,7 +1714,7 @@ class Scorer:
         return mine
 
     def evaluate_documents(self, make_experts: Callable, reuse_losses=False) -> Score:
-        """Score each document on its own, in batches (PR #77). `make_experts(n)` returns (forward, Adaptation or None)
+        """Score each document on its own, in batches (PR #77). `make_experts(n)` returns (forward, Adaptation or 0)
         of each expert for n documents; with `reuse_losses` they train on the graph of the scored losses.
         """
 
@@ -1866,7 +1866,7 @@ def mix(log_p: Tensor, weights: Tensor, share) -> tuple[Tensor, Tensor]:
     # an update is linear up to a factor, w -> M w; M: (B, S, K, K)
     m = torch.diag_embed((1 - share) * p) + share / p.size(-1) * p[..., None, :]
     # parallel scan in log2(S) rounds: m[:, i] becomes the product of the matrices of tokens 0 to i
-    for distance in (2**i for i in range(log_p.size(1).bit_length())):
+    for distance in (2**i for i in range((log_p.size(1) - 1).bit_length())):
         later = m[:, distance:] @ m[:, :-distance]
         m = torch.cat((m[:, :distance], later / later.amax((2, 3), keepdim=True)), dim=1)
     after = (m @ weights[:, None, :, None]).squeeze(-1)
@@ -1909,7 +1909,7 @@ def evaluate_adapting(scorer: Scorer, model: GPT, params: list[nn.Parameter], fo
     return scorer.evaluate_documents(lambda n: [expert(rate, n) for rate in rates], reuse_losses)
 
 
-# ---- Quantization: weights -> integer codes with a scale per row. Late QAT uses the same rounding as the export.
+# ---- Quantization: weights -> integer codes with a scale per row. Late QAT rounds as the export does before FIT.
 # Arguments and results without a type are tensors, except for those that the head of this file names.
 
 
@@ -2005,7 +2005,7 @@ def curvature(stats: FisherStats, ranks) -> Curvature:
     """Curvature of one weight over all ranks: the Fisher matrix as a Kronecker product (arXiv:1503.05671)."""
     inputs, outputs, lookups, count = map(ranks.sum_, (stats.inputs, stats.outputs, stats.lookups, stats.count))
     mean = inputs / count if count else torch.eye(len(inputs), device=inputs.device)
-    # no x in a lookup: divide by mean(diag(inputs)), with which the cost multiplies
+    # a lookup has no x: divide by mean(diag(inputs)), by which the cost multiplies
     return Curvature(mean, outputs + lookups / mean.diagonal().mean().clamp_min(1e-30))
 
 
@@ -2096,8 +2096,7 @@ def quant_plans(weights, specs: dict[str, QuantSpec], cfg, curvatures: dict[str,
             plans[name] = loss_plan(w, cost, cfg)
         else:
             raise TrainingFailed(
-                f"MEAN_SCALE needs gradients of {name}, and calibration had none; raise GPTQ_RESERVE_SECONDS, or set "
-                "MEAN_SCALE=0"
+                f"MEAN_SCALE needs gradients of {name}, but calibration had none; raise GPTQ_RESERVE_SECONDS"
             )
     if not cfg.mean_scale:
         return plans
@@ -2452,7 +2451,7 @@ def write_file(path: Path, blob: bytes):
         with unfinished(path) as part:
             part.write_bytes(blob)
             part.replace(path)
-    except OSError as error:  # of a full disk, it names no file
+    except OSError as error:  # the error of a full disk names no file
         raise InputError(f"cannot write {path}: {error.strerror}") from None
 
 
@@ -2728,6 +2727,7 @@ def check_options(c: Config):
 def model_rules(c: Config) -> dict[str, bool]:
     """{rule: whether it holds} for combinations of model and quantization options."""
     loops_inside, longest = c.loop_start <= c.loop_end < c.num_layers, max(c.train_seq_len, c.window)
+    by_cost = (c.quantizer, c.matrix_bits, c.embed_bits, c.table_bits) == ("gptq", 8, 8, 0)
     return {
         "MODEL_DIM must be a multiple of NUM_HEADS": c.model_dim % c.num_heads == 0,
         "NUM_HEADS must be a multiple of NUM_KV_HEADS": c.num_heads % c.num_kv_heads == 0,
@@ -2745,7 +2745,7 @@ def model_rules(c: Config) -> dict[str, bool]:
         "EMBED_BITS must be 2 to 8, or 16": c.embed_bits in (*range(2, 9), 16),
         "TABLE_BITS must be 0, 2 to 8, or 16": c.table_bits in (0, *range(2, 9), 16),
         "CLIP_SHARES must be values above 0 and at most 1": all(0 < clip <= 1 for clip in c.clip_shares or (0,)),
-        "MEAN_SCALE needs QUANTIZER=gptq": not c.mean_scale or c.calibrated,
+        "MEAN_SCALE needs QUANTIZER=gptq, MATRIX_BITS=8, EMBED_BITS=8, TABLE_BITS=0": not c.mean_scale or by_cost,
     }
 
 
@@ -2755,7 +2755,7 @@ def training_rules(c: Config) -> dict[str, bool]:
     fit = all(batch % n == 0 and n <= c.train_seq_len for n in lens)
     increasing = len(ends) == len(lens) and sorted({*ends}) == [*ends]
     qat_starts = c.min_lr < (c.late_qat_threshold or 2)  # 0: no late QAT
-    swa_starts = c.averaging != "swa" or c.min_lr < (c.swa_start_scale or 2)
+    swa_starts = c.averaging != "swa" or c.min_lr < c.swa_start_scale
     two_warmdowns = c.warmdown_frac and c.warmdown_iters
     two_warmups = c.muon_momentum_warmup_frac and c.muon_momentum_warmup_steps
     plain_name = Path(c.run_id).name == c.run_id and c.run_id.isprintable()
@@ -2797,7 +2797,7 @@ def evaluation_rules(c: Config) -> dict[str, bool]:
 
 
 def memory_rules(c: Config) -> dict[str, bool]:
-    """{rule: whether it holds} for the memory of an evaluation, also with the settings of a stranger's artifact."""
+    """{rule: whether it holds} for the memory of an evaluation, also for an untrusted artifact."""
     rows = c.ttt_batch_seqs if c.ttt_epochs else 0
     adapters = rows * c.ttt_lora_rank * c.by_document * (1 + len(c.ttt_expert_lrs))
     masked_rows = max(c.eval_batch_seqs, 0 if c.by_document else rows) * c.document_attention
@@ -3018,7 +3018,7 @@ class AsyncScalar:
 
 
 class Clock:
-    """Training time in seconds: `before`, and the time since creation without that in `paused()`."""
+    """Training time in seconds, with `before` and without `paused()`."""
 
     def __init__(self, device: torch.device, first_step_seconds, before=0.0):
         self.synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -3272,8 +3272,8 @@ def run_evaluation(artifact: Artifact, scorer: Scorer, begin, ranks, log) -> dic
     cfg, looped = artifact.cfg, artifact.looped
     model, attention = load_model(cfg, artifact.weights, ranks), choose_attention(cfg, ranks)
     log(f"artifact:{cfg.artifact_path} looped:{int(looped)} eval_seq_len:{cfg.window}")
-    log.fact(artifact_sha256=artifact.sha256, attention=attention.name, dtype=str(model.dtype))
-    log.fact(eval_stride=cfg.eval_stride, ttt_chunk_tokens=cfg.ttt_chunk_tokens)
+    log.fact(artifact_sha256=artifact.sha256, eval_stride=cfg.eval_stride, ttt_chunk_tokens=cfg.ttt_chunk_tokens)
+    log.fact(attention=attention.name, dtype=str(model.dtype))
     log.warn(*artifact.warnings, *attention.warnings)
     if scorer.split_targets > len(scorer.bytes):
         log.warn(f"only {len(scorer.bytes)} of the split's {scorer.split_targets} targets are scored")
@@ -3283,8 +3283,7 @@ def run_evaluation(artifact: Artifact, scorer: Scorer, begin, ranks, log) -> dic
         log(f"{name} {score}")
         log(f"{name}_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
     count, size = len(scorer.bytes), int(scorer.bytes.sum())
-    log.fact(eval_seconds=perf_counter() - begin)
-    log.fact(targets=count, val_split_targets=scorer.split_targets, bytes=size)
+    log.fact(eval_seconds=perf_counter() - begin, targets=count, val_split_targets=scorer.split_targets, bytes=size)
     log.fact(val_sha256=scorer.sha256, val_bytes_sha256=scorer.bytes_sha256)
     log(f"bytes_per_token:{size / count:.6f}{ranks.memory()}")
     return scores
@@ -3418,8 +3417,6 @@ def run(argv: list[str], env):
     """Call `main` and exit: 0, 1 with one line after an InputError, 1 with a traceback after a bug, 130 after Ctrl-C.
     Only the rank that failed first prints.
     """
-    if sys.version_info < (3, 10):
-        sys.exit("train_gpt.py needs Python 3.10 or newer")
     for name in ("stdout", "stderr"):  # None if the parent process closed it
         setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))
     on_signals(signal.default_int_handler)

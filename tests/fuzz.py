@@ -170,7 +170,7 @@ class Place:
         self.train = self.data["tiny"] | quick | dict(VOCAB_SIZE="384", TTT_EPOCHS="0")
         lora = dict(TTT_SCOPE="document", TTT_LORA_RANK="4", TTT_CHUNK_TOKENS="16", TTT_GRAD_CLIP="0", TTT_PARAMS="*.c_q.weight,tok_emb.weight")
         lora |= dict(DOCUMENT_ATTENTION="1")
-        looped = dict(QUANTIZER="gptq", MEAN_SCALE="0.05", NUM_LOOPS="1", LOOP_START="1", LOOP_END="2", ENABLE_LOOPING_AT="0")
+        looped = dict(QUANTIZER="gptq", MEAN_SCALE="0.05", MATRIX_BITS="8", NUM_LOOPS="1", LOOP_START="1", LOOP_END="2", ENABLE_LOOPING_AT="0")
         self.bases = {}
         for name, changes in dict(zstd={}, brotli=lora, rans=looped, case={}).items():
             data, path = self.data["case" if name == "case" else "tiny"], root / f"{name}.ptz"

@@ -135,6 +135,7 @@ def test_an_unknown_argument_is_refused(tmp_path):
     (dict(MIN_LR="0.15"), "MIN_LR must be below LATE_QAT_THRESHOLD.*MIN_LR=0.15, LATE_QAT_THRESHOLD=0.15"),
     (dict(MIN_LR="0.2", AVERAGING="swa", LATE_QAT_THRESHOLD="0"),
      "MIN_LR must be below SWA_START_SCALE with AVERAGING=swa.*MIN_LR=0.2, SWA_START_SCALE=0.2"),
+    (dict(AVERAGING="swa", SWA_START_SCALE="0", LATE_QAT_THRESHOLD="0"), "MIN_LR must be below SWA_START_SCALE.*SWA_START_SCALE=0"),
     (dict(WARMDOWN_FRAC="0.3"),
      "WARMDOWN_FRAC and WARMDOWN_ITERS both set the warmdown; set one to 0.*WARMDOWN_FRAC=0.3, WARMDOWN_ITERS=3500"),
     (dict(VARIANT="pr1812", WARMDOWN_ITERS="100"), "both set the warmdown.*WARMDOWN_FRAC=0.72, WARMDOWN_ITERS=100"),

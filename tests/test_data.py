@@ -18,9 +18,9 @@ def write_shard(path, tokens, magic=20240520, version=1, count=None):
 
 @pytest.mark.parametrize("damage, words", [
     (lambda p: p.write_bytes(b""), "not a token shard"), (lambda p: write_shard(p, [1, 2], magic=7), "not a token shard"),
-    (lambda p: write_shard(p, [1, 2], version=2), "not a token shard"), (lambda p: write_shard(p, []), "truncated or empty"),
+    (lambda p: write_shard(p, [1, 2], version=2), "not a token shard"), (lambda p: write_shard(p, []), "header says 0 tokens, it has 0"),
     (lambda p: write_shard(p, [1, 2], count=3), "header says 3 tokens, it has 2"),
-    (lambda p: write_shard(p, [1, 2], count=1), "truncated or empty"),
+    (lambda p: write_shard(p, [1, 2], count=1), "header says 1 tokens, it has 2"),
 ])
 def test_a_damaged_shard_is_named(tmp_path, damage, words):
     path = tmp_path / "fineweb_train_000000.bin"

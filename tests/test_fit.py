@@ -19,7 +19,7 @@ from test_variants import STAGES, scaled, train_losses
 
 import train_gpt as t
 
-CFG = t.Config.from_env({**SMOKE, "QUANTIZER": "gptq", "MEAN_SCALE": "0.02", "TOKENIZER_PATH": __file__, "ZSTD_LEVEL": "3"})
+CFG = t.Config.from_env({**SMOKE, "QUANTIZER": "gptq", "MEAN_SCALE": "0.02", "MATRIX_BITS": "8", "TOKENIZER_PATH": __file__, "ZSTD_LEVEL": "3"})
 
 
 # ---- a plan by cost
@@ -141,9 +141,12 @@ def test_a_weight_that_no_gradient_reached_is_told():
     assert t.quant_plans(weights, GRIDS, dataclasses.replace(CFG, mean_scale=0.0), costs).keys() == SHAPES.keys()
 
 
-def test_a_mean_scale_without_gptq_is_refused():
-    with pytest.raises(t.InputError, match="MEAN_SCALE needs QUANTIZER=gptq .MEAN_SCALE=0.02, QUANTIZER=rtn"):
-        dataclasses.replace(CFG, quantizer="rtn")
+@pytest.mark.parametrize("change", [dict(quantizer="rtn"), dict(matrix_bits=6), dict(embed_bits=7), dict(table_bits=4)], ids=str)
+def test_a_mean_scale_refuses_options_that_it_would_ignore(change):
+    dataclasses.replace(CFG, mean_scale=0.0, **change)
+    ((name, value),) = change.items()
+    with pytest.raises(t.InputError, match=f"MEAN_SCALE needs QUANTIZER=gptq, MATRIX_BITS=8, .*{name.upper()}={value}[,)]"):
+        dataclasses.replace(CFG, **change)
 
 
 # ---- a factor on all scales
@@ -249,7 +252,7 @@ def costs_by_hand(model, batches, first, count, looped=False):
 
 @pytest.fixture
 def step_cfg(cfg):
-    return dataclasses.replace(cfg, quantizer="gptq", mean_scale=0.02, warmup_steps=0, gptq_calibration_batches=2, val_loss_every=0)
+    return dataclasses.replace(cfg, quantizer="gptq", mean_scale=0.02, matrix_bits=8, warmup_steps=0, gptq_calibration_batches=2, val_loss_every=0)
 
 
 def observed(cfg, looped=False, ranks=None, batches=2):
@@ -459,7 +462,7 @@ class Lines(list):
 def saved(tmp_path, room, **changes):
     """(bytes of the artifact, its tensors, log) of a million random weights, under a cap with `room` for the model."""
     code, lines = Path(t.__file__).stat().st_size, Lines()
-    cfg = dataclasses.replace(CFG, mean_scale=0.0, quantizer="rtn", output_dir=str(tmp_path), max_artifact_bytes=code + room, min_clip=0.0, **changes)
+    cfg = dataclasses.replace(CFG, mean_scale=0.0, quantizer="rtn", matrix_bits=6, output_dir=str(tmp_path), max_artifact_bytes=code + room, min_clip=0.0, **changes)
     weights = {"blocks.0.a.weight": gaussian(800, 1000), "gain": torch.ones(5)}
     plans = t.quant_plans(weights, {"blocks.0.a.weight": t.QuantSpec(6, 6.0)}, cfg, {})
     t.save_artifact(plans, weights, False, cfg, t.Ranks(), lines)

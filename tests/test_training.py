@@ -107,7 +107,7 @@ def test_snapshots_are_taken_of_every_so_many_steps(short, log, monkeypatch):
 
 
 def test_without_a_snapshot_the_last_weights_stand_in(short, log, monkeypatch):
-    trainer, history = trained(dataclasses.replace(short, averaging="swa", swa_start_scale=0.0), log, monkeypatch)
+    trainer, history = trained(dataclasses.replace(short, averaging="swa", swa_every=1000), log, monkeypatch)
     for name, value in trainer.average.values.items():
         torch.testing.assert_close(value.double(), history[-1][1][name], rtol=0, atol=0)
 

@@ -25,6 +25,7 @@ from tools.model import inspect
 ROW_MAX = dict(clip_shares=(1.0,), min_clip=0.0)
 SEARCH = dict(clip_shares=(1.0, 0.95, 0.9, 0.85, 0.8, 0.7), min_clip=0.0)
 SIGMAS = dict(matrix_clip_sigmas=12.85, embed_clip_sigmas=20.0)
+MEAN = dict(mean_scale=0.1, matrix_bits=8)
 METHODS = {  # label: (settings, whether GPTQ, the coder that it was published with)
     **{f"row maximum, int{bits}": (ROW_MAX | dict(matrix_bits=bits), False, "zstd") for bits in (4, 5, 6, 8)},
     "row maximum, floor 1/31 (#455)": (ROW_MAX | dict(min_clip=1.0), False, "zstd"),
@@ -35,7 +36,7 @@ METHODS = {  # label: (settings, whether GPTQ, the coder that it was published w
     "clip search, GPTQ": (SEARCH, True, "zstd"),
     "SDClip 12.85": (SIGMAS, False, "brotli"),
     "SDClip 12.85, GPTQ (#1812)": (SIGMAS, True, "brotli"),
-    **{f"mean scale, power {p:g}": (dict(mean_scale=0.1, scale_power=p), True, "rans") for p in (0.0, 0.5, 0.75, 1.0)},
+    **{f"mean scale, power {p:g}": (dict(MEAN, scale_power=p), True, "rans") for p in (0.0, 0.5, 0.75, 1.0)},
 }
 RIVALS = ("row maximum, floor 1/31 (#455)", "clip search, floor 1/31 (#1233)", "SDClip 12.85, GPTQ (#1812)",
           "mean scale, power 0", "mean scale, power 0.75")  # fmt: skip
@@ -50,7 +51,7 @@ class Study:
     def __init__(self, path: Path, tokens: int, batches: int):
         env = {k: os.environ[k] for k in ("DATA_PATH", "TOKENIZER_PATH") if k in os.environ}
         self.cfg, self.weights, self.looped, *_ = t.load_artifact(path, env | {"MAX_ARTIFACT_BYTES": str(2**31)})
-        self.cfg = replace(self.cfg, val_max_tokens=tokens, quantizer="gptq", mean_scale=1.0, embed_bits=8, table_bits=0)
+        self.cfg = replace(self.cfg, val_max_tokens=tokens, quantizer="gptq", **dict(MEAN, embed_bits=8, table_bits=0))
         self.ranks = t.Ranks()
         self.model = t.load_model(self.cfg, {n: w.clone() for n, w in self.weights.items()}, self.ranks)
         self.scorer = t.Scorer(t.read_validation(self.cfg), self.cfg, self.ranks, t.Log(self.cfg, t.Ranks(rank=1)))
@@ -71,7 +72,7 @@ class Study:
 
     def plans(self, label: str, part: str = "all") -> dict[str, t.QuantPlan]:
         settings, gptq, _ = METHODS[label]
-        cfg = replace(self.cfg, **{"mean_scale": 0.0} | settings)
+        cfg = replace(self.cfg, **dict(mean_scale=0.0, matrix_bits=6) | settings)
         plans = t.quant_plans(self.weights, t.quant_specs(self.model, cfg), cfg, self.costs if gptq else {})
         return {name: plan for name, plan in plans.items() if name.startswith(PARTS[part])}
 
