@@ -62,7 +62,7 @@ def test_the_file_alone_restores_the_model_and_its_settings(model, cfg, artifact
 
 
 def test_a_model_coded_by_cost_is_restored_from_its_entropy_coded_file(model, cfg, env, log):
-    cfg = dataclasses.replace(cfg, quantizer="gptq", mean_scale=0.01, compressor="rans", num_loops=1, loop_start=1, loop_end=2)
+    cfg = dataclasses.replace(cfg, quantizer="gptq", mean_scale=0.01, matrix_bits=8, compressor="rans", num_loops=1, loop_start=1, loop_end=2)
     model = make_model(cfg)
     weights = {name: p.detach() for name, p in model.named_parameters()}
     costs = {name: t.Curvature(torch.eye(w.size(1)), torch.ones(len(w))) for name, w in weights.items() if w.ndim == 2}

@@ -361,7 +361,7 @@ def test_no_batch_is_begun_that_might_end_after_the_limit(gptq_cfg, log, monkeyp
 
 def test_coding_by_cost_without_calibration_names_the_remedy(gptq_cfg):
     model = make_model(gptq_cfg)
-    weights, cfg = {name: p.detach() for name, p in model.named_parameters()}, dataclasses.replace(gptq_cfg, mean_scale=0.1)
+    weights, cfg = {name: p.detach() for name, p in model.named_parameters()}, dataclasses.replace(gptq_cfg, mean_scale=0.1, matrix_bits=8)
     with pytest.raises(t.TrainingFailed, match="raise GPTQ_RESERVE_SECONDS"):
         t.quant_plans(weights, t.quant_specs(model, cfg), cfg, {})
 

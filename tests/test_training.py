@@ -42,7 +42,7 @@ def test_a_batch_in_pieces_has_the_loss_and_the_gradient_of_the_whole(cfg, monke
 
 
 def test_no_gradient_outlives_what_it_was_for(cfg, log):
-    trainer = trainer_of(dataclasses.replace(cfg, quantizer="gptq", mean_scale=0.02, num_loops=1, loop_start=1, loop_end=2))
+    trainer = trainer_of(dataclasses.replace(cfg, quantizer="gptq", mean_scale=0.02, matrix_bits=8, num_loops=1, loop_start=1, loop_end=2))
     for work in (lambda: trainer.step(1.0, 0.9), lambda: trainer.warm_up(log), trainer.collect):
         work()
         assert all(p.grad is None for p in trainer.model.parameters())
