@@ -1245,8 +1245,8 @@ class Trainer:
         """Find a micro batch that fits, run WARMUP_STEPS of each graph, and restore the state. Returns the seconds of
         the last step, or 0.
         """
-        cfg, parts, seconds = self.cfg, (self.model, self.optimizers.muon, self.optimizers.adam), 0.0
-        states, first_batch = copy.deepcopy([part.state_dict() for part in parts]), self.batches.step
+        cfg, stateful, seconds = self.cfg, (self.model, self.optimizers.muon, self.optimizers.adam), 0.0
+        states, first_batch = copy.deepcopy([each.state_dict() for each in stateful]), self.batches.step
         before = Stage(self.batches.seq_len, self.looped), self.qat
         qat_modes = (True, False) if cfg.late_qat_threshold else (False,)
         graphs = [*product(reversed(stages(cfg)), qat_modes)] * (cfg.warmup_steps > 0)  # last: the first stage
@@ -1270,8 +1270,8 @@ class Trainer:
                     f"warmup_step:{i + 1}/{cfg.warmup_steps} late_qat:{int(self.qat)} looped:{int(self.looped)} "
                     f"train_seq_len:{self.batches.seq_len} compiled:{int(self.ranks.compiles(cfg))}"
                 )
-        for part, state in zip(parts, states):
-            part.load_state_dict(state)
+        for each, state in zip(stateful, states):
+            each.load_state_dict(state)
         self.select(before, first_batch)
         log.fact(grad_accum_steps=self.batches.micro_steps)
         return seconds
@@ -1692,8 +1692,7 @@ class Scorer:
 
     def document_batches(self, size) -> list[list[tuple[int, int]]]:
         """This rank's batches of at most `size` document spans. Within a batch, the shortest has at least 4/5 as many
-        chunks as the longest. The longest go first, to the rank with the least work; a pass costs 8 documents plus its
-        own.
+        chunks as the longest. The longest go first, to the rank with the least work: chunks * (8 + documents).
         """
 
         def chunks(document):
@@ -3150,7 +3149,7 @@ class Log:
 
 
 def run_warnings(env, ranks) -> list[str]:
-    """Warnings about unknown environment variables and busy cores."""
+    """Warnings about unknown environment variables, an unused GPU, missing bf16 and busy cores."""
     names, texts = unknown_options(env)[1], []
     if names:
         texts.append(f"set, but not options of this script: {', '.join(names)}")
@@ -3306,14 +3305,14 @@ def report(scores: dict[str, Score], model_bytes) -> str:
     return "\n".join([*lines, f"code {code_bytes} + model {model_bytes} = {code_bytes + model_bytes} bytes"])
 
 
-def resumed_config(files: Config, env) -> Config:
+def resumed_config(located: Config, env) -> Config:
     """The options of the environment and, for all others, those that the checkpoint of the run's first part stores."""
-    path = files.checkpoint_path(files.resumed)
+    path = located.checkpoint_path(located.resumed)
     try:
         stored = read_header(path.read_bytes())[0]["run"]
-        if stored["RUN_ID"] != files.run_id:
+        if stored["RUN_ID"] != located.run_id:
             raise InputError(f"it is of RUN_ID={stored['RUN_ID']}; set that RUN_ID")
-        return Config.from_env({**stored, **env, "OUTPUT_DIR": files.output_dir})
+        return Config.from_env({**stored, **env, "OUTPUT_DIR": located.output_dir})
     except (ValueError, LookupError, TypeError) as error:
         raise InputError(f"checkpoint {path}: {error}") from None
 
@@ -3323,12 +3322,12 @@ def resolve(env) -> tuple[Config, Artifact | None]:
     the options of the run's first part, unless the environment changes them.
     """
     named = {name: env[name] for name in ("RUN_ID", "OUTPUT_DIR", "ARTIFACT", "EVAL_ONLY", "RESUME") if name in env}
-    files, artifact = Config.from_env(named), None
-    if files.eval_only:
-        artifact = load_artifact(files.artifact_path, env)
+    located, artifact = Config.from_env(named), None
+    if located.eval_only:
+        artifact = load_artifact(located.artifact_path, env)
         cfg = artifact.cfg
     else:
-        cfg = resumed_config(files, env) if files.resumed else Config.from_env(env)
+        cfg = resumed_config(located, env) if located.resumed else Config.from_env(env)
     if not cfg.run_id:
         kind = "eval_" if cfg.eval_only else ""
         cfg = replace(cfg, run_id=f"{cfg.variant}_seed{cfg.seed}_{kind}{time.strftime('%Y%m%d-%H%M%S')}")

@@ -462,7 +462,8 @@ class Lines(list):
 def saved(tmp_path, room, **changes):
     """(bytes of the artifact, its tensors, log) of a million random weights, under a cap with `room` for the model."""
     code, lines = Path(t.__file__).stat().st_size, Lines()
-    cfg = dataclasses.replace(CFG, mean_scale=0.0, quantizer="rtn", matrix_bits=6, output_dir=str(tmp_path), max_artifact_bytes=code + room, min_clip=0.0, **changes)
+    cfg = dataclasses.replace(CFG, mean_scale=0.0, quantizer="rtn", matrix_bits=6,
+                              output_dir=str(tmp_path), max_artifact_bytes=code + room, min_clip=0.0, **changes)
     weights = {"blocks.0.a.weight": gaussian(800, 1000), "gain": torch.ones(5)}
     plans = t.quant_plans(weights, {"blocks.0.a.weight": t.QuantSpec(6, 6.0)}, cfg, {})
     t.save_artifact(plans, weights, False, cfg, t.Ranks(), lines)
