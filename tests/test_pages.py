@@ -2,9 +2,12 @@
 
 import json
 import re
+import statistics
 
 import pytest
 from conftest import ROOT
+
+from tools.record.logs import read_run
 
 PAGES = [path for part in ("", "data", "logs", "tests", "tools") for path in sorted((ROOT / part).glob("*.md"))]
 REPORTS = [path.name for path in PAGES if path.parent.name == "logs"]
@@ -74,3 +77,27 @@ def test_the_scores_of_test_time_training_are_in_their_logs():
                 assert score == logged(split, kind, rate), (kind, rate, split)
                 checked += 1
     assert checked == 14
+
+
+def test_the_race_of_the_readme_is_that_of_its_logs():
+    """Mean and standard deviation over seeds; no model file has more bytes than one of the baseline's."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"^\| bits per byte \|.*\n(?:\|.*\n)+", readme, re.M)[0]
+    rows = {label: cells for label, *cells in (re.split(r" *\| *", line.strip("| ")) for line in block.splitlines())}
+    sizes = {}
+    for column, name in enumerate(("baseline", "card", "pr1812", "frontier")):
+        runs = [read_run(ROOT / "logs" / "race" / f"{name}-{seed}.txt") for seed in (1, 2, 3)]
+        first = "raw" if name == "baseline" else "averaged"
+        for label, stage in {
+            "averaged": first,
+            "round trip": "coded",
+            "sliding window": "sliding",
+            "TTT": "ttt",
+        }.items():
+            bpb = [run.scores[stage].bpb for run in runs if stage in run.scores]
+            expected = f"{statistics.mean(bpb):.4f} ± {statistics.stdev(bpb):.4f}" if len(bpb) == 3 else "-"
+            assert rows[label][column] == expected, (name, label)
+        text = r"^Serialized model int8\+zlib: (\d+)" if name == "baseline" else r'"model_bytes": (\d+)'
+        sizes[name] = [int(re.search(text, run.text, re.M)[1]) for run in runs]
+        assert rows["largest model file, bytes"][column] == f"{max(sizes[name]):,}"
+    assert max(map(max, list(sizes.values())[1:])) <= min(sizes["baseline"])
