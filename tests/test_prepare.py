@@ -62,7 +62,7 @@ def test_verify_accepts_it_and_tells_the_bytes(made, documents, dataset):
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda f: (f / "fineweb_val_000000.bin").write_bytes((f / "fineweb_val_000000.bin").read_bytes()[:-2]), "is truncated"),
+    (lambda f: (f / "fineweb_val_000000.bin").write_bytes((f / "fineweb_val_000000.bin").read_bytes()[:-2]), "is damaged"),
     (lambda f: flip(f / "fineweb_train_000000.bin"), "not the file of the manifest"),
     (lambda f: (f / "manifest.json").unlink(), "no readable manifest"),
     (lambda f: (f / "fineweb_train_000000.bin").rename(f / "fineweb_train_000001.bin"), "not those of the manifest"),

@@ -97,7 +97,7 @@ def copied(env, tmp_path, change):
 @pytest.mark.parametrize("wrong, words", [
     (lambda e, p: {"MATRX_LR": "1"}, "did you mean MATRIX_LR"),
     (lambda e, p: {"DATA_PATH": str(p / "none")}, "create it with `python data/prepare.py download sp384`"),
-    (cut_shard, "fineweb_train_000000.bin is truncated"), (foreign_token, "has token 65535, but VOCAB_SIZE=384"),
+    (cut_shard, "fineweb_train_000000.bin is damaged"), (foreign_token, "has token 65535, but VOCAB_SIZE=384"),
     (lambda e, p: {"VOCAB_SIZE": "385"}, "has 384 pieces"), (lambda e, p: {"TOKENIZER_PATH": __file__}, "not a SentencePiece model"),
     (lambda e, p: {"TRAIN_BATCH_TOKENS": "100"}, "multiple of TRAIN_SEQ_LEN"),
     (lambda e, p: {"OUTPUT_DIR": "/proc/none"}, "cannot access /proc/none: No such file"),
@@ -162,7 +162,7 @@ def test_what_cannot_act_on_an_artifact_is_refused(finished, tmp_path, settings)
 def test_an_evaluation_names_the_artifact_that_it_scores(finished, tmp_path):
     out = scoring(finished, tmp_path, VARIANT="card", RUN_ID="again").stdout
     digest = hashlib.sha256((finished[1] / "final_model.int6.ptz").read_bytes()).hexdigest()
-    assert f"artifact_sha256:{digest} attention:sdpa dtype:torch.float32\n" in out
+    assert f"artifact_sha256:{digest} eval_stride:" in out and "\nattention:sdpa dtype:torch.float32\n" in out
     assert "variant:card seed:1337 overrides:RUN_ID=again " in out
     facts = json.loads(out.splitlines()[-1].removeprefix("RESULT "))
     trained = json.loads(finished[2].splitlines()[-1].removeprefix("RESULT "))
