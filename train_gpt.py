@@ -1720,14 +1720,16 @@ class Scorer:
         def rehearse(count):  # with the longest context, to see whether there is enough memory
             experts, ids = make_experts(count), self.tokens.new_zeros(count, self.cfg.window)
             targets, weight = ids[:, : self.cfg.ttt_chunk_tokens], ids[:, 0] + 1
-            losses = [forward(ids, targets) for forward, _ in experts] if reuse_losses else None
-            train_experts(experts, ScoredChunk(0, 0.0, False, weight, ids, targets, weight, losses))
+            for _ in range(2):  # the second time beside the state of the optimizers
+                losses = [forward(ids, targets) for forward, _ in experts] if reuse_losses else None
+                train_experts(experts, ScoredChunk(0, 0.0, False, weight, ids, targets, weight, losses))
 
         def passes():  # the experts of a batch are made after the previous batch is done
             size = self.ranks.fit_batch("TTT_BATCH_SEQS", self.cfg.ttt_batch_seqs, rehearse, self.log)
             for batch in self.document_batches(size):
                 experts = make_experts(len(batch))
                 yield self.document_chunks(experts, batch, reuse_losses), partial(train_experts, experts)
+                experts.clear()  # frees their memory, although the caller still holds the list
 
         return self.evaluate(passes(), split_over_ranks=True)
 
@@ -2867,10 +2869,6 @@ class Ranks:
         dist.broadcast(data, 0)
         return data.numpy().tobytes()
 
-    def barrier(self):
-        """Wait for all ranks."""
-        self.maximum(0.0)
-
     def shard(self, items: Sequence) -> Sequence:
         """This rank's contiguous part of `items`; the parts of all ranks are disjoint and cover them."""
         n = len(items)
@@ -3223,7 +3221,7 @@ def run_training(cfg, env, ranks, log) -> tuple[dict[str, Score], str]:
     except (Exception, KeyboardInterrupt) as error:
         rescue_average(trainer, error, log)
         raise
-    ranks.barrier()
+    ranks.maximum(0.0)  # wait for all ranks
     with trainer.average.swapped_in():
         averaged = scorer.evaluate_windows(trainer.forward)
     raw = scorer.evaluate_windows(trainer.forward)
@@ -3242,7 +3240,7 @@ def rescue_average(trainer: Trainer, error: BaseException, log):
     except Exception as second:
         write_stderr(f"WARNING: the averaged weights could not be saved: {second}\n")
     if isinstance(error, (TrainingFailed, Interrupted)):  # raised by all ranks
-        trainer.ranks.barrier()
+        trainer.ranks.maximum(0.0)  # wait for them
 
 
 def audit_output(cfg, scorer: Scorer) -> dict[Path, int]:

@@ -1,6 +1,7 @@
 """Batches that memory chooses, on a CPU with a simulated memory; dtype and attention of devices that are not here."""
 
 import dataclasses
+import functools
 import json
 import weakref
 from types import SimpleNamespace
@@ -273,7 +274,7 @@ def test_windows_of_a_halved_batch_have_the_same_scores(cfg, log):
 def test_documents_of_a_halved_batch_have_the_same_scores(cfg, log, epochs, experts):
     cfg = dataclasses.replace(cfg, ttt_scope="document", ttt_lora_rank=4, ttt_params=t.Config.ttt_params, ttt_optimizer="adamw", ttt_chunk_tokens=8,
                               ttt_epochs=epochs, ttt_batch_seqs=8, ttt_grad_clip=0.0, ttt_expert_lrs=experts)
-    model, found, passes = make_model(cfg), [], epochs + len(experts)  # for a rehearsal
+    model, found, passes = make_model(cfg), [], 2 * (epochs + len(experts))  # for a rehearsal, with the optimizers' state
     params = t.ttt_parameters(model, cfg)
     for limit in (10**9, 3 * cfg.window):
         scorer = scorer_of(cfg, log)
@@ -286,6 +287,24 @@ def test_documents_of_a_halved_batch_have_the_same_scores(cfg, log, epochs, expe
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-4)
     with pytest.raises(t.InputError, match="^TTT_BATCH_SEQS=8 does not fit into the memory of the GPU; 2 fits$"):
         t.evaluate_adapting(scorer_of(cfg, log, ["TTT_BATCH_SEQS"]), model, params, forward)
+
+
+def test_the_experts_of_a_batch_are_freed_before_the_next_are_made(cfg, log, monkeypatch):
+    cfg = dataclasses.replace(cfg, ttt_scope="document", ttt_lora_rank=4, ttt_params=t.Config.ttt_params, ttt_optimizer="adamw", ttt_chunk_tokens=8,
+                              ttt_epochs=1, ttt_batch_seqs=2, ttt_grad_clip=0.0, ttt_expert_lrs=(0.02,))
+    model, made, alive, inner = make_model(cfg), [], [], t.attach_lora
+
+    def attach(starts, rows, cfg):
+        alive.append(sum(ref() is not None for ref in made))
+        params = inner(starts, rows, cfg)
+        made.append(weakref.ref(params[0]))
+        return params
+
+    monkeypatch.setattr(t, "attach_lora", attach)
+    scorer = scorer_of(cfg, log)
+    scorer.documents = [(i, i + 100) for i in range(0, 600, 100)]
+    t.evaluate_adapting(scorer, model, t.ttt_parameters(model, cfg), functools.partial(model, single_document=True))
+    assert len(alive) >= 6 and max(alive) == 1, alive
 
 
 @pytest.mark.parametrize("tokens, passes", [(10**6, 1), (128, 2), (96, 3), (1, 8)])
